@@ -1,0 +1,1 @@
+"""TorchX components and resources: how the one training script is started anywhere."""

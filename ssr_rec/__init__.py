@@ -1,0 +1,1 @@
+"""ssr_rec: sharded click-through-rate recommenders with an SSR over-arch (SIGIR'26)."""

@@ -1,0 +1,105 @@
+"""Write a split as parquet shards, and a dataset folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, Schema, Shard
+
+ROWS_PER_SHARD = 4_194_304
+
+
+def row_group_rows(num_rows: int) -> int:
+    """Rows of a row group for a split of ``num_rows``: about 128 groups, between 1,024 and 65,536 rows each.
+
+    The reader deals row groups to lanes, so a small split needs small groups to be dealt evenly;
+    past 65,536 rows larger groups only cost memory.
+    """
+    return min(65_536, max(1_024, num_rows // 128 // 1_024 * 1_024))
+
+
+def arrow_schema(schema: Schema) -> pa.Schema:
+    """The columns every shard of the dataset has, in order: features, labels, group id."""
+    fields = [
+        pa.field(f.name, pa.list_(pa.int64()) if f.kind == "list" else pa.int64(), nullable=False)
+        for f in schema.features
+    ]
+    fields += [pa.field(label, pa.int8(), nullable=False) for label in schema.labels]
+    if schema.group_id is not None:
+        fields.append(pa.field(GROUP_COLUMN, pa.int64(), nullable=False))
+    return pa.schema(fields, metadata={DATASET_ID_KEY: schema.dataset_id.encode()})
+
+
+def write_shards(
+    batches: Iterable[pa.RecordBatch], columns: pa.Schema, folder: Path, split: str, rows_in_group: int
+) -> list[Shard]:
+    """Write already shuffled record batches as ``folder/split/NNNNN.parquet`` and return the shards.
+
+    Batches are cut and joined to row groups of exactly ``rows_in_group`` rows (the last one shorter), so memory
+    holds about one row group whatever the size of the split. A split without rows has no shards.
+    """
+    (folder / split).mkdir(parents=True)
+    shards: list[Shard] = []
+    writer: pq.ParquetWriter | None = None
+    rows_in_shard = 0
+    for table in _exact_tables(batches, columns, rows_in_group):
+        if writer is not None and rows_in_shard >= ROWS_PER_SHARD:
+            writer.close()
+            shards[-1] = Shard(path=shards[-1].path, num_rows=rows_in_shard)
+            writer = None
+        if writer is None:
+            path = f"{split}/{len(shards):05d}.parquet"
+            shards.append(Shard(path=path, num_rows=0))
+            writer, rows_in_shard = pq.ParquetWriter(folder / path, columns, compression="zstd"), 0
+        writer.write_table(table, row_group_size=rows_in_group)
+        rows_in_shard += table.num_rows
+    if writer is not None:
+        writer.close()
+        shards[-1] = Shard(path=shards[-1].path, num_rows=rows_in_shard)
+    return shards
+
+
+def _exact_tables(batches: Iterable[pa.RecordBatch], columns: pa.Schema, rows: int) -> Iterator[pa.Table]:
+    held: list[pa.RecordBatch] = []
+    held_rows = 0
+    for batch in batches:
+        # `select` fixes the order, `cast` the types: engines differ in both.
+        batch = batch.select(columns.names).cast(columns)
+        while held_rows + batch.num_rows >= rows:
+            head = batch.slice(0, rows - held_rows)
+            yield pa.Table.from_batches([*held, head])
+            batch = batch.slice(head.num_rows)
+            held, held_rows = [], 0
+        if batch.num_rows:
+            held.append(batch)
+            held_rows += batch.num_rows
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that becomes ``folder`` on success and vanishes on failure.
+
+    Raises:
+        ValueError: ``folder`` exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not empty; choose another folder or remove this one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        os.replace(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise

@@ -1,0 +1,173 @@
+"""What a prepared dataset is: features, cardinalities, labels, group id, splits; read and written as schema.json.
+
+A prepared dataset is a folder: ``schema.json``, parquet shards of each split, and the fitted vocabularies.
+In a shard, a single-valued feature is an int64 column of ids, a list feature a ``list<int64>`` column,
+a label an int8 column of 0 and 1, and the evaluation group (GAUC) the int64 column ``GROUP_COLUMN``.
+No column holds nulls: a missing value already has an id of its own, a missing list is empty.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ssr_rec.settings import Settings
+
+FORMAT_VERSION = 1
+SCHEMA_FILE = "schema.json"
+GROUP_COLUMN = "__group_id__"
+DATASET_ID_KEY = b"ssr_rec.dataset_id"
+"""Key of the parquet file metadata that ties a shard to its schema."""
+
+SPLITS = ("train", "validation", "test")
+
+
+class Vocabulary(Settings):
+    """Ids by descending training-split frequency; ``missing_id`` for null, ``oov_id`` for rare and unseen values."""
+
+    type: Literal["vocabulary"] = "vocabulary"
+    column: str
+    min_count: int = Field(ge=1, description="occurrences in the training split that earn an id of its own")
+    missing_id: int = 0
+    oov_id: int = 1
+    file: str = Field(description="parquet of (value: string, id: int64, count: int64), relative to the dataset")
+
+
+class Hashing(Settings):
+    """``id = first_id + md5(value) mod num_buckets``; no vocabulary, collisions possible, servable anywhere."""
+
+    type: Literal["hash"] = "hash"
+    column: str
+    num_buckets: int = Field(ge=1)
+    missing_id: int = 0
+    first_id: int = 1
+
+
+class LogBuckets(Settings):
+    """Equal-width buckets of ``sign(v) * log1p(|v|)`` between the training split's extremes; outside is clipped."""
+
+    type: Literal["log_buckets"] = "log_buckets"
+    column: str
+    low: float = Field(description="smallest transformed training value")
+    high: float = Field(description="largest transformed training value")
+    num_buckets: int = Field(ge=1)
+    missing_id: int = 0
+    first_id: int = 1
+
+
+class Drawn(Settings):
+    """The column is born as ids (synthetic log)."""
+
+    type: Literal["drawn"] = "drawn"
+    column: str
+
+
+Encoding = Annotated[Vocabulary | Hashing | LogBuckets | Drawn, Field(discriminator="type")]
+
+
+class Feature(Settings):
+    name: str
+    kind: Literal["categorical", "numeric", "list"]
+    num_embeddings: int = Field(ge=1, description="ids lie in [0, num_embeddings)")
+    encoding: Encoding = Field(description="how the column was made")
+    max_length: int | None = Field(None, ge=1, description="list features: most ids a row holds")
+
+    @model_validator(mode="after")
+    def _list_has_length(self) -> Feature:
+        if (self.kind == "list") != (self.max_length is not None):
+            raise ValueError(f"feature {self.name!r}: max_length is for list features, and a list feature needs it")
+        return self
+
+
+class Shard(Settings):
+    path: str = Field(description="relative to the dataset folder")
+    num_rows: int = Field(ge=0)
+
+
+class Split(Settings):
+    num_rows: int = Field(ge=0)
+    positive_rate: dict[str, float] = Field(description="per label")
+    shards: list[Shard]
+
+
+class Ceiling(Settings):
+    """What the true probabilities of a synthetic log reach on a split: no model can do better but by luck."""
+
+    auc: float
+    logloss: float = Field(description="nats per row")
+
+
+class Schema(Settings):
+    format_version: Literal[1] = 1
+    name: str
+    dataset_id: str = Field(description="also in every shard's file metadata; a mismatch means mixed datasets")
+    features: list[Feature] = Field(min_length=1)
+    labels: list[str] = Field(min_length=1)
+    group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
+    splits: dict[str, Split]
+    ceiling: dict[str, dict[str, Ceiling]] = Field(default_factory=dict, description="split -> label, synthetic only")
+    preparation: dict[str, Any] = Field(default_factory=dict, description="what made it: preset, seed, split rule")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schema:
+        names = [feature.name for feature in self.features] + self.labels
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"names used more than once: {', '.join(repeated)}")
+        for split_name, split in self.splits.items():
+            if split.num_rows != sum(shard.num_rows for shard in split.shards):
+                raise ValueError(f"split {split_name!r}: num_rows is not the sum over its shards")
+        return self
+
+    @property
+    def feature_names(self) -> list[str]:
+        return [feature.name for feature in self.features]
+
+    def select(self, features: Sequence[str] | None, labels: Sequence[str] | None) -> Schema:
+        """The same dataset seen through some of its features and labels, in the order given (None: all).
+
+        Raises:
+            ValueError: a name the dataset does not have.
+        """
+        by_name = {feature.name: feature for feature in self.features}
+        for kind, wanted, known in (("feature", features, list(by_name)), ("label", labels, self.labels)):
+            for name in wanted or ():
+                if name not in known:
+                    raise ValueError(f"{kind} {name!r} is not in dataset {self.name!r}; it has {', '.join(known)}")
+        return self.model_copy(
+            update={
+                "features": [by_name[name] for name in features] if features else self.features,
+                "labels": list(labels) if labels else self.labels,
+            }
+        )
+
+    def write(self, folder: Path) -> None:
+        (folder / SCHEMA_FILE).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Schema:
+        """Read ``folder/schema.json``.
+
+        Raises:
+            ValueError: no such file, not JSON, or not a schema; the message names the file and the entry.
+        """
+        path = Path(folder) / SCHEMA_FILE
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; prepare the dataset with tools/prepare_data.py first")
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise ValueError(f"{path}: not a schema of format {FORMAT_VERSION}: {first_problem(error)}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not readable as JSON: {error}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of a pydantic error as ``where: what (got value)``."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "top level"
+    return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
