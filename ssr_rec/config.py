@@ -1,0 +1,124 @@
+"""RunConfig: composes the components' configs; one YAML plus ``--a.b=c`` overrides."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from ssr_rec.data.synthetic import SyntheticConfig
+from ssr_rec.embeddings import EmbeddingsConfig
+from ssr_rec.optim import DenseOptimizerConfig
+from ssr_rec.over_archs import OverArchConfig, SSRConfig
+from ssr_rec.schema import first_problem
+from ssr_rec.settings import Settings
+from ssr_rec.sharding import ShardingConfig
+from ssr_rec.trainer import TrainConfig
+
+
+class DataConfig(Settings):
+    path: str | None = Field(None, description="a folder made by tools/prepare_data.py; None: draw the synthetic log")
+    synthetic: SyntheticConfig = Field(SyntheticConfig(), description="the log to draw when path is None")
+    synthetic_root: str = Field("data", description="folder that keeps drawn logs")
+    features: list[str] | None = Field(None, description="features to use, in this order; None: all")
+    labels: list[str] | None = Field(None, description="labels to train, one task each; None: all")
+    num_lanes: int = Field(
+        16, ge=1, description="lanes of data/lanes.py: up to so many ranks see equal batches"
+    )
+    shuffle: bool = Field(True, description="new order every epoch; false reads the rows as they are stored")
+    prefetch: int = Field(4, ge=1, description="batches read ahead in the background")
+
+
+class RunConfig(Settings):
+    name: str | None = Field(None, description="run folder under runs; None: dataset, over-arch and time")
+    runs: str = Field("runs", description="folder of run folders")
+    seed: int = Field(0, ge=0, description="of weights, shuffling and dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    data: DataConfig = DataConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    over_arch: OverArchConfig = SSRConfig(filter="static")
+    optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; people write it as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a YAML file (None: all defaults) with ``--a.b=c`` overrides, the later the stronger.
+
+    Raises:
+        ValueError: unreadable file, an override not of that form, an unknown key (the nearest valid one is named),
+            or a value that its key does not take.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.load(Path(path).read_text(), Loader=_Loader) or {}
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; name a config file, such as one in configs/") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: must be a mapping of keys to values, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path or 'config'}: {_explain(error)}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML; ``load_config`` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    match = re.fullmatch(r"--([\w.]+)=(.*)", override, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"argument {override!r} is not understood; overrides look like --train.batch_size=512")
+    *sections, key = match[1].split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        values[key] = yaml.load(match[2], Loader=_Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not YAML; quote it") from None
+
+
+def _explain(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    if problem["type"] != "extra_forbidden":
+        return first_problem(error)
+    *sections, key = [str(part) for part in problem["loc"]]
+    valid = _keys(RunConfig, sections)
+    nearest = difflib.get_close_matches(key, valid, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(valid)}"
+    return f"unknown key {'.'.join([*sections, key])!r}; {hint}"
+
+
+def _keys(model: type[BaseModel], sections: list[str]) -> list[str]:
+    """The keys valid in a section of ``model``; a section of an error's path may also be a union's tag."""
+    for section in sections:
+        if section in model.model_fields:
+            inner = model.model_fields[section].annotation
+            models = [t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        else:
+            models = [t for t in models if t.model_fields["name"].default == section]
+        model = models[0]
+    return list(model.model_fields)

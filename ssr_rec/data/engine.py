@@ -1,0 +1,145 @@
+"""All that is DuckDB's own in the preparation: reading files, numbering rows, spilling, streaming out.
+
+The rest of the pipeline is Ibis expressions; another engine (Spark) needs a twin of this file only.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import ibis
+import pyarrow as pa
+from ibis.backends.duckdb import Backend
+from ibis.expr.types import Table
+
+from ssr_rec.data.table_spec import TextFormat
+
+ROW = "__row__"
+"""Position of a row over all input files in the order given, from 0."""
+
+
+@contextmanager
+def connect(spill: Path, memory_limit: str, threads: int | None) -> Iterator[Backend]:
+    """An engine that keeps at most ``memory_limit`` (such as ``4GB``) and spills the rest to ``spill``.
+
+    Raises:
+        ValueError: the limit is not a size, or the work does not fit it even with spilling.
+    """
+    settings = {"memory_limit": memory_limit, "temp_directory": str(spill), "autoinstall_known_extensions": False}
+    if threads is not None:
+        settings["threads"] = threads
+    try:
+        connection = ibis.duckdb.connect(**settings)
+    except duckdb.Error as error:
+        raise ValueError(f"--memory-limit {memory_limit}, --threads {threads}: {first_line(error)}") from None
+    try:
+        # Compression makes staged text about ten times smaller, so much less of it ever spills.
+        _execute(connection, "attach ':memory:' as staged (compress)")
+        _execute(connection, "use staged")
+        yield connection
+    except duckdb.OutOfMemoryException as error:
+        raise ValueError(f"--memory-limit {memory_limit} is too small: {first_line(error)}") from None
+    finally:
+        connection.disconnect()
+        shutil.rmtree(spill, ignore_errors=True)
+
+
+def read_text(connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str) -> Table:
+    """A CSV or TSV file, plain or gzip, as a lazy table; empty means null.
+
+    Args:
+        types: Ibis type of every column, in file order.
+    """
+    quote = '"' if form.quote else ""
+    return connection.read_csv(
+        str(path),
+        columns=types,
+        header=form.header,
+        delim=delimiter,
+        quote=quote,
+        escape=quote,
+        nullstr="",
+        auto_detect=False,
+    )
+
+
+def read_parquet(connection: Backend, path: Path) -> Table:
+    """A parquet file as a lazy table.
+
+    Raises:
+        ValueError: not a complete parquet file.
+    """
+    try:
+        return connection.read_parquet(str(path))
+    except duckdb.Error as error:
+        raise ValueError(f"{path}: cannot be read as parquet, is it complete? {first_line(error)}") from None
+
+
+def stage(connection: Backend, name: str, rows: Table, path: Path) -> int:
+    """Append the rows of ``path`` to the table ``name`` in file order, making it if need be; returns its row count.
+
+    Raises:
+        ValueError: the file is broken, or a value does not fit its column; the message names row and column.
+    """
+    try:
+        if name in staged_tables(connection):
+            connection.insert(name, rows)
+        else:
+            connection.create_table(name, rows)
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:
+        raise ValueError(f"{path}: cannot be read, is it complete? {first_line(error)}") from None
+    return int(connection.table(name).count().to_pyarrow().as_py())
+
+
+def staged_tables(connection: Backend) -> list[str]:
+    # Ibis 12 lists tables through a call that DuckDB 2.0 no longer has.
+    return [name for (name,) in connection.con.execute("select table_name from duckdb_tables()").fetchall()]
+
+
+def first_rejected(
+    connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str
+) -> tuple[int, str | None, str, str] | None:
+    """The first row of a text file that does not parse: (row from 1, column, what is wrong, the line); None if all do.
+
+    Read in a second pass, only after the first failed.
+    """
+    quote = '"' if form.quote else ""
+    columns = {name: {"float64": "DOUBLE", "string": "VARCHAR"}[kind] for name, kind in types.items()}
+    try:
+        connection.con.execute(
+            "select count(columns(*)) from read_csv($path, columns=$columns, header=$header, delim=$delim, quote=$quote,"
+            " escape=$quote, nullstr='', auto_detect=false, store_rejects=true)",
+            {"path": str(path), "columns": columns, "header": form.header, "delim": delimiter, "quote": quote},
+        ).fetchall()
+        found = connection.con.execute(
+            "select line, column_name, error_type, csv_line from reject_errors order by line limit 1"
+        ).fetchall()
+    except duckdb.Error:
+        return None
+    return (found[0][0] - form.header, *found[0][1:]) if found else None
+
+
+def numbered(connection: Backend, name: str) -> Table:
+    """The staged table with its row numbers in ``ROW``."""
+    table = connection.table(name)
+    return table.mutate(**{ROW: table.rowid()})
+
+
+def stream(connection: Backend, rows: Table, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows in order, a batch at a time, never all in memory."""
+    # Not `to_pyarrow_batches`: Ibis 12 calls what DuckDB 2.0 no longer has, and the cursor would hold all rows.
+    yield from connection.con.sql(connection.compile(rows)).to_arrow_reader(batch_rows)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _execute(connection: Backend, statement: str) -> None:
+    connection.con.execute(statement).fetchall()

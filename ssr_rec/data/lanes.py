@@ -1,0 +1,85 @@
+"""Which rows make up global batch k: a rule that does not know how many ranks there are.
+
+The rows of a split, row group by row group in the epoch's shuffled order, form one line. The line is cut into
+``num_lanes`` lanes; global batch k takes the next few rows of every lane. A rank owns some of the lanes and reads
+only their row groups. Hence
+
+* the rows of global batch k, and their order, are the same on 1 and on 16 ranks (as long as ``num_lanes`` is);
+* every rank has the same number of steps, known before the first one, however uneven the shards are;
+* every row is read exactly once an epoch, and a position is just (epoch, step) on any number of ranks.
+
+A row group that lies across two lanes is opened twice, at most ``num_lanes`` times an epoch in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start:stop`` of a row group, counted in the group's own shuffled order."""
+
+    group: int
+    start: int
+    stop: int
+
+
+class Lanes:
+    """The cut of ``sum(group_rows)`` rows into global batches of ``batch_size`` rows over ``num_lanes`` lanes.
+
+    Args:
+        group_rows: rows of each row group, in the epoch's order.
+        order: the epoch's order, a permutation of the row groups' indices.
+        batch_size: rows of a global batch; the last one of an epoch may be shorter.
+        num_lanes: at most ``batch_size``.
+    """
+
+    def __init__(self, group_rows: np.ndarray, order: np.ndarray, batch_size: int, num_lanes: int) -> None:
+        self.order = order
+        self.ends = np.cumsum(group_rows[order])
+        self.num_rows = int(self.ends[-1]) if len(self.ends) else 0
+        self.batch_size, self.num_lanes = batch_size, num_lanes
+        self.full_steps, self.last_rows = divmod(self.num_rows, batch_size)
+        self.num_steps = self.full_steps + (self.last_rows > 0)
+
+    def rows_in_step(self, step: int) -> int:
+        """Rows of global batch ``step``."""
+        return self.batch_size if step < self.full_steps else self.last_rows
+
+    def lane_rows(self, step: int, lane: int) -> int:
+        """Rows that ``lane`` gives to global batch ``step``."""
+        return self._share(self.rows_in_step(step), lane)
+
+    def _share(self, rows: int, lane: int) -> int:
+        return (lane + 1) * rows // self.num_lanes - lane * rows // self.num_lanes
+
+    def _lane_start(self, lane: int) -> int:
+        return sum(
+            self.full_steps * self._share(self.batch_size, before) + self._share(self.last_rows, before)
+            for before in range(lane)
+        )
+
+    def pieces(self, lane: int, start_step: int) -> list[Piece]:
+        """What ``lane`` reads from ``start_step`` to the end of the epoch, in order."""
+        start = self._lane_start(lane)
+        stop = self._lane_start(lane + 1)
+        position = start + min(start_step, self.full_steps) * self._share(self.batch_size, lane)
+        if start_step > self.full_steps:
+            position = stop
+        pieces = []
+        index = int(np.searchsorted(self.ends, position, side="right"))
+        while position < stop:
+            end = int(self.ends[index])
+            group_start = int(self.ends[index - 1]) if index else 0
+            upto = min(end, stop)
+            pieces.append(Piece(int(self.order[index]), position - group_start, upto - group_start))
+            position, index = upto, index + 1
+        return pieces
+
+
+def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:
+    """The consecutive lanes that ``rank`` reads; together the ranks cover every lane once."""
+    return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)

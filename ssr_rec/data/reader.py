@@ -1,0 +1,199 @@
+"""Parquet shards to ``Batch``: sharded over ranks by row group, shuffled, prefetched, with an exact position.
+
+Which rows make up a global batch is decided in lanes.py; this file reads them and lays them out as a
+``KeyedJaggedTensor`` with its keys in schema order.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from ssr_rec.data.batch import Batch
+from ssr_rec.data.blocks import Block, SplitFiles
+from ssr_rec.data.lanes import Lanes, lanes_of_rank
+from ssr_rec.schema import Schema
+
+
+class Reader:
+    """One split of a prepared dataset as global batches, of which each rank gets its share.
+
+    Args:
+        folder: the prepared dataset.
+        schema: its schema, perhaps a selection of its features and labels.
+        split: "train", "validation" or "test".
+        batch_size: rows of a global batch over all ranks.
+        rank, world_size: this process and how many there are.
+        num_lanes: rows are dealt to this many lanes (lanes.py); fewer than ``world_size`` means ``world_size``.
+        seed: of the shuffle; None keeps the stored order.
+        prefetch: batches decoded ahead in a background thread.
+
+    Raises:
+        ValueError: see ``SplitFiles``; also a batch size smaller than the number of lanes, or too few rows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        schema: Schema,
+        split: str,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_lanes: int = 16,
+        seed: int | None = None,
+        prefetch: int = 4,
+    ) -> None:
+        self.files = SplitFiles(folder, schema, split)
+        self.schema, self.batch_size, self.seed, self.prefetch = schema, batch_size, seed, prefetch
+        self.num_lanes = max(num_lanes, world_size)
+        if batch_size < self.num_lanes:
+            raise ValueError(
+                f"batch size {batch_size} is the global one and must be at least {self.num_lanes}, the larger of "
+                f"data.num_lanes and the world size {world_size}; raise the batch size or lower data.num_lanes"
+            )
+        if schema.splits[split].num_rows < world_size:
+            raise ValueError(
+                f"{folder}: split {split!r} has {schema.splits[split].num_rows} rows for a world size of "
+                f"{world_size}; use fewer processes or more data"
+            )
+        self.my_lanes = lanes_of_rank(self.num_lanes, rank, world_size)
+        self.num_rows = schema.splits[split].num_rows
+        self.steps_per_epoch = -(-self.num_rows // batch_size)
+
+    def rows_in_step(self, step: int) -> int:
+        """Rows of global batch ``step`` of any epoch, over all ranks."""
+        return min(self.batch_size, self.num_rows - step * self.batch_size)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Prefetcher:
+        """This rank's batches of an epoch from global batch ``start_step`` on; (epoch, step) is the whole position."""
+        return Prefetcher(self._batches(epoch, start_step), self.prefetch)
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        num_groups = len(self.files.group_rows)
+        order = np.arange(num_groups)
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, epoch)).permutation(num_groups)
+        lanes = Lanes(self.files.group_rows, order, self.batch_size, self.num_lanes)
+        cursors = [self._blocks(lanes, lane, epoch, start_step) for lane in self.my_lanes]
+        left: list[tuple[Block, int] | None] = [None] * len(cursors)
+        for step in range(start_step, lanes.num_steps):
+            slices: list[tuple[Block, int, int]] = []
+            for index, lane in enumerate(self.my_lanes):
+                wanted = lanes.lane_rows(step, lane)
+                while wanted:
+                    block, position = left[index] or (next(cursors[index]), 0)
+                    stop = min(block.num_rows, position + wanted)
+                    slices.append((block, position, stop))
+                    left[index] = (block, stop) if stop < block.num_rows else None
+                    wanted -= stop - position
+            yield self._assemble(slices, lanes.rows_in_step(step))
+
+    def _blocks(self, lanes: Lanes, lane: int, epoch: int, start_step: int) -> Iterator[Block]:
+        for piece in lanes.pieces(lane, start_step):
+            order = None
+            if self.seed is not None:
+                rng = np.random.default_rng((self.seed, epoch, piece.group))
+                order = rng.permutation(int(self.files.group_rows[piece.group]))
+            yield self.files.read(piece, order)
+
+    def _assemble(self, slices: list[tuple[Block, int, int]], global_rows: int) -> Batch:
+        num_rows = sum(stop - start for _, start, stop in slices)
+        features, labels = self.schema.features, np.empty((num_rows, len(self.schema.labels)), dtype=np.float32)
+        scalars = np.empty((sum(f.kind != "list" for f in features), num_rows), dtype=np.int64)
+        groups = np.empty(num_rows, dtype=np.int64) if self.schema.group_id is not None else None
+        at = 0
+        for block, start, stop in slices:
+            end = at + stop - start
+            scalars[:, at:end], labels[at:end] = block.scalars[:, start:stop], block.labels[start:stop]
+            if groups is not None and block.group_ids is not None:
+                groups[at:end] = block.group_ids[start:stop]
+            at = end
+        lengths = np.ones((len(features), num_rows), dtype=np.int64)
+        values: list[np.ndarray] = []
+        scalar = listed = first = 0
+        for row, feature in enumerate(features):
+            if feature.kind != "list":
+                scalar += 1
+                continue
+            values.append(scalars[first:scalar].reshape(-1))
+            first = scalar
+            lists = [(block.lists[listed], start, stop) for block, start, stop in slices]
+            values += [ids[offsets[start] : offsets[stop]] for (ids, offsets), start, stop in lists]
+            if lists:
+                np.concatenate(
+                    [np.diff(offsets[start : stop + 1]) for (_, offsets), start, stop in lists], out=lengths[row]
+                )
+            listed += 1
+        values.append(scalars[first:].reshape(-1))
+        ids = values[0] if len(values) == 1 else np.concatenate(values)
+        sparse = KeyedJaggedTensor(
+            keys=self.schema.feature_names,
+            values=torch.from_numpy(ids),
+            lengths=torch.from_numpy(lengths.reshape(-1)),
+            stride=num_rows,
+        )
+        group_ids = torch.from_numpy(groups) if groups is not None else None
+        return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows)
+
+
+class Prefetcher(Iterator[Batch]):
+    """Runs an iterator in a background thread, ``depth`` items ahead, and counts how long its consumer waits.
+
+    An error in the thread is raised in the consumer. ``close`` ends the thread at any time; it also ends when the
+    items do.
+
+    Attributes:
+        wait_seconds: time spent in ``next`` so far, the data wait of a training step.
+    """
+
+    def __init__(self, items: Iterator[Batch], depth: int) -> None:
+        self.wait_seconds = 0.0
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=max(depth, 1))
+        self._closed = threading.Event()
+        self._finished = False
+        self._thread = threading.Thread(target=self._run, args=(items,), daemon=True, name="ssr_rec-reader")
+        self._thread.start()
+
+    def _run(self, items: Iterator[Batch]) -> None:
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+            self._put(None)
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> Batch:
+        if self._finished:
+            raise StopIteration
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(item, Batch):
+            return item
+        self._finished = True
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        self._closed.set()
+        self._finished = True
+        self._thread.join()

@@ -1,0 +1,196 @@
+"""The spec of a table: which column of a log is what, and how it is split and encoded (`tools/prepare_data.py`)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from ssr_rec.schema import GROUP_COLUMN, first_problem
+from ssr_rec.settings import Settings
+
+MAX_BUCKETS = 2**31 - 1
+"""Buckets of a hash: the remainder of an md5 is taken 32 bits at a time, which must fit an int64."""
+
+
+class TextFormat(Settings):
+    """How CSV and TSV files are cut into columns; parquet files ignore it."""
+
+    delimiter: str | None = Field(None, min_length=1, max_length=1, description="None: comma for .csv, tab otherwise")
+    header: bool = True
+    columns: list[str] | None = Field(None, description="names of the columns where there is no header")
+    quote: bool = Field(True, description="double quotes protect delimiters; off: a quote is a character like others")
+
+    @model_validator(mode="after")
+    def _named_once(self) -> TextFormat:
+        if self.header == (self.columns is not None):
+            raise ValueError("columns is for files without a header (header: false), and those need it")
+        return self
+
+
+class ListColumn(Settings):
+    max_length: int = Field(ge=1, description="items kept per row")
+    keep: Literal["first", "last"] = Field("first", description="which end of a longer list is kept")
+    separator: str | None = Field(None, min_length=1, description="between the items, where the list is text")
+
+
+def _ratios(values: Any) -> Any:
+    if isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) and v > 0 for v in values):
+        return [value / sum(values) for value in values]
+    raise ValueError("three positive shares are needed, of train, validation and test")
+
+
+def _moments(values: Any) -> Any:
+    # YAML reads 2022-05-06 as a date; the column may hold it as text, so the text form is kept.
+    return [str(v) if isinstance(v, date) else v for v in values] if isinstance(values, list) else values
+
+
+Ratios = Annotated[list[float], BeforeValidator(_ratios)]
+
+
+class RandomSplit(Settings):
+    type: Literal["random"] = "random"
+    ratios: Ratios = Field(default_factory=lambda: [0.8, 0.1, 0.1])
+
+
+class TimeSplit(Settings):
+    """``train < boundaries[0] <= validation < boundaries[1] <= test``; ratios take the boundaries from the column."""
+
+    type: Literal["time"] = "time"
+    column: str
+    boundaries: Annotated[list[int | str], BeforeValidator(_moments)] | None = Field(None, min_length=2, max_length=2)
+    ratios: Ratios | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> TimeSplit:
+        if (self.boundaries is None) == (self.ratios is None):
+            raise ValueError("a time split needs either boundaries or ratios")
+        if self.boundaries and len({type(moment) for moment in self.boundaries}) > 1:
+            raise ValueError("both boundaries must be of one kind, numbers or text")
+        return self
+
+
+class TableSpec(Settings):
+    """Every column of the input is named in exactly one role, so that none becomes a feature by accident.
+
+    The column of ``group_id`` and of a time split may be features or ignored besides.
+    """
+
+    name: str = Field(min_length=1)
+    labels: list[str] = Field(min_length=1)
+    categorical: list[str] = Field(default_factory=list)
+    numeric: list[str] = Field(default_factory=list)
+    lists: dict[str, ListColumn] = Field(default_factory=dict)
+    ignore: list[str] = Field(default_factory=list)
+    group_id: str | None = None
+    split: RandomSplit | TimeSplit = Field(default_factory=RandomSplit, discriminator="type")
+    min_count: int = Field(6, ge=1, description="training occurrences that earn a value an id of its own")
+    num_buckets: int = Field(64, ge=1, le=MAX_BUCKETS, description="buckets of a numeric column")
+    hash_buckets: int | dict[str, int] = Field(
+        default_factory=dict, description="hash instead of a vocabulary: for all columns, or per column"
+    )
+    text: TextFormat = Field(default_factory=TextFormat)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TableSpec:
+        roles = [*self.labels, *self.categorical, *self.numeric, *self.lists, *self.ignore]
+        repeated = sorted({column for column in roles if roles.count(column) > 1})
+        if repeated:
+            raise ValueError(f"columns named in two roles: {', '.join(repeated)}")
+        if not self.features:
+            raise ValueError("no feature is named under categorical, numeric or lists")
+        reserved = [column for column in roles if column.startswith("__")]
+        if reserved:
+            raise ValueError(f"column names beginning with __ (as {GROUP_COLUMN}) are reserved: {', '.join(reserved)}")
+        counts = self.hash_buckets if isinstance(self.hash_buckets, dict) else {"all columns": self.hash_buckets}
+        for column, count in counts.items():
+            if isinstance(self.hash_buckets, dict) and column not in (*self.categorical, *self.lists):
+                raise ValueError(f"hash_buckets: {column!r} is neither categorical nor a list")
+            if not 1 <= count <= MAX_BUCKETS:
+                raise ValueError(f"hash_buckets: {count} for {column} is not within 1..{MAX_BUCKETS}")
+        return self
+
+    @property
+    def features(self) -> list[str]:
+        """Categorical, numeric, then list features, each in the order of the spec."""
+        return [*self.categorical, *self.numeric, *self.lists]
+
+    @property
+    def used(self) -> list[str]:
+        """The columns that are read, each once: labels, features, group id, time."""
+        extra = [self.group_id, self.split.column if isinstance(self.split, TimeSplit) else None]
+        return list(dict.fromkeys([*self.labels, *self.features, *(column for column in extra if column)]))
+
+    def buckets(self, column: str) -> int | None:
+        """Hash buckets of a column; None: it gets a vocabulary."""
+        return self.hash_buckets.get(column) if isinstance(self.hash_buckets, dict) else self.hash_buckets
+
+    def check_columns(self, columns: Sequence[str], source: str | Path) -> None:
+        """Refuse a column of the input that has no role, and a role whose column the input lacks.
+
+        Raises:
+            ValueError: naming the file, the column, and the nearest spelling.
+        """
+        for column in self.used:
+            if column not in columns:
+                role = "label" if column in self.labels else "column"
+                raise ValueError(f"{source}: no {role} {column!r}{nearest(column, columns)}; it has {listed(columns)}")
+        named = {*self.used, *self.ignore}
+        for column in columns:
+            if column not in named:
+                hint = nearest(column, [name for name in self.ignore if name not in columns])
+                raise ValueError(f"{source}: column {column!r} has no role in the spec{hint}; add it to ignore if unused")
+        for column in self.ignore:
+            if column not in columns:
+                raise ValueError(f"{source}: ignore names {column!r}, no such column{nearest(column, columns)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:40]) + (" ..." if len(names) > 40 else "")
+
+
+def make_spec(entries: dict[str, Any], source: str) -> TableSpec:
+    """Validate a spec.
+
+    Raises:
+        ValueError: naming ``source``, the entry, what is wrong, and the nearest valid key.
+    """
+    try:
+        return TableSpec.model_validate(entries)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] != "extra_forbidden":
+            raise ValueError(f"{source}: {first_problem(error)}") from None
+        key = str(problem["loc"][-1])
+        parts = (TableSpec, TextFormat, ListColumn, RandomSplit, TimeSplit)
+        known = [name for part in parts for name in part.model_fields]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{source}: unknown key {where!r}{nearest(key, known)}") from None
+
+
+def read_spec(path: Path) -> TableSpec:
+    """Read a spec from YAML.
+
+    Raises:
+        ValueError: no such file, not YAML, or not a spec.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: a spec is a mapping of keys such as name, labels and categorical")
+    return make_spec(entries, str(path))

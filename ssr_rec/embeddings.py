@@ -1,0 +1,141 @@
+"""Schema to tables to ``EmbeddingBagCollection``, with its optimizer in the backward pass."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from ssr_rec.schema import Schema
+from ssr_rec.settings import Settings
+
+OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD, "adam": Adam}
+DIM_MULTIPLE = 4
+"""FBGEMM's lookup kernels move rows in vectors of four elements."""
+
+
+class EmbeddingsConfig(Settings):
+    dim: int = Field(16, ge=1, description="embedding dim D of every feature not named in dims; a multiple of 4")
+    dims: dict[str, int] = Field({}, description="feature -> its own dim, a multiple of 4")
+    pooling: Literal["mean", "sum"] = Field("mean", description="how the ids of a list feature become one vector")
+    init_scale: float = Field(0.05, gt=0, description="tables start uniform in [-init_scale, init_scale]")
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = Field(
+        "rowwise_adagrad",
+        description="fused into the backward pass; adam on CPU has no fused form and trains replicated tables instead",
+    )
+    learning_rate: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="L2 on the rows of a batch (fused), on all rows (adam on CPU)")
+    eps: float = Field(1e-8, gt=0, description="added to the optimizer's denominator; sgd ignores it")
+
+    def dim_of(self, feature: str) -> int:
+        return self.dims.get(feature, self.dim)
+
+    def is_fused(self, device_type: str) -> bool:
+        """Whether the optimizer runs inside the backward pass; FBGEMM has no Adam for CPU."""
+        return not (self.optimizer == "adam" and device_type == "cpu")
+
+
+def build_tables(schema: Schema, config: EmbeddingsConfig, device_type: str) -> EmbeddingBagCollection:
+    """One table per feature, on the meta device: memory is taken by the shards only.
+
+    Raises:
+        ValueError: ``dims`` names an unknown feature, or a dim is not a multiple of 4.
+    """
+    unknown = sorted(set(config.dims) - set(schema.feature_names))
+    if unknown:
+        raise ValueError(
+            f"embeddings.dims names {unknown[0]!r}, which is no feature of {schema.name!r}; "
+            f"it has {', '.join(schema.feature_names)}"
+        )
+    for key, dim in {
+        "embeddings.dim": config.dim,
+        **{f"embeddings.dims.{k}": v for k, v in config.dims.items()},
+    }.items():
+        if dim % DIM_MULTIPLE:
+            raise ValueError(f"{key}={dim} must be a multiple of {DIM_MULTIPLE}, which FBGEMM's kernels need")
+    pooling = PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM
+    tables = EmbeddingBagCollection(
+        device=torch.device("meta"),
+        tables=[
+            EmbeddingBagConfig(
+                name=feature.name,
+                feature_names=[feature.name],
+                num_embeddings=feature.num_embeddings,
+                embedding_dim=config.dim_of(feature.name),
+                # The pooling of one id is itself; one pooling per kernel call keeps the calls few.
+                pooling=pooling if feature.kind == "list" else PoolingType.SUM,
+            )
+            for feature in schema.features
+        ],
+    )
+    if config.is_fused(device_type):
+        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        if config.optimizer != "sgd":
+            settings["eps"] = config.eps
+        apply_optimizer_in_backward(OPTIMIZERS[config.optimizer], tables.parameters(), settings)
+    return tables
+
+
+class ConcatFields(nn.Module):
+    """``KeyedTensor`` to the input vector (B, sum of dims), fields in schema order.
+
+    ``KeyedTensor.values()`` of a sharded collection is ordered by the sharding plan, so the order is restored by
+    name: SSR-S's indices, and any checkpoint, depend on it.
+    """
+
+    def __init__(self, feature_names: list[str]) -> None:
+        super().__init__()
+        self.feature_names = feature_names
+
+    def forward(self, embeddings: KeyedTensor) -> Tensor:
+        keys = embeddings.keys()
+        if keys == self.feature_names:
+            return embeddings.values()
+        by_name = dict(zip(keys, embeddings.values().split(embeddings.length_per_key(), dim=1), strict=True))
+        return torch.cat([by_name[name] for name in self.feature_names], dim=1)
+
+
+ROWS_PER_SEED = 65_536
+
+
+def initialise_tables(model: nn.Module, seed: int, scale: float) -> None:
+    """Fill every (shard of a) table with uniform numbers that depend on seed, table, row and column alone.
+
+    TorchRec initialises each shard on its rank, so that a run's start would depend on the world size. Here rows
+    come in blocks of ``ROWS_PER_SEED`` with a seed of their own, and a rank draws the blocks its shards touch.
+    """
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if ".embedding_bags." not in key:
+                continue
+            table = key.split(".embedding_bags.")[1].removesuffix(".weight")
+            if isinstance(value, ShardedTensor):
+                columns = value.size(1)
+                for shard in value.local_shards():
+                    _fill(shard.tensor, table, seed, scale, columns, *shard.metadata.shard_offsets)
+            else:
+                _fill(value, table, seed, scale, value.size(1), 0, 0)
+
+
+def _fill(
+    shard: Tensor, table: str, seed: int, scale: float, table_columns: int, first_row: int, first_column: int
+) -> None:
+    rows, columns = shard.shape
+    for block in range(first_row // ROWS_PER_SEED, -(-(first_row + rows) // ROWS_PER_SEED)):
+        digest = hashlib.sha256(f"{seed}/{table}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        start = max(first_row, block * ROWS_PER_SEED)
+        stop = min(first_row + rows, (block + 1) * ROWS_PER_SEED)
+        # The generator fills row by row, so the rows up to `stop` do not depend on how long the table is.
+        drawn = torch.empty(stop - block * ROWS_PER_SEED, table_columns).uniform_(-scale, scale, generator=generator)
+        wanted = drawn[start - block * ROWS_PER_SEED :, first_column : first_column + columns]
+        shard[start - first_row : stop - first_row].copy_(wanted)

@@ -1,0 +1,142 @@
+"""The filters of an SSR layer: what picks, for every view, the signals its dense fusion gets to see.
+
+To add one: a class with the methods of ``Filter``, a name in ``FilterName`` and a line in ``FILTERS``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssr_rec.kernels import ics
+from ssr_rec.over_archs.base import Flops, dense_flops
+from ssr_rec.over_archs.layers import init_dense_
+
+if TYPE_CHECKING:
+    from ssr_rec.over_archs.ssr import SSRConfig
+
+
+class Filter(nn.Module, ABC):
+    """``(B, width) -> (B, V, d)``: b views of d dims from the whole input (eq. 2).
+
+    Args of every filter: ``width`` of the layer's input, ``layer`` its position in the stack, ``config``.
+    """
+
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
+    """The keys of SSRConfig that only some filters read, and this one does."""
+
+    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+        super().__init__()
+        self.width = width
+        self.num_views = config.num_views
+        self.view_dim = config.view_dim
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def flops(self) -> Flops:
+        """Cost for one sample."""
+
+    @abstractmethod
+    def statistics(self, x: Tensor) -> dict[str, Any]:
+        """What a report says about this filter on the batch x, as JSON values."""
+
+
+class StaticRandomFilter(Filter):
+    """SSR-S: every view sees a fixed random subset of the dims (eq. 3), by slicing, at no FLOPs.
+
+    The dims are distinct within a view and independent across views and layers. They depend on ``index_seed``, the
+    layer and the view alone: not on the run's seed, and not on how many other views there are.
+    """
+
+    SETTINGS = ("index_seed",)
+
+    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+        super().__init__(width, layer, config)
+        if config.view_dim > width:
+            raise ValueError(
+                f"view_dim={config.view_dim} asks each view of layer {layer} for more dims than its input has: "
+                f"set view_dim to at most {width}, or filter='dynamic'"
+            )
+        rows = [random_subset(width, config.view_dim, config.index_seed, layer, v) for v in range(config.num_views)]
+        self.indices: Tensor
+        self.register_buffer("indices", torch.tensor(np.stack(rows)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.indices.flatten()).unflatten(1, self.indices.shape)
+
+    def flops(self) -> Flops:
+        return Flops()
+
+    def statistics(self, x: Tensor) -> dict[str, Any]:
+        return {"input_coverage": self.indices.unique().numel() / self.width}
+
+
+def random_subset(width: int, count: int, seed: int, layer: int, view: int) -> np.ndarray:
+    """``count`` of ``width`` dims, uniform without replacement, ascending."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(layer, view)))
+    return np.sort(rng.permutation(width)[:count])
+
+
+class IcsFilter(Filter):
+    """SSR-D: every view projects the whole input and lets the projected dims compete (eq. 4).
+
+    ``h_i = ICS_i(x W_i^proj)``; with ``gate``, ``h_i = ICS_i(x W_i^proj) * (x W_i^value)``.
+    """
+
+    SETTINGS = ("iterations", "alpha_init", "learn_alpha", "gamma", "gate")
+
+    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+        super().__init__(width, layer, config)
+        self.proj = self._projection(config)
+        self.value = self._projection(config) if config.gate else None
+        alpha = torch.full((self.num_views, config.iterations), float(config.alpha_init))
+        self.alpha: Tensor
+        if config.learn_alpha:
+            self.alpha = nn.Parameter(alpha)
+        else:
+            self.register_buffer("alpha", alpha)
+        self.gamma = nn.Parameter(torch.ones(self.num_views, self.view_dim)) if config.gamma else None
+
+    def _projection(self, config: SSRConfig) -> nn.Linear:
+        # All views in one matrix: one large product instead of V small ones. The fans are those of one view.
+        linear = nn.Linear(self.width, self.num_views * self.view_dim, bias=False)
+        init_dense_(linear.weight, None, self.width, self.view_dim, config.initializer, normal=True)
+        return linear
+
+    def sparse(self, x: Tensor) -> Tensor:
+        """ICS of the projection, before any gate: (B, width) -> (B, V, d)."""
+        return ics(self.proj(x).unflatten(1, (self.num_views, self.view_dim)), self.alpha, self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.sparse(x)
+        return h if self.value is None else h * self.value(x).view_as(h)
+
+    def flops(self) -> Flops:
+        dims = self.num_views * self.view_dim
+        iterations = self.alpha.shape[1]
+        # relu; per iteration a mean, a subtraction and a relu over d, and one alpha * mean a view; gamma.
+        compete = dims * (1 + 3 * iterations + (self.gamma is not None)) + self.num_views * iterations
+        total = dense_flops(self.width, dims, bias=False) + Flops(elementwise=compete)
+        if self.value is not None:
+            total += dense_flops(self.width, dims, bias=False) + Flops(elementwise=dims)
+        return total
+
+    def statistics(self, x: Tensor) -> dict[str, Any]:
+        zeros = self.sparse(x) == 0
+        alpha = self.alpha.detach()
+        return {
+            "sparsity": zeros.float().mean().item(),
+            "sparsity_per_view": zeros.float().mean((0, 2)).tolist(),
+            "alpha": alpha.tolist(),
+            "negative_alphas": int((alpha < 0).sum()),
+        }
+
+
+FilterName = Literal["static", "dynamic"]
+FILTERS: dict[str, type[Filter]] = {"static": StaticRandomFilter, "dynamic": IcsFilter}

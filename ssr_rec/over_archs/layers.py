@@ -1,0 +1,163 @@
+"""Layers that several over-archs share: initialisers, input normalisation, dense stacks, per-view dense and norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, GELU_FLOPS, LAYER_NORM_FLOPS, Flops, dense_flops
+
+Initializer = Literal["glorot", "torch"]
+InputNormKind = Literal["none", "per_dim", "per_field"]
+
+BATCH_NORM_EPS = 1e-3
+BATCH_NORM_MOMENTUM = 0.01
+"""Weight of the new batch; Keras writes the same as momentum 0.99, the weight of the old value."""
+
+
+def init_dense_(
+    weight: Tensor, bias: Tensor | None, fan_in: int, fan_out: int, initializer: Initializer, normal: bool = False
+) -> None:
+    """Initialises a dense layer in place.
+
+    The fans are arguments because ``nn.init`` reads them off the shape, and takes a (V, in, out)
+    stack for a convolution: its Glorot variance would shrink with the number of views.
+
+    Args:
+        initializer: "glorot": variance 2 / (fan_in + fan_out), zero bias. "torch": nn.Linear's own, weight and
+            bias uniform within 1 / sqrt(fan_in).
+        normal: draw Glorot weights from a normal instead of a uniform distribution.
+    """
+    bound = 1 / math.sqrt(fan_in)
+    std = math.sqrt(2 / (fan_in + fan_out))
+    if initializer == "torch":
+        nn.init.uniform_(weight, -bound, bound)
+    elif normal:
+        nn.init.normal_(weight, 0.0, std)
+    else:
+        nn.init.uniform_(weight, -math.sqrt(3) * std, math.sqrt(3) * std)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound) if initializer == "torch" else nn.init.zeros_(bias)
+
+
+class InputNorm(nn.Module):
+    """Batch norm of the input vector, over every embedding coordinate or over every field.
+
+    ``per_field`` has one mean, variance, scale and shift for all the dims of a field, hence needs fields of equal dims.
+    In training each process normalises with its own share of the batch.
+    """
+
+    def __init__(self, kind: Literal["per_dim", "per_field"], field_dims: Sequence[int]) -> None:
+        super().__init__()
+        if kind == "per_field" and len(set(field_dims)) > 1:
+            raise ValueError(
+                f"input_norm='per_field' needs fields of equal dims, got {list(field_dims)}: use input_norm='per_dim'"
+            )
+        self.width = sum(field_dims)
+        self.channels = self.width if kind == "per_dim" else len(field_dims)
+        self.weight = nn.Parameter(torch.ones(self.channels))
+        self.bias = nn.Parameter(torch.zeros(self.channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(self.channels))
+        self.register_buffer("running_var", torch.ones(self.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F*D) -> (B, F*D)."""
+        # One row has no variance; the last batch of an epoch may be one.
+        use_batch = self.training and x.shape[0] > 1
+        y = F.batch_norm(
+            x.unflatten(1, (self.channels, -1)),
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=use_batch,
+            momentum=BATCH_NORM_MOMENTUM,
+            eps=BATCH_NORM_EPS,
+        )
+        return y.flatten(1)
+
+    def flops(self) -> Flops:
+        return Flops(elementwise=FOLDED_NORM_FLOPS * self.width)
+
+
+class DenseStack(nn.Sequential):
+    """Dense layers, each followed by its LayerNorm (if any), activation and dropout (if any); empty: the identity."""
+
+    def __init__(
+        self,
+        fan_in: int,
+        hidden: Sequence[int],
+        initializer: Initializer,
+        activation: Literal["relu", "gelu"] = "relu",
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for width in hidden:
+            linear = nn.Linear(fan_in, width)
+            init_dense_(linear.weight, linear.bias, fan_in, width, initializer)
+            self.append(linear)
+            if layer_norm:
+                self.append(nn.LayerNorm(width))
+            self.append(nn.ReLU() if activation == "relu" else nn.GELU())
+            if dropout:
+                self.append(nn.Dropout(dropout))
+            fan_in = width
+
+    def flops(self) -> Flops:
+        total, width = Flops(), 0
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                width = layer.out_features
+                total += dense_flops(layer.in_features, width)
+            elif isinstance(layer, nn.LayerNorm):
+                total += Flops(elementwise=LAYER_NORM_FLOPS * width)
+            elif isinstance(layer, nn.GELU):
+                total += Flops(elementwise=GELU_FLOPS * width)
+            elif isinstance(layer, nn.ReLU):
+                total += Flops(elementwise=width)
+        return total
+
+
+class ViewLinear(nn.Module):
+    """V dense layers side by side, each with its own weight and bias: the block-diagonal layer of paper 2.3."""
+
+    def __init__(self, num_views: int, fan_in: int, fan_out: int, initializer: Initializer) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_views, fan_in, fan_out))
+        self.bias = nn.Parameter(torch.empty(num_views, fan_out))
+        init_dense_(self.weight, self.bias, fan_in, fan_out, initializer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(V, B, in) -> (V, B, out)."""
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+
+    def flops(self) -> Flops:
+        num_views, fan_in, fan_out = self.weight.shape
+        one = dense_flops(fan_in, fan_out)
+        return Flops(num_views * one.matmul, num_views * one.elementwise)
+
+
+class ViewLayerNorm(nn.Module):
+    """LayerNorm over the dims of each view, with a scale and a shift per view."""
+
+    def __init__(self, num_views: int, view_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_views, view_dim))
+        self.bias = nn.Parameter(torch.zeros(num_views, view_dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(V, B, d) -> (V, B, d)."""
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias.unsqueeze(1), x, self.weight.unsqueeze(1))
+
+    def flops(self) -> Flops:
+        return Flops(elementwise=LAYER_NORM_FLOPS * self.weight.numel())

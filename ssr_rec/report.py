@@ -1,0 +1,166 @@
+"""What a run leaves behind: its log rows as they come, and the report at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ssr_rec.config import RunConfig, dump_config
+from ssr_rec.data.reader import Reader
+from ssr_rec.figures import draw_curves
+from ssr_rec.over_archs import SSR, OverArch, ssr_statistics
+from ssr_rec.progress import Progress, decimal, short_number
+from ssr_rec.run_folder import (
+    append_jsonl,
+    create_run_folder,
+    git_commit,
+    hardware,
+    open_tensorboard,
+    read_metrics,
+    versions,
+    write_json,
+    write_scalars,
+    write_text,
+)
+from ssr_rec.schema import Schema
+from ssr_rec.trainer import Fitted, Tasks
+
+
+class RunLog:
+    """The run folder (contract 5 of docs/architecture.md) while the run is on: rank 0 writes, the others agree.
+
+    Calling it with a row of metrics.jsonl writes the row, its TensorBoard scalars and its line on the terminal.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.is_root, self.world_size = rank == 0, world_size
+        self.progress = Progress(total_steps=None, rank=rank)
+        self.folder = Path()
+
+    def drawing(self, rows_done: int, rows_total: int) -> None:
+        """Progress of drawing the synthetic log."""
+        if self.is_root and rows_done == rows_total:
+            self.progress.note(f"drew the synthetic log: {short_number(rows_total)} rows")
+
+    def open(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Reader) -> None:
+        """Create the run folder and say what is about to run. Collective."""
+        folder: list[Any] = [None]
+        if self.is_root:
+            stem = f"{schema.name}-{config.over_arch.label}".lower().replace(" ", "_")
+            try:
+                folder = [create_run_folder(config.runs, config.name, stem)]
+            except ValueError as error:
+                folder = [error]
+        dist.broadcast_object_list(folder)
+        if isinstance(folder[0], ValueError):
+            raise ValueError(str(folder[0]))
+        self.folder = folder[0]
+        steps = config.train.epochs * train.steps_per_epoch
+        steps = min(steps, config.train.max_steps or steps)
+        self.progress = Progress(total_steps=steps, rank=dist.get_rank())
+        if not self.is_root:
+            return
+        write_text(self.folder / "config.yaml", dump_config(config))
+        self.tensorboard = open_tensorboard(self.folder)
+        self.progress.note(
+            f"{config.over_arch.label}: {short_number(over_arch.num_parameters)} parameters, "
+            f"{short_number(over_arch.flops_per_sample)}FLOPs a sample, {len(schema.features)} fields\n"
+            f"{schema.name}: {short_number(train.num_rows)} rows, tables of "
+            f"{short_number(num_embedding_parameters(config, schema))} parameters on {self.world_size} rank(s)\n"
+            f"run folder {self.folder}"
+        )
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if not self.is_root:
+            return
+        append_jsonl(self.folder / "metrics.jsonl", row)
+        write_scalars(self.tensorboard, row)
+        if row["split"] == "train":
+            self.progress.show(row)
+        else:
+            figures = "  ".join(f"{task} AUC {decimal(values['auc'])}" for task, values in row["tasks"].items())
+            self.progress.note(f"{row['split']} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}")
+
+
+def num_embedding_parameters(config: RunConfig, schema: Schema) -> int:
+    return sum(feature.num_embeddings * config.embeddings.dim_of(feature.name) for feature in schema.features)
+
+
+@contextmanager
+def capture_inputs(over_arch: OverArch, rows: int = 1024) -> Iterator[list[Tensor]]:
+    """Keep up to ``rows`` rows of the first batch that reaches ``over_arch`` inside the block."""
+    kept: list[Tensor] = []
+
+    def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        if not kept:
+            kept.append(inputs[0][:rows].detach().clone())
+
+    handle = over_arch.register_forward_pre_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def build_report(
+    config: RunConfig, schema: Schema, over_arch: OverArch, fitted: Fitted, test: Tasks, x: Tensor, world_size: int
+) -> dict[str, Any]:
+    """The figures of report.json; ``x`` (b, F*D) is a batch for the filters' statistics."""
+    return {
+        "name": None,
+        "over_arch": {
+            "name": config.over_arch.name,
+            "kind": config.over_arch.label,
+            "num_parameters": over_arch.num_parameters,
+            "flops_per_sample": over_arch.flops_per_sample,
+            **({"filters": ssr_statistics(over_arch, x)} if isinstance(over_arch, SSR) else {}),
+        },
+        "num_embedding_parameters": num_embedding_parameters(config, schema),
+        "test": test,
+        "validation": fitted.best["tasks"],
+        "best_step": fitted.best["step"],
+        "ceiling": {task: c.model_dump() for task, c in schema.ceiling.get("test", {}).items() if task in test},
+        "samples_per_s": fitted.samples_per_s,
+        "data_wait": fitted.data_wait,
+        "world_size": world_size,
+        "steps": fitted.steps,
+        "epochs": fitted.epochs,
+        "stopped_early": fitted.stopped_early,
+        "seconds": fitted.seconds,
+        "seed": config.seed,
+        "dataset": {
+            "name": schema.name,
+            "dataset_id": schema.dataset_id,
+            "num_rows": schema.splits["train"].num_rows,
+        },
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(),
+    }
+
+
+def finish_report(log: RunLog, report: dict[str, Any]) -> None:
+    """Write report.json and curves.png and print the result, on rank 0."""
+    if not log.is_root:
+        return
+    report["name"] = log.folder.name
+    write_json(log.folder / "report.json", report)
+    draw_curves(read_metrics(log.folder / "metrics.jsonl"), report, log.folder / "curves.png")
+    log.tensorboard.close()
+    log.progress.close()
+    for task, values in report["test"].items():
+        print(f"{report['over_arch']['kind']}  test {task}: {_figures(values, report['ceiling'].get(task))}")
+    print(f"report {log.folder / 'report.json'}, picture {log.folder / 'curves.png'}", flush=True)
+
+
+def _figures(values: Mapping[str, float], ceiling: Mapping[str, float] | None) -> str:
+    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "ne": "NE"}
+    parts = [f"{label} {decimal(values[key])}" for key, label in names.items() if key in values]
+    if ceiling:
+        parts.append(f"(ceiling of the log: AUC {decimal(ceiling['auc'])}, logloss {decimal(ceiling['logloss'])})")
+    return "  ".join(parts)

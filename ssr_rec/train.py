@@ -1,0 +1,197 @@
+"""Train one model: ``torchx run dist.ddp -j 2x8 ssr_rec/train.py --config C``, torchrun, or plain python.
+
+Builds everything top to bottom, calls fit(), writes the report. Bad input ends with one line and exit code 2.
+"""
+
+from ssr_rec.stack import require_stack
+
+# Before torchrec is imported: with a wrong stack that import itself fails, deep in C++.
+require_stack()
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from ssr_rec.checkpoint import load_weights, save_weights
+from ssr_rec.config import RunConfig, dump_config, load_config
+from ssr_rec.data.reader import Reader
+from ssr_rec.data.synthetic import ensure_synthetic
+from ssr_rec.embeddings import build_tables, initialise_tables
+from ssr_rec.model import CTRModel, DenseArch, TrainTask
+from ssr_rec.optim import Schedule, build_optimizer
+from ssr_rec.over_archs import OVER_ARCHS, OverArch
+from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
+from ssr_rec.schema import SPLITS, Schema
+from ssr_rec.sharding import build_topology, plan_sharding, shard
+from ssr_rec.trainer import TrainConfig, evaluate, fit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Train one model on one click log; see README.md.", epilog="Any config key: --train.batch_size=512"
+    )
+    parser.add_argument("--config", help="YAML file, such as configs/smoke.yaml; default: SSR-S on the synthetic log")
+    parser.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
+    known, overrides = parser.parse_known_args(arguments)
+    quiet()
+    try:
+        config = load_config(known.config, overrides)
+        if known.print_config:
+            print(dump_config(config), end="")
+            return 0
+        train(config)
+    except ValueError as error:
+        if is_library_error(error):
+            raise
+        # Every rank meets the same bad config or dataset: one line per host is enough.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run ``config`` to its report; every rank calls it and gets the report.
+
+    Raises:
+        ValueError: bad config or data; the message names the key or file and the fix.
+    """
+    device = start_process_group(config.device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+    log = RunLog(rank, world_size)
+    folder = Path(config.data.path) if config.data.path else draw_synthetic(config, log)
+    schema = Schema.read(folder).select(config.data.features, config.data.labels)
+    check_train_config(config.train, schema)
+    readers = {split: open_reader(config, folder, schema, split, rank, world_size) for split in SPLITS}
+
+    model = build_model(config, schema, device, world_size, local_world_size)
+    optimizer = build_optimizer(model, config.optimizer, config.embeddings)
+    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    over_arch: OverArch = model.module.model.dense.over_arch
+
+    log.open(config, schema, over_arch, readers["train"])
+    best = log.folder / "checkpoints" / "best"
+    fitted = fit(
+        pipeline,
+        model,
+        Schedule(optimizer, config.optimizer.warmup_steps),
+        readers["train"],
+        readers["validation"],
+        config.train,
+        log,
+        save_best=lambda: save_weights(model, best),
+    )
+    load_weights(model, best)
+    with capture_inputs(over_arch) as inputs:
+        test = evaluate(pipeline, model, readers["test"])
+    log({"step": fitted.steps, "epoch": fitted.best["epoch"], "samples": fitted.samples, "split": "test", **test})
+    report = build_report(config, schema, over_arch, fitted, test["tasks"], inputs[0], world_size)
+    finish_report(log, report)
+    return report
+
+
+def start_process_group(device: str) -> torch.device:
+    """Join the job's ranks (gloo on CPU, NCCL on CUDA), or be the only one when no launcher set RANK."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda, but torch finds no GPU here; use --device=cpu or auto")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return chosen
+
+
+def draw_synthetic(config: RunConfig, log: RunLog) -> Path:
+    """The folder of the synthetic log, drawn by whoever comes first."""
+    folder = ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root), log.drawing)
+    dist.barrier()
+    return folder
+
+
+def check_train_config(config: TrainConfig, schema: Schema) -> None:
+    """Refuse settings that name labels or groups the dataset does not have."""
+    for key, names in (("task_weights", list(config.task_weights)), ("monitor_task", [config.monitor_task])):
+        for name in names:
+            if name is not None and name not in schema.labels:
+                raise ValueError(f"train.{key} names {name!r}; the labels are {', '.join(schema.labels)}")
+    if config.monitor == "gauc" and schema.group_id is None:
+        raise ValueError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
+
+
+def open_reader(config: RunConfig, folder: Path, schema: Schema, split: str, rank: int, world_size: int) -> Reader:
+    is_train = split == "train"
+    return Reader(
+        folder,
+        schema,
+        split,
+        batch_size=config.train.batch_size if is_train else config.train.eval_batch_size,
+        rank=rank,
+        world_size=world_size,
+        num_lanes=config.data.num_lanes,
+        seed=config.seed if is_train and config.data.shuffle else None,
+        prefetch=config.data.prefetch,
+    )
+
+
+def build_model(
+    config: RunConfig, schema: Schema, device: torch.device, world_size: int, local_world_size: int
+) -> DistributedModelParallel:
+    """The sharded model, with weights that depend on the seed and not on the world size."""
+    torch.manual_seed(config.seed)
+    over_arch_class = OVER_ARCHS[config.over_arch.name]
+    dims = [config.embeddings.dim_of(name) for name in schema.feature_names]
+    over_arch = over_arch_class(len(dims), dims, len(schema.labels), config.over_arch)  # type: ignore[call-arg]
+    dense = DenseArch(schema.feature_names, over_arch, len(schema.labels), config.train.bf16)
+    tables = build_tables(schema, config.embeddings, device.type)
+    weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
+    task = TrainTask(CTRModel(tables, dense), weights)
+    topology = build_topology(config.sharding, device.type, world_size, local_world_size)
+    fused = config.embeddings.is_fused(device.type)
+    rows_per_rank = max(1, config.train.batch_size // world_size)
+    plan = plan_sharding(task, schema, config.sharding, topology, fused, rows_per_rank)
+    model = shard(task, plan, device)
+    initialise_tables(model, config.seed, config.embeddings.init_scale)
+    # Dropout draws of the ranks must differ; everything drawn before must not.
+    torch.manual_seed(config.seed * 1_000_003 + dist.get_rank())
+    return model
+
+
+def is_library_error(error: ValueError) -> bool:
+    """Whether ``error`` was raised outside ssr_rec: then it is a bug, and the traceback is wanted."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return not raised_in.is_relative_to(Path(__file__).resolve().parent)
+
+
+def quiet() -> None:
+    """Keep the libraries' start-up chatter out of the progress lines."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

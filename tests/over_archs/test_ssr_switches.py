@@ -1,0 +1,158 @@
+"""Every switch of SSR changes its output and survives a state dict; the config refuses nonsense."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ssr_rec.over_archs import SSR, SSRConfig
+from ssr_rec.over_archs.filters import FILTERS, FilterName
+
+F, D, B, V, DV, L = 5, 4, 6, 3, 8, 2
+SMALL: dict[str, Any] = {"num_views": V, "view_dim": DV, "num_layers": L}
+STATIC: dict[str, Any] = {**SMALL, "filter": "static"}
+
+
+def build(seed: int = 0, **settings: Any) -> SSR:
+    """An SSR in float64 whose every parameter is random, so that no default of 0 or 1 hides a mistake."""
+    torch.manual_seed(seed)
+    ssr = SSR(F, D, 1, SSRConfig(**(SMALL | settings))).double().eval()
+    with torch.no_grad():
+        for parameter in ssr.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter) + 0.2)
+    return ssr
+
+
+def batch(rows: int = B, seed: int = 7) -> Tensor:
+    return torch.randn(rows, F * D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+SWITCHES = [
+    ("dynamic", {"gate": True}),
+    ("dynamic", {"iterations": 2}),
+    ("dynamic", {"alpha_init": 0.4}),
+    ("dynamic", {"initializer": "torch"}),
+    *[
+        (kind, switch)
+        for kind in ("static", "dynamic")
+        for switch in (
+            {"fusion_layers": 2},
+            {"residual": True},
+            {"layer_norm_eps": 1e-2},
+            {"input_norm": "per_dim"},
+            {"input_norm": "per_field"},
+            {"output": "mean"},
+            {"output_mlp": [9]},
+            {"fusion_dropout": 0.3},
+            {"input_dropout": 0.3},
+        )
+    ],
+    ("static", {"index_seed": 5}),
+]
+
+
+@pytest.mark.parametrize(("kind", "switch"), SWITCHES, ids=lambda v: str(v))
+def test_a_switch_changes_training_output_and_survives_a_state_dict(kind: str, switch: dict[str, Any]) -> None:
+    def make(seed: int, **settings: Any) -> SSR:
+        torch.manual_seed(seed)
+        return SSR(F, D, 1, SSRConfig(**SMALL, filter=kind, **settings))
+
+    def train_step(ssr: SSR) -> Tensor:
+        torch.manual_seed(3)
+        return ssr(batch().float())
+
+    plain, switched = make(0), make(0, **switch)
+    a, b = train_step(plain), train_step(switched)
+    assert a.shape != b.shape or not torch.allclose(a, b, atol=1e-4)
+    assert b.shape == (B, switched.out_features)
+
+    other = make(1, **switch)
+    other.load_state_dict(switched.state_dict())
+    assert torch.equal(other.eval()(batch().float()), switched.eval()(batch().float()))
+
+
+def test_a_frozen_alpha_is_kept_in_the_state_dict_and_not_trained() -> None:
+    frozen, learned = SSR(F, D, 1, SSRConfig(**SMALL, learn_alpha=False)), SSR(F, D, 1, SSRConfig(**SMALL))
+    assert frozen.state_dict().keys() == learned.state_dict().keys()
+    assert learned.num_parameters - frozen.num_parameters == L * V * 5
+    assert not any("alpha" in name for name, _ in frozen.named_parameters())
+
+
+def test_dropout_acts_in_training_only() -> None:
+    ssr, x = build(fusion_dropout=0.5, input_dropout=0.5), batch()
+    assert torch.equal(ssr(x), ssr(x))
+    assert torch.equal(ssr(x), build()(x))
+    ssr.train()
+    assert not torch.equal(ssr(x), ssr(x))
+
+
+def test_released_fusion_drops_the_dense_part_and_keeps_the_residual() -> None:
+    ssr = build(num_layers=1, residual=True, fusion_dropout=0.999999)
+    h = ssr.blocks()[0].filter(batch())
+    norm = ssr.blocks()[0].fusion.norm
+    mean, var = h.mean(-1, keepdim=True), h.var(-1, unbiased=False, keepdim=True)
+    expected = (h - mean) / (var + 1e-6).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(ssr.train()(batch()), expected.flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["per_dim", "per_field"])
+def test_input_norm_in_training_and_its_running_statistics(kind: str) -> None:
+    ssr = SSR(F, D, 1, SSRConfig(**SMALL, input_norm=kind)).double().train()
+    x = batch(32) * 3 + 1
+    grouped = x.unflatten(1, (F, D) if kind == "per_field" else (F * D, 1))
+    mean, var = grouped.mean((0, 2)), grouped.var((0, 2), unbiased=False)
+    y = ssr.prepare(x)
+    torch.testing.assert_close(y, ((grouped - mean[:, None]) / (var[:, None] + 1e-3).sqrt()).flatten(1))
+    torch.testing.assert_close(ssr.input_norm.running_mean, 0.01 * mean)
+    unbiased = grouped.var((0, 2), unbiased=True)
+    torch.testing.assert_close(ssr.input_norm.running_var, 0.99 + 0.01 * unbiased)
+
+
+def test_a_training_batch_of_one_uses_the_running_statistics() -> None:
+    ssr, x = build(input_norm="per_dim"), batch(1)
+    expected = ssr(x)
+    assert torch.equal(ssr.train()(x), expected)
+    assert not ssr.input_norm.running_mean.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"filter": "static", "gate": True}, r"gate=True has no effect with filter='static'.*filter='dynamic'"),
+        ({"filter": "static", "iterations": 3}, "iterations=3 has no effect"),
+        ({"filter": "static", "alpha_init": 0.2}, r"alpha_init=0\.2 has no effect"),
+        ({"filter": "dynamic", "index_seed": 3}, r"index_seed=3 has no effect with filter='dynamic'"),
+        ({"num_view": 3}, "num_view"),
+        ({"num_views": "8"}, "num_views"),
+        ({"num_views": 0}, "num_views"),
+        ({"fusion_layers": 3}, "fusion_layers"),
+        ({"fusion_dropout": 1.0}, "fusion_dropout"),
+        ({"output_mlp": [0]}, "output_mlp"),
+        ({"alpha_init": float("nan")}, "alpha_init"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SSRConfig(**settings)
+
+
+def test_a_dumped_config_can_be_read_again() -> None:
+    for config in (SSRConfig(**STATIC, index_seed=2), SSRConfig(gate=True, alpha_init=-0.1, output_mlp=[4])):
+        assert SSRConfig(**config.model_dump()) == config
+        assert SSRConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert [k for k, f in SSRConfig.model_fields.items() if k != "name" and not f.description] == []
+
+
+def test_the_filter_names_are_those_of_the_table() -> None:
+    assert set(FilterName.__args__) == set(FILTERS)
+
+
+def test_per_field_input_norm_needs_equal_dims() -> None:
+    with pytest.raises(ValueError, match=r"input_norm='per_field'.*\[4, 2\].*per_dim"):
+        SSR(2, [4, 2], 1, SSRConfig(**SMALL, input_norm="per_field"))
+    assert SSR(2, [4, 2], 1, SSRConfig(**SMALL, input_norm="per_dim"))(torch.randn(3, 6)).shape == (3, V * DV)

@@ -1,0 +1,38 @@
+"""Compare finished runs: ``python tools/show_runs.py RUN [RUN ...] [--plot PATH]``.
+
+Prints a Markdown table of the runs, best first under the dataset's ceiling, and one sentence per task.
+A folder without a finished run ends it with exit code 2 and a line that says what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssr_rec.run_folder import read_run
+from ssr_rec.run_table import runs_table, summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compare finished runs: a table, a sentence and a picture.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder, such as runs/ssr_s-1")
+    parser.add_argument("--plot", metavar="PATH", type=Path, help="also draw validation and test AUC as a PNG")
+    chosen = parser.parse_args(arguments)
+    try:
+        runs = [read_run(folder) for folder in chosen.runs]
+        print(runs_table(runs), summary(runs), sep="\n\n")
+        if chosen.plot is not None:
+            # Imported here: matplotlib takes a second, and the table alone does not need it.
+            from ssr_rec.figures import draw_comparison
+
+            draw_comparison(runs, chosen.plot)
+    except (ValueError, OSError) as error:
+        print(f"show_runs: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
