@@ -27,9 +27,7 @@ class DataConfig(Settings):
     synthetic_root: str = Field("data", description="folder that keeps drawn logs")
     features: list[str] | None = Field(None, description="features to use, in this order; None: all")
     labels: list[str] | None = Field(None, description="labels to train, one task each; None: all")
-    num_lanes: int = Field(
-        16, ge=1, description="lanes of data/lanes.py: up to so many ranks see equal batches"
-    )
+    num_lanes: int = Field(16, ge=1, description="lanes of data/lanes.py: up to so many ranks see equal batches")
     shuffle: bool = Field(True, description="new order every epoch; false reads the rows as they are stored")
     prefetch: int = Field(4, ge=1, description="batches read ahead in the background")
 
@@ -41,7 +39,7 @@ class RunConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     data: DataConfig = DataConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    over_arch: OverArchConfig = SSRConfig(filter="static")
+    over_arch: OverArchConfig = SSRConfig()
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
@@ -75,6 +73,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
             raise ValueError(f"{path}: must be a mapping of keys to values, not {type(values).__name__}")
     for override in overrides:
         _override(values, override)
+    over_arch = values.get("over_arch")
+    if isinstance(over_arch, dict):
+        over_arch.setdefault("name", SSRConfig().name)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import ShardingPlan
 
 from ssr_rec.schema import Schema
 from ssr_rec.settings import Settings
@@ -80,17 +80,22 @@ def plan_sharding(
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=batch_size, constraints={feature.name: constraint for feature in schema.features}
     )
-    sharders: list[ModuleSharder] = [EmbeddingBagCollectionSharder()]
-    try:
-        if dist.is_initialized():
-            return planner.collective_plan(model, sharders, dist.group.WORLD)
-        return planner.plan(model, sharders)
-    except PlannerError as error:
+    # TorchRec's own collective_plan leaves the other ranks waiting when rank 0 finds no plan.
+    found: list[ShardingPlan | str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = [planner.plan(model, [EmbeddingBagCollectionSharder()])]
+        except PlannerError as error:
+            found = [str(error).strip().splitlines()[0]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
         raise ValueError(
             f"no sharding plan for {len(schema.features)} tables on {topology.world_size} {device_type} ranks: "
-            f"{str(error).strip().splitlines()[0]} Use more ranks, a smaller embeddings.dim, or raise "
-            "sharding.memory_gib if the ranks have more memory"
-        ) from None
+            f"{found[0]} Use more ranks, a smaller embeddings.dim, or raise sharding.memory_gib if the ranks have "
+            "more memory"
+        )
+    return found[0]
 
 
 def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:

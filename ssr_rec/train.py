@@ -34,7 +34,7 @@ from ssr_rec.over_archs import OVER_ARCHS, OverArch
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
 from ssr_rec.schema import SPLITS, Schema
 from ssr_rec.sharding import build_topology, plan_sharding, shard
-from ssr_rec.trainer import TrainConfig, evaluate, fit
+from ssr_rec.trainer import Loop, TrainConfig, evaluate, fit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,20 +88,21 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     log.open(config, schema, over_arch, readers["train"])
     best = log.folder / "checkpoints" / "best"
-    fitted = fit(
-        pipeline,
-        model,
-        Schedule(optimizer, config.optimizer.warmup_steps),
-        readers["train"],
-        readers["validation"],
-        config.train,
-        log,
+    loop = Loop(
+        pipeline=pipeline,
+        model=model,
+        schedule=Schedule(optimizer, config.optimizer.warmup_steps),
+        train=readers["train"],
+        validation=readers["validation"],
+        config=config.train,
+        log=log,
         save_best=lambda: save_weights(model, best),
     )
+    fitted = fit(loop)
     load_weights(model, best)
     with capture_inputs(over_arch) as inputs:
         test = evaluate(pipeline, model, readers["test"])
-    log({"step": fitted.steps, "epoch": fitted.best["epoch"], "samples": fitted.samples, "split": "test", **test})
+    log(loop.row("test", fitted.best["epoch"], **test))
     report = build_report(config, schema, over_arch, fitted, test["tasks"], inputs[0], world_size)
     finish_report(log, report)
     return report

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ssr_rec.data.reader import Prefetcher, Reader
@@ -29,13 +29,9 @@ class TrainConfig(Settings):
     epochs: int = Field(1, ge=1, description="at most this many passes over the training split")
     max_steps: int | None = Field(None, ge=1, description="at most this many steps; None: epochs alone decide")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; None: one after each epoch")
-    monitor: Literal["auc", "gauc", "logloss", "ne"] = Field(
-        "auc", description="validation metric that picks the best"
-    )
+    monitor: Literal["auc", "gauc", "logloss", "ne"] = Field("auc", description="validation metric that picks the best")
     monitor_task: str | None = Field(None, description="label whose metric counts; None: mean over the labels")
-    patience: int | None = Field(
-        None, ge=1, description="evaluations without a better one before stopping"
-    )
+    patience: int | None = Field(None, ge=1, description="evaluations without a better one before stopping")
     task_weights: dict[str, float] = Field({}, description="label -> weight of its loss; 1 for those not named")
     bf16: bool = Field(False, description="over-arch and heads in bfloat16 by autocast; tables stay float32")
     log_every: int = Field(50, ge=1, description="steps between progress rows")
@@ -57,6 +53,7 @@ class Fitted:
     seconds: float = 0.0
     wait_seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
+    bad_evaluations: int = 0
     stopped_early: bool = False
 
     @property
@@ -108,116 +105,107 @@ def monitored(tasks: Tasks, config: TrainConfig) -> float:
     """The figure early stopping watches, larger is better."""
     values = [metrics[config.monitor] for name, metrics in tasks.items() if config.monitor_task in (None, name)]
     value = sum(values) / len(values)
+    if math.isnan(value):  # a fold of one class: any figure is better
+        return -math.inf
     return value if config.monitor in ("auc", "gauc") else -value
 
 
-class Window:
-    """Sums over the steps since the last progress row."""
+@dataclass
+class Loop:
+    """What a run consists of, built by train.py, and what it has done so far.
 
-    def __init__(self, fitted: Fitted) -> None:
-        self.losses: list[Tensor] = []
-        self.samples, self.seconds, self.wait_seconds = fitted.samples, fitted.seconds, fitted.wait_seconds
-
-    def row(self, fitted: Fitted) -> dict[str, Any]:
-        losses = torch.stack(self.losses)
-        dist.all_reduce(losses)
-        seconds = max(fitted.seconds - self.seconds, 1e-9)
-        return {
-            "loss": losses.double().mean().item(),
-            "samples_per_s": (fitted.samples - self.samples) / seconds,
-            "data_wait": (fitted.wait_seconds - self.wait_seconds) / seconds,
-        }
-
-
-def fit(
-    pipeline: TrainPipelineSparseDist,
-    model: nn.Module,
-    schedule: Schedule,
-    train: Reader,
-    validation: Reader,
-    config: TrainConfig,
-    log: Callable[[dict[str, Any]], None],
-    save_best: Callable[[], None],
-) -> Fitted:
-    """Train until epochs, steps or patience run out. Collective.
-
-    Args:
+    Attributes:
         log: receives every row of metrics.jsonl (train and validation), on every rank.
         save_best: called on every rank whenever the validation metric is the best so far.
+    """
+
+    pipeline: TrainPipelineSparseDist
+    model: nn.Module
+    schedule: Schedule
+    train: Reader
+    validation: Reader
+    config: TrainConfig
+    log: Callable[[dict[str, Any]], None]
+    save_best: Callable[[], None]
+    fitted: Fitted = field(default_factory=Fitted)
+
+    def row(self, split: str, epoch: int, **figures: Any) -> dict[str, Any]:
+        done = self.fitted
+        where = {"step": done.steps, "epoch": epoch, "samples": done.samples, "seconds": done.seconds}
+        return {**where, "split": split, **figures}
+
+
+def fit(loop: Loop) -> Fitted:
+    """Train until epochs, steps or patience run out. Collective.
 
     Raises:
         ValueError: the loss is not finite.
     """
-    fitted = Fitted()
-    total_steps = min(config.max_steps or math.inf, config.epochs * train.steps_per_epoch)
-    running = RunningAUC(train.schema.labels)
-    bad_evaluations = 0
-    model.train()
-    for epoch in range(config.epochs):
-        batches = train.epoch(epoch)
-        step_in_epoch = 0
-        while step_in_epoch < train.steps_per_epoch and fitted.steps < total_steps:
-            segment = train.steps_per_epoch - step_in_epoch
-            if config.eval_every is not None:
-                segment = min(segment, config.eval_every - fitted.steps % config.eval_every)
-            segment = int(min(segment, total_steps - fitted.steps))
-            _train_segment(pipeline, schedule, batches, segment, fitted, train, epoch, running, config, log)
-            step_in_epoch += segment
-            if config.eval_every and fitted.steps % config.eval_every and fitted.steps < total_steps:
-                continue
-            row: dict[str, Any] = dict(step=fitted.steps, epoch=epoch, samples=fitted.samples, seconds=fitted.seconds)
-            row |= {"split": "validation", **evaluate(pipeline, model, validation)}
-            log(row)
-            if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):
-                fitted.best, bad_evaluations = row, 0
-                save_best()
-            else:
-                bad_evaluations += 1
-            if config.patience is not None and bad_evaluations >= config.patience:
-                fitted.stopped_early = True
-                break
-        batches.close()
-        fitted.epochs = epoch + step_in_epoch / train.steps_per_epoch
-        if fitted.stopped_early or fitted.steps >= total_steps:
-            break
+    config, fitted = loop.config, loop.fitted
+    steps_per_epoch = loop.train.steps_per_epoch
+    total_steps = min(config.max_steps or math.inf, config.epochs * steps_per_epoch)
+    running = RunningAUC(loop.train.schema.labels)
+    loop.model.train()
+    while fitted.steps < total_steps and not fitted.stopped_early:
+        epoch, step_in_epoch = divmod(fitted.steps, steps_per_epoch)
+        if step_in_epoch == 0:
+            batches = loop.train.epoch(epoch)
+        until = [total_steps, (epoch + 1) * steps_per_epoch]
+        if config.eval_every is not None:
+            until.append((fitted.steps // config.eval_every + 1) * config.eval_every)
+        _train_segment(loop, batches, epoch, int(min(until)), running)
+        fitted.epochs = fitted.steps / steps_per_epoch
+        if config.eval_every is None or fitted.steps % config.eval_every == 0 or fitted.steps == total_steps:
+            _validate(loop, epoch)
+    batches.close()
     return fitted
 
 
-def _train_segment(
-    pipeline: TrainPipelineSparseDist,
-    schedule: Schedule,
-    batches: Prefetcher,
-    num_steps: int,
-    fitted: Fitted,
-    train: Reader,
-    epoch: int,
-    running: RunningAUC,
-    config: TrainConfig,
-    log: Callable[[dict[str, Any]], None],
-) -> None:
-    window = Window(fitted)
-    schedule.set(fitted.steps)
-    clock, waited = time.perf_counter(), batches.wait_seconds
-    last_step = fitted.steps + num_steps
-    for loss, logits, labels, _ in run_steps(pipeline, islice(batches, num_steps)):
-        window.losses.append(loss)
+def _validate(loop: Loop, epoch: int) -> None:
+    """Evaluate, keep the model if it is the best so far, and say whether patience has run out."""
+    config, fitted = loop.config, loop.fitted
+    row = loop.row("validation", epoch, **evaluate(loop.pipeline, loop.model, loop.validation))
+    loop.log(row)
+    if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):
+        fitted.best, fitted.bad_evaluations = row, 0
+        loop.save_best()
+    else:
+        fitted.bad_evaluations += 1
+    fitted.stopped_early = config.patience is not None and fitted.bad_evaluations >= config.patience
+
+
+def _train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int, running: RunningAUC) -> None:
+    """Train up to step ``until`` and empty the pipeline, so that evaluation and position are exact."""
+    fitted, config, train = loop.fitted, loop.config, loop.train
+    loop.schedule.set(fitted.steps)
+    window, samples, clock, waited = [], 0, time.perf_counter(), batches.wait_seconds
+    for loss, logits, labels, _ in run_steps(loop.pipeline, islice(batches, until - fitted.steps)):
+        window.append(loss)
         running.update(logits, labels)
-        fitted.samples += train.rows_in_step(fitted.steps % train.steps_per_epoch)
+        samples += train.rows_in_step(fitted.steps % train.steps_per_epoch)
         fitted.steps += 1
-        schedule.set(fitted.steps)
-        if fitted.steps % config.log_every and fitted.steps < last_step:
+        loop.schedule.set(fitted.steps)
+        if fitted.steps % config.log_every and fitted.steps < until:
             continue
-        now = time.perf_counter()
-        fitted.seconds += now - clock
-        fitted.wait_seconds += batches.wait_seconds - waited
-        clock, waited = now, batches.wait_seconds
-        row: dict[str, Any] = dict(step=fitted.steps, epoch=epoch, samples=fitted.samples, seconds=fitted.seconds)
-        row |= {"split": "train", **window.row(fitted), "lr": schedule.base[-1] * schedule.factor(fitted.steps - 1)}
-        row["tasks"] = {label: {"auc": value} for label, value in running.compute().items()}
-        log(row)
+        losses = torch.stack(window)
+        dist.all_reduce(losses)
+        seconds, wait_seconds = time.perf_counter() - clock, batches.wait_seconds - waited
+        fitted.samples += samples
+        fitted.seconds += seconds
+        fitted.wait_seconds += wait_seconds
+        row = loop.row(
+            "train",
+            epoch,
+            loss=losses.double().mean().item(),
+            samples_per_s=samples / seconds,
+            data_wait=wait_seconds / seconds,
+            lr=loop.schedule.base[-1] * loop.schedule.factor(fitted.steps - 1),
+            tasks={label: {"auc": value} for label, value in running.compute().items()},
+        )
+        loop.log(row)
         if not math.isfinite(row["loss"]):
             raise ValueError(
-                f"loss is {row['loss']} in the {len(window.losses)} steps up to {fitted.steps}: lower "
+                f"loss is {row['loss']} in the {len(window)} steps up to {fitted.steps}: lower "
                 "optimizer.learning_rate or embeddings.learning_rate, or set optimizer.clip_norm"
             )
-        window = Window(fitted)
+        window, samples, clock, waited = [], 0, time.perf_counter(), batches.wait_seconds

@@ -51,7 +51,7 @@ def test_create_names_a_run_by_the_time_and_twice_in_a_second_differently(tmp_pa
     assert re.fullmatch(r"ssr_s-\d{8}-\d{6}", create_run_folder(tmp_path, None, "ssr_s").name)
     monkeypatch.setattr(run_folder.time, "strftime", lambda _: "20260102-030405")
     names = [create_run_folder(tmp_path, None, "mlp").name for _ in range(3)]
-    assert create_run_folder(tmp_path, None, "a/b c×d").name == "a_b_c_d-20260102-030405"
+    assert create_run_folder(tmp_path, None, "a/b c+d").name == "a_b_c_d-20260102-030405"
     assert names == ["mlp-20260102-030405", "mlp-20260102-030405-2", "mlp-20260102-030405-3"]
 
 

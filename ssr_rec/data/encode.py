@@ -1,4 +1,4 @@
-"""The protocol of paper 4.1.1 as Ibis expressions: split, vocabularies, hashing, log buckets, lists, shuffle key.
+"""The encodings of paper 4.1.1 as Ibis expressions: vocabulary, hash, log buckets, lists.
 
 Nothing here is an engine's own: no UDF, no backend SQL, no window over all rows. Row arithmetic stays within int64.
 """
@@ -9,21 +9,13 @@ import math
 from dataclasses import dataclass
 
 import ibis
-from ibis.expr.types import Column, IntegerColumn, IntegerValue, StringColumn, Table
+from ibis.expr.types import Column, IntegerValue, Table
 
 from ssr_rec.data.engine import ROW
+from ssr_rec.data.split import ORDER, SPLIT, digits_of
 from ssr_rec.data.table_spec import TableSpec
 from ssr_rec.schema import GROUP_COLUMN, Hashing, LogBuckets, Vocabulary
 
-SPLIT = "__split__"
-"""0 train, 1 validation, 2 test."""
-ORDER = "__order__"
-"""Sorting by it shuffles; no two rows share it."""
-
-_BITS = 31
-_MASK = 2**_BITS - 1
-# Odd multipliers with well spread bits (those of lowbias32 and murmur3, cut to 31 bits).
-_MULTIPLIERS = (0x7FEB352D, 0x046CA68B, 0x05EBCA6B, 0x42B2AE35)
 _POSITION_BITS = 40
 
 
@@ -35,54 +27,17 @@ class Lookup:
     encoding: Vocabulary | Hashing
 
 
-def mix(number: IntegerValue, salt: int) -> IntegerValue:
-    """A salted bijection of [0, 2**31): xor, shift and multiply, each product below 2**62."""
-    number = number ^ (salt * _MULTIPLIERS[2] & _MASK)
-    for position, multiplier in enumerate(_MULTIPLIERS[:3]):
-        number = number ^ (number >> (16, 15, 13)[position])
-        number = (number * (multiplier | 1)) & _MASK
-    return number ^ (number >> 16)
+def hash_lookup(values: Table, encoding: Hashing) -> Table:
+    """(value, id) of distinct ``values``, the id being ``first_id + int(md5(text), 16) % num_buckets``.
 
-
-def draw(row: IntegerColumn, seed: int, purpose: int) -> IntegerValue:
-    """31 pseudo-random bits of a row number; rows 2**31 apart get unrelated ones."""
-    salt = (seed * 0x9E3779B1 + purpose * 0x85EBCA77) & _MASK
-    return mix((row & _MASK) ^ mix(row >> _BITS, salt ^ 0x2C1B3C6D), salt)
-
-
-def random_split(row: IntegerColumn, ratios: list[float], seed: int) -> IntegerValue:
-    """Split of a row, drawn from its number and the seed alone."""
-    drawn = draw(row, seed, purpose=1)
-    first, second = round(ratios[0] * 2**_BITS), round((ratios[0] + ratios[1]) * 2**_BITS)
-    return ibis.cases((drawn < first, 0), (drawn < second, 1), else_=2)
-
-
-def shuffle_order(row: IntegerColumn, seed: int) -> IntegerValue:
-    """A 62-bit key: 31 drawn bits, then the row number's high bits, which keep rows 2**31 apart distinct."""
-    return draw(row, seed, purpose=2) * 2**_BITS + (row >> _BITS)
-
-
-def digits_of(digest: StringColumn, first: int, count: int) -> IntegerValue:
-    """``count`` (at most 15) hexadecimal digits of a digest from position ``first`` as a number."""
-    number: IntegerValue = ibis.literal(0, "int64")
-    for position in range(first, first + count):
-        number = number * 16 + ibis.literal("0123456789abcdef").find(digest.substr(position, 1))
-    return number
-
-
-def md5_remainder(text: StringColumn, modulus: int) -> IntegerValue:
-    """``int(md5(text), 16) % modulus`` for a modulus below 2**31: Horner's rule over four 32-bit words."""
-    digest = text.hexdigest("md5")
+    Only distinct values are hashed; rows look them up.
+    """
+    hashed = values.mutate(digest=values["value"].cast("string").hexdigest("md5"))
     remainder: IntegerValue = ibis.literal(0, "int64")
     for word in range(4):
-        remainder = (remainder * 2**32 + digits_of(digest, 8 * word, 8)) % modulus
-    return remainder
-
-
-def hash_lookup(values: Table, encoding: Hashing) -> Table:
-    """(value, id) of distinct ``values``: only distinct values are hashed, rows then look them up."""
-    text = values["value"].cast("string")
-    return values.select("value", id=(encoding.first_id + md5_remainder(text, encoding.num_buckets)).cast("int32"))
+        # Horner's rule over 32-bit words, since no engine's integer holds all 128 bits.
+        remainder = (remainder * 2**32 + digits_of(hashed["digest"], 8 * word, 8)) % encoding.num_buckets
+    return hashed.select("value", id=(encoding.first_id + remainder).cast("int32"))
 
 
 def distinct_values(rows: Table, column: str) -> Table:
@@ -116,13 +71,6 @@ def bucket(column: Column, encoding: LogBuckets) -> IntegerValue:
     return (position + encoding.first_id).cast("int32").fill_null(encoding.missing_id)
 
 
-def group_number(column: Column, numbers: bool) -> IntegerValue:
-    """The group id: the number itself, else 60 bits of the md5 of its text."""
-    if numbers:
-        return column.cast("int64")
-    return digits_of(column.cast("string").hexdigest("md5"), 0, 15)
-
-
 def encode(rows: Table, spec: TableSpec, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets]) -> Table:
     """Ids, labels, group id, ``SPLIT`` and ``ORDER`` of ``rows``, which has those last three already."""
     joined = rows
@@ -130,9 +78,7 @@ def encode(rows: Table, spec: TableSpec, lookups: dict[str, Lookup], buckets: di
         lookup = lookups[name].table.rename({f"__value{position}__": "value", f"__id{position}__": "id"})
         joined = joined.left_join(lookup, rows[name] == lookup[f"__value{position}__"])
     for position, name in enumerate(spec.lists):
-        ids = list_ids(rows, name, lookups[name]).rename(
-            {f"__list_row{position}__": ROW, f"__list{position}__": "ids"}
-        )
+        ids = list_ids(rows, name, lookups[name]).rename({f"__list_row{position}__": ROW, f"__list{position}__": "ids"})
         joined = joined.left_join(ids, rows[ROW] == ids[f"__list_row{position}__"])
     columns: dict[str, Column] = {}
     for position, name in enumerate(spec.categorical):

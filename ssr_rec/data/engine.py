@@ -6,7 +6,7 @@ The rest of the pipeline is Ibis expressions; another engine (Spark) needs a twi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from ssr_rec.data.table_spec import TextFormat
 
 ROW = "__row__"
 """Position of a row over all input files in the order given, from 0."""
+
+_SQL_TYPES = {"float64": "DOUBLE", "string": "VARCHAR"}
 
 
 @contextmanager
@@ -52,12 +54,12 @@ def read_text(connection: Backend, path: Path, types: dict[str, str], form: Text
     """A CSV or TSV file, plain or gzip, as a lazy table; empty means null.
 
     Args:
-        types: Ibis type of every column, in file order.
+        types: float64 or string for every column, in file order.
     """
     quote = '"' if form.quote else ""
     return connection.read_csv(
         str(path),
-        columns=types,
+        columns={name: _SQL_TYPES[kind] for name, kind in types.items()},
         header=form.header,
         delim=delimiter,
         quote=quote,
@@ -97,6 +99,15 @@ def stage(connection: Backend, name: str, rows: Table, path: Path) -> int:
     return int(connection.table(name).count().to_pyarrow().as_py())
 
 
+def store(connection: Backend, name: str, rows: pa.Table) -> Table:
+    """Make a small table of the engine from one in memory."""
+    # Not `create_table`: Ibis 12 ends it with a statement that DuckDB 2.0 does not parse.
+    connection.con.register("__stored__", rows)
+    _execute(connection, f"create table {name} as select * from __stored__")
+    connection.con.unregister("__stored__")
+    return connection.table(name)
+
+
 def staged_tables(connection: Backend) -> list[str]:
     # Ibis 12 lists tables through a call that DuckDB 2.0 no longer has.
     return [name for (name,) in connection.con.execute("select table_name from duckdb_tables()").fetchall()]
@@ -110,11 +121,11 @@ def first_rejected(
     Read in a second pass, only after the first failed.
     """
     quote = '"' if form.quote else ""
-    columns = {name: {"float64": "DOUBLE", "string": "VARCHAR"}[kind] for name, kind in types.items()}
+    columns = {name: _SQL_TYPES[kind] for name, kind in types.items()}
     try:
         connection.con.execute(
-            "select count(columns(*)) from read_csv($path, columns=$columns, header=$header, delim=$delim, quote=$quote,"
-            " escape=$quote, nullstr='', auto_detect=false, store_rejects=true)",
+            "select count(columns(*)) from read_csv($path, columns=$columns, header=$header, delim=$delim,"
+            " quote=$quote, escape=$quote, nullstr='', auto_detect=false, store_rejects=true)",
             {"path": str(path), "columns": columns, "header": form.header, "delim": delimiter, "quote": quote},
         ).fetchall()
         found = connection.con.execute(
@@ -125,10 +136,11 @@ def first_rejected(
     return (found[0][0] - form.header, *found[0][1:]) if found else None
 
 
-def numbered(connection: Backend, name: str) -> Table:
-    """The staged table with its row numbers in ``ROW``."""
-    table = connection.table(name)
-    return table.mutate(**{ROW: table.rowid()})
+def numbered(table: Table, columns: Sequence[str]) -> Table:
+    """Some columns of a staged table and ``ROW``, unless the table was staged with one."""
+    if ROW in table.columns:
+        return table.select(ROW, *columns)
+    return table.select(*columns, **{ROW: table.rowid()})
 
 
 def stream(connection: Backend, rows: Table, batch_rows: int) -> Iterator[pa.RecordBatch]:

@@ -6,7 +6,7 @@ import csv
 import glob
 import gzip
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import ibis
 from ibis.backends.duckdb import Backend
 from ibis.expr import datatypes as dt
-from ibis.expr.types import Column, Table
+from ibis.expr.types import ArrayColumn, Column, Table
 
 from ssr_rec.data import engine
 from ssr_rec.data.table_spec import ListColumn, TableSpec, TextFormat
@@ -37,11 +37,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Log:
-    """All input rows, one column per used column of the spec, and ``ROW``."""
+    """All input rows, staged, one column per used column of the spec."""
 
-    rows: Table
+    table: Table
     files: list[tuple[Path, int]]
     """Each file, in order, and the rows up to and including it."""
+
+    def rows(self, columns: Sequence[str]) -> Table:
+        """Some of the columns, and ``ROW``."""
+        return engine.numbered(self.table, columns)
+
+    @property
+    def count(self) -> int:
+        return self.files[-1][1]
 
     def where(self, row: int) -> str:
         """``file: row n``, n from 1 in that file, its header not counted."""
@@ -53,6 +61,7 @@ class Log:
         raise IndexError(row)
 
 
+Select = Callable[[Source], Table]
 Read = Callable[[Backend, list[Path], TableSpec, Progress], Log]
 
 
@@ -84,11 +93,13 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 def read_table(connection: Backend, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
     """Stage CSV, TSV and parquet files as they are."""
-    return stage_all(connection, [open_source(connection, path, spec) for path in files], spec, progress)
+    numbers = [*spec.labels, *spec.numeric]
+    sources = [open_source(connection, path, spec.text, numbers) for path in files]
+    return stage_all(connection, sources, partial(selected, spec=spec), progress)
 
 
-def open_source(connection: Backend, path: Path, spec: TableSpec) -> Source:
-    """Open one file, lazily.
+def open_source(connection: Backend, path: Path, form: TextFormat, numbers: Collection[str]) -> Source:
+    """Open one file, lazily; the columns of a text file are text, but for ``numbers``.
 
     Raises:
         ValueError: unknown kind of file, unreadable header, or not a parquet file.
@@ -98,32 +109,27 @@ def open_source(connection: Backend, path: Path, spec: TableSpec) -> Source:
         return Source(path, engine.read_parquet(connection, path))
     if suffix not in TEXT_SUFFIXES:
         raise ValueError(f"{path}: unknown kind of file; give {', '.join(SUFFIXES)}, text also with .gz")
-    delimiter = spec.text.delimiter or ("," if suffix == ".csv" else "\t")
-    columns = spec.text.columns or _header(path, delimiter, spec.text)
-    numbers = {*spec.labels, *spec.numeric}
+    delimiter = form.delimiter or ("," if suffix == ".csv" else "\t")
+    columns = form.columns or _header(path, delimiter, form)
     types = {column: "float64" if column in numbers else "string" for column in columns}
-    rows = engine.read_text(connection, path, types, spec.text, delimiter)
-    return Source(path, rows, partial(_explain_text, connection, path, types, spec.text, delimiter))
+    rows = engine.read_text(connection, path, types, form, delimiter)
+    return Source(path, rows, partial(_explain_text, connection, path, types, form, delimiter))
 
 
 def stage_all(
-    connection: Backend, sources: Sequence[Source], spec: TableSpec, progress: Progress, table: str = "log"
+    connection: Backend, sources: Sequence[Source], select: Select, progress: Progress, table: str = "log"
 ) -> Log:
-    """Stage the columns that ``spec`` uses of every source, in order, as one table.
+    """Stage what ``select`` makes of every source, in order, as one table.
 
     Raises:
-        ValueError: a column without a role or of the wrong type, a broken file, or no rows at all.
+        ValueError: a broken file, no rows at all, or what ``select`` finds wrong with a file.
     """
     files: list[tuple[Path, int]] = []
     for source in sources:
-        spec.check_columns(source.rows.columns, source.path)
-        try:
-            rows = source.rows.select(**{name: typed(source.rows[name], name, spec) for name in spec.used})
-        except ValueError as error:
-            raise ValueError(f"{source.path}: {error}") from None
+        rows = select(source)
         if files:
             # The first file decides: a column that is whole in one file and float in the next is still one column.
-            rows = rows.cast({name: kind for name, kind in connection.table(table).schema().items()})
+            rows = rows.cast(connection.table(table).schema())
         try:
             count = engine.stage(connection, table, rows, source.path)
         except ValueError:
@@ -133,9 +139,22 @@ def stage_all(
             raise ValueError(f"{source.path}: {reason}") from None
         files.append((source.path, count))
         progress(f"read {source.path.name}", count)
-    if not files or not files[-1][1]:
+    if not files[-1][1]:
         raise ValueError(f"{', '.join(str(path) for path, _ in files)}: no rows at all")
-    return Log(engine.numbered(connection, table), files)
+    return Log(connection.table(table), files)
+
+
+def selected(source: Source, spec: TableSpec) -> Table:
+    """The columns that ``spec`` uses, typed.
+
+    Raises:
+        ValueError: a column without a role, a role without a column, or a type that does not fit the role.
+    """
+    spec.check_columns(source.rows.columns, source.path)
+    try:
+        return source.rows.select(**{name: typed(source.rows[name], name, spec) for name in spec.used})
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
 
 
 def typed(column: Column, name: str, spec: TableSpec) -> Column:
@@ -169,6 +188,11 @@ def _typed_list(column: Column, name: str, settings: ListColumn) -> Column:
         raise ValueError(f"list column {name!r} holds {kind}, not lists; name it under categorical or numeric")
     elif not _is_id(kind.value_type):
         raise ValueError(f"list column {name!r} holds lists of {kind.value_type}; items must be text or whole numbers")
+    return cut_list(column, settings)
+
+
+def cut_list(column: ArrayColumn, settings: ListColumn) -> ArrayColumn:
+    """The first, or last, ``max_length`` items."""
     if settings.keep == "first":
         return column[: settings.max_length]
     return column[ibis.greatest(column.length() - settings.max_length, 0) :]
@@ -197,8 +221,7 @@ def _explain_text(
 def _header(path: Path, delimiter: str, form: TextFormat) -> list[str]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
-            quoting = csv.QUOTE_MINIMAL if form.quote else csv.QUOTE_NONE
-            names = next(csv.reader(lines, delimiter=delimiter, quoting=quoting), [])
+            names = next(csv.reader(lines, delimiter=delimiter, quotechar='"' if form.quote else None), [])
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read, is it complete? {error}") from None
     for name in names:

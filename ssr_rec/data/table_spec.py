@@ -144,7 +144,9 @@ class TableSpec(Settings):
         for column in columns:
             if column not in named:
                 hint = nearest(column, [name for name in self.ignore if name not in columns])
-                raise ValueError(f"{source}: column {column!r} has no role in the spec{hint}; add it to ignore if unused")
+                raise ValueError(
+                    f"{source}: column {column!r} has no role in the spec{hint}; add it to ignore if unused"
+                )
         for column in self.ignore:
             if column not in columns:
                 raise ValueError(f"{source}: ignore names {column!r}, no such column{nearest(column, columns)}")

@@ -15,6 +15,8 @@ from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, GELU_FLOPS, LAYER_NORM_FL
 Initializer = Literal["glorot", "torch"]
 InputNormKind = Literal["none", "per_dim", "per_field"]
 
+LAYER_NORM_EPS = 1e-6
+"""Small, because the variance of fresh embeddings is: docs/over_archs.md has figures."""
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
 """Weight of the new batch; Keras writes the same as momentum 0.99, the weight of the old value."""
@@ -105,7 +107,7 @@ class DenseStack(nn.Sequential):
             init_dense_(linear.weight, linear.bias, fan_in, width, initializer)
             self.append(linear)
             if layer_norm:
-                self.append(nn.LayerNorm(width))
+                self.append(nn.LayerNorm(width, eps=LAYER_NORM_EPS))
             self.append(nn.ReLU() if activation == "relu" else nn.GELU())
             if dropout:
                 self.append(nn.Dropout(dropout))

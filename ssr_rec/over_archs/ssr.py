@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
 from ssr_rec.over_archs.filters import FILTERS, FilterName
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, ViewLayerNorm, ViewLinear
+from ssr_rec.over_archs.layers import (
+    LAYER_NORM_EPS,
+    DenseStack,
+    Initializer,
+    InputNorm,
+    InputNormKind,
+    ViewLayerNorm,
+    ViewLinear,
+)
 from ssr_rec.settings import Settings
 
 
@@ -24,7 +32,7 @@ class SSRConfig(Settings):
     """
 
     name: Literal["ssr"] = "ssr"
-    filter: FilterName = Field(default="dynamic", description="static: SSR-S, eq. 3; dynamic: SSR-D, eq. 4")
+    filter: FilterName = Field(default="static", description="static: SSR-S, eq. 3; dynamic: SSR-D, eq. 4")
     num_views: int = Field(default=8, ge=1, description="views per layer (b in the paper)")
     view_dim: int = Field(default=128, ge=1, description="dims per view (d_v); a layer's output has views * dims")
     num_layers: int = Field(default=2, ge=1, description="layers (L), each fed with the output of the one before")
@@ -41,7 +49,9 @@ class SSRConfig(Settings):
     residual: bool = Field(default=False, description="released: add the fusion's input before LayerNorm")
     fusion_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="released: share dropped after the fusion")
     layer_norm_eps: float = Field(
-        default=1e-6, gt=0.0, description="added to each view's variance; released: 1e-6 in SSR-D, 1e-3 in SSR-S"
+        default=LAYER_NORM_EPS,
+        gt=0.0,
+        description="added to each view's variance; released: 1e-6 in SSR-D, 1e-3 in SSR-S",
     )
 
     input_norm: InputNormKind = Field(

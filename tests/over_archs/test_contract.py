@@ -15,7 +15,7 @@ from ssr_rec.over_archs import OVER_ARCHS, OverArch, OverArchConfig
 F, D, T = 5, 4, 2
 DIMS = [3, 1, 8, 2, 6]
 CONFIGS = TypeAdapter(OverArchConfig)
-SMALL_SSR = {"name": "ssr", "num_views": 3, "view_dim": 8, "num_layers": 2}
+SMALL_SSR = {"name": "ssr", "filter": "dynamic", "num_views": 3, "view_dim": 8, "num_layers": 2}
 EVERY_SWITCH = {"residual": True, "fusion_layers": 2, "input_norm": "per_dim", "output": "mean", "output_mlp": [6]}
 CASES: dict[str, dict[str, Any]] = {
     "ssr-d": {**SMALL_SSR},
@@ -122,16 +122,19 @@ def test_export_with_any_batch_size(case: str) -> None:
         torch.testing.assert_close(program.module()(batch(n)), over_arch(batch(n)))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["ssr-d", "ssr-s", "mlp"])
-def test_compiles_forward_and_backward_in_one_graph(case: str) -> None:
-    over_arch, x = build(case), batch()
-    compiled = torch.compile(over_arch, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), over_arch(x))
-    compiled(x).square().sum().backward()
-    got = [p.grad.clone() for p in over_arch.parameters()]
-    over_arch.zero_grad()
-    over_arch(x).square().sum().backward()
-    torch.testing.assert_close(got, [p.grad for p in over_arch.parameters()])
+def test_compiles_forward_and_backward_in_one_graph(case: str, backend: str) -> None:
+    over_arch, x = build(case).double(), batch().double()
+    compiled = torch.compile(over_arch, fullgraph=True, backend=backend)
+    weight = torch.randn(len(x), over_arch.out_features).double()
+    results = []
+    for forward in (compiled, over_arch):
+        over_arch.zero_grad()
+        y = forward(x)
+        (y * weight).sum().backward()
+        results.append((y, [p.grad.clone() for p in over_arch.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 @every_case

@@ -11,7 +11,16 @@ from ssr_rec.over_archs.released import load_released_weights
 
 F, D, B, V, d, L, STEPS = 6, 5, 9, 4, 16, 2, 5
 WIDTHS = (F * D, V * d)
-SSR_D = SSRConfig(num_views=V, view_dim=d, num_layers=L, gate=True, residual=True, output="mean", input_norm="per_dim")
+SSR_D = SSRConfig(
+    filter="dynamic",
+    num_views=V,
+    view_dim=d,
+    num_layers=L,
+    gate=True,
+    residual=True,
+    output="mean",
+    input_norm="per_dim",
+)
 SSR_S = SSRConfig(
     filter="static",
     num_views=V,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssr_rec.over_archs import SSR, SSRConfig, ssr_statistics
 
 F, D, B, V, DV, L = 5, 4, 6, 3, 8, 2
-SMALL: dict[str, Any] = {"num_views": V, "view_dim": DV, "num_layers": L}
+SMALL: dict[str, Any] = {"filter": "dynamic", "num_views": V, "view_dim": DV, "num_layers": L}
 STATIC: dict[str, Any] = {**SMALL, "filter": "static"}
 
 
@@ -94,7 +94,7 @@ def test_an_ics_filter_zeroes_dims_exactly() -> None:
 
 def test_glorot_is_per_view_whatever_the_number_of_views() -> None:
     torch.manual_seed(0)
-    ssr = SSR(8, 50, 1, SSRConfig(num_views=16, view_dim=100, num_layers=1))
+    ssr = SSR(8, 50, 1, SSRConfig(filter="dynamic", num_views=16, view_dim=100, num_layers=1))
     layer = ssr.blocks()[0]
     assert layer.filter.proj.weight.std().item() == pytest.approx(math.sqrt(2 / (400 + 100)), rel=0.02)
     assert layer.fusion.dense.weight.std().item() == pytest.approx(math.sqrt(2 / 200), rel=0.02)
@@ -105,14 +105,16 @@ def test_glorot_is_per_view_whatever_the_number_of_views() -> None:
 
 def test_torch_initializer_has_the_bounds_of_nn_linear() -> None:
     torch.manual_seed(0)
-    layer = SSR(8, 50, 1, SSRConfig(num_views=16, view_dim=100, num_layers=1, initializer="torch")).blocks()[0]
+    layer = SSR(
+        8, 50, 1, SSRConfig(filter="dynamic", num_views=16, view_dim=100, num_layers=1, initializer="torch")
+    ).blocks()[0]
     for tensor, fan_in in ((layer.filter.proj.weight, 400), (layer.fusion.dense.weight, 100)):
         assert 0.99 < tensor.abs().max().item() * math.sqrt(fan_in) <= 1
     assert 0.9 < layer.fusion.dense.bias.abs().max().item() * 10 <= 1
 
 
 def test_the_released_avazu_run_has_3_1m_parameters() -> None:
-    config = SSRConfig(gate=True, residual=True, output="mean", input_norm="per_dim")
+    config = SSRConfig(filter="dynamic", gate=True, residual=True, output="mean", input_norm="per_dim")
     assert round(SSR(23, 16, 1, config).num_parameters / 1e6, 1) == 3.1
 
 

@@ -11,7 +11,7 @@ from ssr_rec.over_archs import SSR, SSRConfig
 from ssr_rec.over_archs.filters import FILTERS, FilterName
 
 F, D, B, V, DV, L = 5, 4, 6, 3, 8, 2
-SMALL: dict[str, Any] = {"num_views": V, "view_dim": DV, "num_layers": L}
+SMALL: dict[str, Any] = {"filter": "dynamic", "num_views": V, "view_dim": DV, "num_layers": L}
 STATIC: dict[str, Any] = {**SMALL, "filter": "static"}
 
 
@@ -57,7 +57,7 @@ SWITCHES = [
 def test_a_switch_changes_training_output_and_survives_a_state_dict(kind: str, switch: dict[str, Any]) -> None:
     def make(seed: int, **settings: Any) -> SSR:
         torch.manual_seed(seed)
-        return SSR(F, D, 1, SSRConfig(**SMALL, filter=kind, **settings))
+        return SSR(F, D, 1, SSRConfig(**(SMALL | {"filter": kind} | settings)))
 
     def train_step(ssr: SSR) -> Tensor:
         torch.manual_seed(3)
@@ -139,7 +139,10 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 
 def test_a_dumped_config_can_be_read_again() -> None:
-    for config in (SSRConfig(**STATIC, index_seed=2), SSRConfig(gate=True, alpha_init=-0.1, output_mlp=[4])):
+    for config in (
+        SSRConfig(**STATIC, index_seed=2),
+        SSRConfig(filter="dynamic", gate=True, alpha_init=-0.1, output_mlp=[4]),
+    ):
         assert SSRConfig(**config.model_dump()) == config
         assert SSRConfig.model_validate_json(config.model_dump_json()) == config
 

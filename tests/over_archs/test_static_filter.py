@@ -11,7 +11,7 @@ from ssr_rec.over_archs import SSR, SSRConfig
 from ssr_rec.over_archs.filters import FILTERS
 
 F, D, B, V, DV, L = 5, 4, 6, 3, 8, 2
-SMALL: dict[str, Any] = {"num_views": V, "view_dim": DV, "num_layers": L}
+SMALL: dict[str, Any] = {"filter": "dynamic", "num_views": V, "view_dim": DV, "num_layers": L}
 STATIC: dict[str, Any] = {**SMALL, "filter": "static"}
 
 

@@ -1,0 +1,116 @@
+"""Fit what encodes a log on its training rows alone: boundaries, vocabularies, bucket ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from ibis.backends.duckdb import Backend
+from ibis.expr.types import Table
+
+from ssr_rec.data import engine
+from ssr_rec.data.encode import Lookup, distinct_values, hash_lookup, log_transform, value_counts
+from ssr_rec.data.sources import Log
+from ssr_rec.data.split import SPLIT, resolved, whole_numbers, with_order, with_split, with_time
+from ssr_rec.data.table_spec import TableSpec, TimeSplit
+from ssr_rec.schema import SPLITS, Hashing, LogBuckets, Vocabulary
+
+VOCABULARY_FOLDER = "vocabularies"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A log and what decides where its rows go."""
+
+    log: Log
+    spec: TableSpec
+    seed: int
+    whole: dict[str, bool]
+    """Whether the group id and the time column are whole numbers."""
+
+    def rows(self, columns: Sequence[str]) -> Table:
+        """Some columns with ``ORDER`` and ``SPLIT``; only those, since wide expressions are slow to compile."""
+        spec = self.spec
+        if not isinstance(spec.split, TimeSplit):
+            return with_split(with_order(self.log.rows(columns), self.seed), spec)
+        time_column = spec.split.column
+        rows = self.log.rows(list(dict.fromkeys([*columns, time_column])))
+        return with_split(with_order(with_time(rows, time_column, self.whole[time_column]), self.seed), spec)
+
+
+def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
+    """Settle what only the data says: whether text ids are numbers, and the boundaries that time ratios come to."""
+    time_column = spec.split.column if isinstance(spec.split, TimeSplit) else None
+    whole = {name: whole_numbers(log.rows([name]), name) for name in (spec.group_id, time_column) if name}
+    if isinstance(spec.split, TimeSplit):
+        rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
+        spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
+    return Plan(log, spec, seed, whole)
+
+
+def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
+    """Per split: ``rows``, and the positives of the i-th label as ``label<i>``."""
+    spec, rows = plan.spec, plan.rows(plan.spec.labels)
+    sums = {f"label{i}": rows[label].sum().cast("int64") for i, label in enumerate(spec.labels)}
+    found = rows.group_by(SPLIT).agg(rows=lambda t: t.count(), **sums).to_pyarrow().to_pylist()
+    by_split = {SPLITS[line[SPLIT]]: line for line in found}
+    for split in SPLITS:
+        if split not in by_split:
+            raise ValueError(
+                f"the {split} split is empty: {sum(line['rows'] for line in found)} rows, split rule "
+                f"{spec.split.model_dump_json(exclude_none=True)}; change --ratios or --boundaries, or give more rows"
+            )
+    return {split: by_split[split] for split in SPLITS}
+
+
+def fit(connection: Backend, plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
+    """Fit vocabularies (written under ``folder``) and bucket ranges on the training rows alone."""
+    spec = plan.spec
+
+    def train(names: list[str]) -> Table:
+        rows = plan.rows(names)
+        return rows.filter(rows[SPLIT] == 0)
+
+    (folder / VOCABULARY_FOLDER).mkdir()
+    lookups: dict[str, Lookup] = {}
+    for number, name in enumerate([*spec.categorical, *spec.lists]):
+        lookup_table = f"lookup{number}"
+        buckets = spec.buckets(name)
+        if buckets is None:
+            vocabulary, entries = _vocabulary(train([name]), name, spec.min_count, folder)
+            lookups[name] = Lookup(engine.store(connection, lookup_table, entries), vocabulary)
+        else:
+            hashing = Hashing(column=name, num_buckets=buckets)
+            hashes = hash_lookup(distinct_values(plan.log.rows([name]), name), hashing)
+            lookups[name] = Lookup(connection.create_table(lookup_table, hashes), hashing)
+    ranges = {}
+    if spec.numeric:
+        known = train(spec.numeric)
+        extremes = {f"low{i}": known[name].min() for i, name in enumerate(spec.numeric)}
+        extremes |= {f"high{i}": known[name].max() for i, name in enumerate(spec.numeric)}
+        found = known.aggregate(**extremes).to_pyarrow().to_pylist()[0]
+        for i, name in enumerate(spec.numeric):
+            low, high = (log_transform(found[f"{end}{i}"] or 0.0) for end in ("low", "high"))
+            ranges[name] = LogBuckets(column=name, low=low, high=high, num_buckets=spec.num_buckets)
+    return lookups, ranges
+
+
+def _vocabulary(train: Table, name: str, min_count: int, folder: Path) -> tuple[Vocabulary, pa.Table]:
+    """Write the vocabulary file of a column and return (value as in the column, id) beside its description."""
+    file = f"{VOCABULARY_FOLDER}/{quote(name, safe='')}.parquet"
+    encoding = Vocabulary(column=name, min_count=min_count, file=file)
+    counted = value_counts(train, name, min_count).to_pyarrow()
+    # Numbered here and not by a window: the values that remain fit memory, and ids do not depend on the engine.
+    text = pa.table({"value": counted["value"].cast(pa.string()), "count": counted["count"].cast(pa.int64())})
+    order = pc.sort_indices(text, sort_keys=[("count", "descending"), ("value", "ascending")])
+    first = encoding.oov_id + 1
+    ids = pa.array(np.arange(first, first + len(counted), dtype=np.int64))
+    written = text.take(order).add_column(1, "id", ids)
+    pq.write_table(written, folder / file, compression="zstd")
+    return encoding, pa.table({"value": counted["value"].take(order), "id": ids.cast(pa.int32())})

@@ -1,0 +1,216 @@
+"""Turn a raw click log into a prepared dataset: split, fit on the training split, encode, shuffle, write.
+
+The protocol is that of the SSR paper, section 4.1.1: numbers are log-transformed and cut into buckets, and values
+seen at most five times in the training split share one out-of-vocabulary id. docs/data.md defines every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis.backends.duckdb import Backend
+from ibis.expr.types import BooleanValue, Table
+
+from ssr_rec.data import engine
+from ssr_rec.data.encode import Lookup, encode
+from ssr_rec.data.engine import ROW
+from ssr_rec.data.fit import Plan, count_splits, fit, make_plan
+from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
+from ssr_rec.data.sources import Log, Progress, Read, find_files, read_table
+from ssr_rec.data.split import ORDER, SPLIT, with_group
+from ssr_rec.data.table_spec import TableSpec, TimeSplit
+from ssr_rec.schema import Feature, LogBuckets, Schema, Split, Vocabulary
+
+ROWS_PER_CHUNK = 1_000_000
+"""Rows whose lists are encoded at once; their items are in memory together."""
+STREAM_ROWS = 65_536
+WHOLE_NUMBER = r"^-?[0-9]{1,18}$"
+
+
+def prepare(
+    inputs: Sequence[str],
+    output: Path,
+    spec: TableSpec,
+    *,
+    read: Read = read_table,
+    seed: int = 0,
+    memory_limit: str = "4GB",
+    threads: int | None = None,
+    preset: str = "table",
+) -> Schema:
+    """Prepare the log in ``inputs`` (files, folders, globs) as the dataset folder ``output``.
+
+    The result is the same for the same rows in the same order, spec and seed, whatever the number of threads or
+    files. ``output`` appears whole or not at all.
+
+    Args:
+        seed: of the random split and of the shuffle.
+        memory_limit: of the engine, which spills to a temporary folder beside ``output`` beyond it.
+
+    Raises:
+        ValueError: bad input, naming the file, the column, the row where there is one, and the fix.
+    """
+    files = find_files(inputs)
+    progress = _progress()
+    with new_folder(output) as folder, engine.connect(folder / ".spill", memory_limit, threads) as connection:
+        log = read(connection, files, spec, progress)
+        check_values(log, spec)
+        plan = make_plan(log, spec, seed)
+        counts = count_splits(plan)
+        lookups, buckets = fit(connection, plan, folder)
+        progress("fit vocabularies and buckets", log.count)
+        schema = _schema(folder, plan.spec, lookups, buckets, counts, {"preset": preset, "seed": seed})
+        encoded = _encoded(connection, plan, lookups, buckets, progress)
+        batches = engine.stream(connection, encoded.order_by(SPLIT, ORDER), STREAM_ROWS)
+        return _write(schema, counts, batches, folder, progress)
+
+
+def check_values(log: Log, spec: TableSpec) -> None:
+    """Refuse what no encoding covers: labels that are not 0 or 1, infinite numbers, rows without group or time.
+
+    Raises:
+        ValueError: naming the first offending row of the first offending column, and its value.
+    """
+    rows = log.rows(spec.used)
+    checks: dict[str, tuple[BooleanValue, str]] = {}
+    for name in spec.labels:
+        wrong = rows[name].isnull() | ~rows[name].isin([0.0, 1.0])
+        checks[name] = wrong, "a label must be 0 or 1"
+    for name in spec.numeric:
+        checks[name] = rows[name].isinf().fill_null(False), "a number must be finite; empty means missing"
+    if spec.group_id:
+        checks[spec.group_id] = rows[spec.group_id].isnull(), "the group id must not be missing"
+    if isinstance(spec.split, TimeSplit):
+        checks[spec.split.column] = rows[spec.split.column].isnull(), "the time of the split must not be missing"
+    found = rows.aggregate(**{name: rows[ROW].min(where=wrong) for name, (wrong, _) in checks.items()}).to_pyarrow()
+    for name, (_, rule) in checks.items():
+        row = found[name][0].as_py()
+        if row is not None:
+            value = rows.filter(rows[ROW] == row).select(name).to_pyarrow()[name][0].as_py()
+            shown = "missing" if value is None else repr(value)
+            raise ValueError(f"{log.where(row)}: column {name!r} is {shown}; {rule}")
+
+
+def _encoded(
+    connection: Backend,
+    plan: Plan,
+    lookups: dict[str, Lookup],
+    buckets: dict[str, LogBuckets],
+    progress: Progress,
+) -> Table:
+    spec, total = plan.spec, plan.log.count
+    keyed = plan.rows(spec.used)
+    if spec.group_id:
+        keyed = with_group(keyed, spec.group_id, plan.whole[spec.group_id])
+    if not spec.lists:
+        return encode(keyed, spec, lookups, buckets)
+    # The items of a list are regrouped in memory, so only some rows' lists are taken at a time.
+    for first in range(0, total, ROWS_PER_CHUNK):
+        chunk = keyed.filter((keyed[ROW] >= first) & (keyed[ROW] < first + ROWS_PER_CHUNK))
+        ids = encode(chunk, spec, lookups, buckets)
+        if first == 0:
+            connection.create_table("encoded", ids)
+        else:
+            connection.insert("encoded", ids)
+        progress("encoded", min(total, first + ROWS_PER_CHUNK))
+    return connection.table("encoded")
+
+
+def _schema(
+    folder: Path,
+    spec: TableSpec,
+    lookups: dict[str, Lookup],
+    buckets: dict[str, LogBuckets],
+    counts: dict[str, dict[str, int]],
+    preparation: dict[str, Any],
+) -> Schema:
+    """The schema, the shards of its splits still missing."""
+    preparation = {**preparation, **spec.model_dump(mode="json", exclude={"name"})}
+    features = [_feature(name, folder, spec, lookups, buckets) for name in spec.features]
+    digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
+    for feature in features:
+        digest.update(feature.model_dump_json().encode())
+        if isinstance(feature.encoding, Vocabulary):
+            for column in pq.read_table(folder / feature.encoding.file).itercolumns():
+                for buffer in column.combine_chunks().buffers():
+                    digest.update(buffer or b"")
+    return Schema(
+        name=spec.name,
+        dataset_id=digest.hexdigest()[:16],
+        features=features,
+        labels=spec.labels,
+        group_id=spec.group_id,
+        splits={
+            split: Split(
+                num_rows=0,
+                positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(spec.labels)},
+                shards=[],
+            )
+            for split, found in counts.items()
+        },
+        preparation=preparation,
+    )
+
+
+def _feature(
+    name: str, folder: Path, spec: TableSpec, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets]
+) -> Feature:
+    encoding = buckets[name] if name in buckets else lookups[name].encoding
+    if isinstance(encoding, Vocabulary):
+        size = encoding.oov_id + 1 + pq.read_metadata(folder / encoding.file).num_rows
+    else:
+        size = encoding.first_id + encoding.num_buckets
+    if name in spec.lists:
+        length = spec.lists[name].max_length
+        return Feature(name=name, kind="list", num_embeddings=size, encoding=encoding, max_length=length)
+    kind: Literal["numeric", "categorical"] = "numeric" if name in buckets else "categorical"
+    return Feature(name=name, kind=kind, num_embeddings=size, encoding=encoding)
+
+
+def _write(
+    schema: Schema,
+    counts: dict[str, dict[str, int]],
+    batches: Iterator[pa.RecordBatch],
+    folder: Path,
+    progress: Progress,
+) -> Schema:
+    """Write the shards from ``batches``, which hold the splits one after the other, and schema.json."""
+    held: list[pa.RecordBatch] = []
+    splits: dict[str, Split] = {}
+    for name, split in schema.splits.items():
+        rows = counts[name]["rows"]
+        shards = write_shards(_take(batches, rows, held), arrow_schema(schema), folder, name, row_group_rows(rows))
+        splits[name] = split.model_copy(update={"num_rows": rows, "shards": shards})
+        progress(f"wrote {name}", rows)
+    schema = schema.model_copy(update={"splits": splits})
+    schema.write(folder)
+    return schema
+
+
+def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The next ``rows`` rows; ``held`` carries what is left of a batch to the next call."""
+    while rows:
+        batch = held.pop() if held else next(batches)
+        if batch.num_rows > rows:
+            held.append(batch.slice(rows))
+        head = batch.slice(0, rows)
+        rows -= head.num_rows
+        yield head
+
+
+def _progress() -> Progress:
+    started = time.perf_counter()
+
+    def report(stage: str, rows: int) -> None:
+        elapsed = time.perf_counter() - started
+        print(f"{stage}: {rows:,} rows, {rows / elapsed:,.0f} rows/s, {elapsed:.1f} s", file=sys.stderr, flush=True)
+
+    return report

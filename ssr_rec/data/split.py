@@ -1,0 +1,121 @@
+"""Which split a row falls to, its place in the shuffle, and its group id, as Ibis expressions.
+
+Nothing here is an engine's own: no UDF, no backend SQL, no window over all rows. Row arithmetic stays within int64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ibis
+import numpy as np
+from ibis.expr.types import IntegerValue, StringColumn, Table
+
+from ssr_rec.data.engine import ROW
+from ssr_rec.data.table_spec import TableSpec, TimeSplit
+from ssr_rec.schema import GROUP_COLUMN
+
+SPLIT = "__split__"
+"""0 train, 1 validation, 2 test."""
+ORDER = "__order__"
+"""Sorting by it shuffles; no two rows share it."""
+TIME = "__time__"
+"""What a time split compares."""
+
+WHOLE_NUMBER = r"^-?[0-9]{1,18}$"
+
+_BITS = 31
+_MASK = 2**_BITS - 1
+# Odd multipliers with well spread bits: those of lowbias32 and murmur3, cut to 31 bits.
+_MULTIPLIERS = (0x7FEB352D, 0x046CA68B, 0x05EBCA6B)
+_SHIFTS = (16, 15, 13)
+
+
+def with_order(rows: Table, seed: int) -> Table:
+    """``rows`` with ``ORDER``: 31 pseudo-random bits of row number and seed, then the row number's high bits.
+
+    The bits are a bijection of the row number modulo 2**31 (xor, shift and multiply, every product below 2**62), so
+    there are no ties; rows 2**31 apart start from different salts.
+    """
+    salt = (seed * 0x9E3779B1 + 0x2C1B3C6D) & _MASK
+    rows = rows.mutate(**{ORDER: (rows[ROW] ^ ((rows[ROW] >> _BITS) * _MULTIPLIERS[0] + salt)) & _MASK})
+    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=True):
+        # Each round is a column of its own: as one nested expression the text doubles with every xor.
+        rows = rows.mutate(**{ORDER: ((rows[ORDER] ^ (rows[ORDER] >> shift)) * multiplier) & _MASK})
+    return rows.mutate(**{ORDER: (rows[ORDER] ^ (rows[ORDER] >> 16)) * 2**_BITS + (rows[ROW] >> _BITS)})
+
+
+def with_split(rows: Table, spec: TableSpec) -> Table:
+    """``rows``, which have ``ORDER`` (random split) or ``TIME`` (time split), with ``SPLIT``.
+
+    A random split cuts the shuffled order at its ratios: each row falls to a split with its ratio as probability,
+    and the order within a split is still shuffled.
+
+    Raises:
+        ValueError: the boundaries of a time split are not of the column's kind.
+    """
+    rule = spec.split
+    if isinstance(rule, TimeSplit):
+        cut, bounds = rows[TIME], _moments(rows, rule)
+    else:
+        cut = rows[ORDER]
+        bounds = [round(share * 2**_BITS) * 2**_BITS for share in (rule.ratios[0], rule.ratios[0] + rule.ratios[1])]
+    split = ibis.cases((cut < bounds[0], 0), (cut < bounds[1], 1), else_=2)
+    return rows.mutate(**{SPLIT: split.cast("int8")})
+
+
+def _moments(rows: Table, rule: TimeSplit) -> list[Any]:
+    kind = rows[TIME].type()
+    moments = []
+    for moment in rule.boundaries or []:
+        if not kind.is_temporal() and kind.is_string() != isinstance(moment, str):
+            raise ValueError(f"time column {rule.column!r} holds {kind}; the boundary {moment!r} is not of that kind")
+        try:
+            moments.append(ibis.literal(moment, kind))
+        except (TypeError, ValueError):
+            raise ValueError(f"time column {rule.column!r}: the boundary {moment!r} is not a {kind}") from None
+    return moments
+
+
+def whole_numbers(rows: Table, name: str) -> bool:
+    """Whether a column without nulls holds integers, as such or as text throughout."""
+    column = rows[name]
+    if not column.type().is_string():
+        return bool(column.type().is_integer())
+    return bool(rows.aggregate(whole=column.re_search(WHOLE_NUMBER).all()).to_pyarrow()["whole"][0].as_py())
+
+
+def with_time(rows: Table, name: str, whole: bool) -> Table:
+    """``rows`` with ``TIME``: text that is whole numbers throughout compares as numbers, all else as it is."""
+    return rows.mutate(**{TIME: rows[name].cast("int64") if whole else rows[name]})
+
+
+def resolved(rows: Table, rule: TimeSplit) -> TimeSplit:
+    """The rule with the boundaries that its ratios come to: a moment is never divided between two splits."""
+    if rule.ratios is None:
+        return rule
+    counted = rows.group_by(TIME).agg(count=lambda t: t.count()).to_pyarrow().sort_by(TIME)
+    count = counted["count"].to_numpy()
+    wanted = np.cumsum(rule.ratios)[:2] * count.sum()
+    firsts = np.searchsorted(np.cumsum(count) - count, wanted)
+    if firsts[0] == firsts[1] or firsts[1] == len(count):
+        raise ValueError(f"time column {rule.column!r} has too few distinct values to split by ratios; give boundaries")
+    moments = [counted[TIME][int(first)].as_py() for first in firsts]
+    boundaries = [moment if isinstance(moment, int) else str(moment) for moment in moments]
+    return TimeSplit(column=rule.column, boundaries=boundaries)
+
+
+def digits_of(digest: StringColumn, first: int, count: int) -> IntegerValue:
+    """``count`` (at most 15) hexadecimal digits of a digest from position ``first`` as a number."""
+    number: IntegerValue = ibis.literal(0, "int64")
+    for position in range(first, first + count):
+        number = number * 16 + ibis.literal("0123456789abcdef").find(digest.substr(position, 1))
+    return number
+
+
+def with_group(rows: Table, name: str, whole: bool) -> Table:
+    """``rows`` with ``GROUP_COLUMN``: the number itself, else the first 60 bits of the md5 of its text."""
+    if whole:
+        return rows.mutate(**{GROUP_COLUMN: rows[name].cast("int64")})
+    rows = rows.mutate(**{GROUP_COLUMN: rows[name].cast("string").hexdigest("md5")})
+    return rows.mutate(**{GROUP_COLUMN: digits_of(rows[GROUP_COLUMN], 0, 15)})

@@ -1,0 +1,166 @@
+"""Files that are not what their schema says are refused, each with the file, the column and the row."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ssr_rec.data.blocks import SplitFiles
+from ssr_rec.data.reader import Reader
+from ssr_rec.schema import Schema
+from tests.conftest import write_dataset
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+def read_all(folder):
+    return list(Reader(folder, Schema.read(folder), "train", 64, num_lanes=2).epoch(0))
+
+
+def rewrite(folder, change):
+    """Replace the training shard by ``change(table)``, keeping its metadata and row groups."""
+    path = folder / "train" / "00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path, row_group_size=64)
+
+
+def replace(table, name, values, type_=None):
+    index = table.schema.get_field_index(name)
+    return table.set_column(index, name, pa.array(values, type=type_ or table.schema.field(name).type))
+
+
+def test_truncated_file(copy):
+    path = copy / "train" / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"train/00000.parquet: not a readable parquet file"):
+        read_all(copy)
+
+
+def test_damaged_row_group(copy):
+    path = copy / "train" / "00000.parquet"
+    data = bytearray(path.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"00000.parquet: row group \d+ is damaged"):
+        read_all(copy)
+
+
+def test_missing_shard(copy):
+    (copy / "train" / "00000.parquet").unlink()
+    with pytest.raises(ValueError, match=r"00000.parquet: no such shard"):
+        read_all(copy)
+
+
+def test_shard_of_another_dataset(copy, tmp_path):
+    other = write_dataset(tmp_path / "other", {"train": 1_003, "validation": 9, "test": 9}, rows_in_group=64, seed=1)
+    shutil.copy(other / "train" / "00000.parquet", copy / "train" / "00000.parquet")
+    with pytest.raises(ValueError, match="dataset id tiny-1, the schema's is tiny-0"):
+        read_all(copy)
+
+
+def test_rows_missing(copy):
+    rewrite(copy, lambda table: table.slice(0, 900))
+    with pytest.raises(ValueError, match="900 rows, the schema says 1003"):
+        read_all(copy)
+
+
+def test_column_missing(copy):
+    rewrite(copy, lambda table: table.drop_columns(["price"]))
+    with pytest.raises(ValueError, match="column 'price' is missing"):
+        read_all(copy)
+
+
+def test_list_where_a_scalar_was_declared(copy):
+    rewrite(copy, lambda t: replace(t, "price", [[i] for i in t["price"].to_pylist()], pa.list_(pa.int64())))
+    with pytest.raises(ValueError, match=r"column 'price' holds list<.*>, the schema says int64"):
+        read_all(copy)
+
+
+def test_scalar_where_a_list_was_declared(copy):
+    rewrite(copy, lambda t: replace(t, "tags", [1] * len(t), pa.int64()))
+    with pytest.raises(ValueError, match="column 'tags' holds int64, the schema says list<"):
+        read_all(copy)
+
+
+@pytest.mark.parametrize("bad", [8, -1, 2**40])
+def test_id_out_of_range(copy, bad):
+    def change(table):
+        ids = table["price"].to_pylist()
+        ids[70] = bad
+        return replace(table, "price", ids)
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match=rf"from row 64\): column 'price' holds id {bad} at its row 6"):
+        read_all(copy)
+
+
+def test_id_out_of_range_in_a_list(copy):
+    def change(table):
+        ids = table["tags"].to_pylist()
+        ids[3] = [0, 12]
+        return replace(table, "tags", ids)
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match="column 'tags' holds id 12 at its row 3"):
+        read_all(copy)
+
+
+@pytest.mark.parametrize("bad", [2, -1])
+def test_label_not_binary(copy, bad):
+    def change(table):
+        labels = table["like"].to_pylist()
+        labels[100] = bad
+        return replace(table, "like", labels)
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match=f"label 'like' is {bad} in row 100, must be 0 or 1"):
+        read_all(copy)
+
+
+def test_null(copy):
+    def change(table):
+        ids = table["user"].to_pylist()
+        ids[5] = None
+        return table.set_column(0, pa.field("user", pa.int64(), nullable=True), pa.array(ids))
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match="column 'user' is null at its row 5"):
+        read_all(copy)
+
+
+def test_empty_and_unknown_split(tmp_path):
+    folder = write_dataset(tmp_path / "d", {"train": 10, "validation": 0, "test": 5}, rows_in_group=8)
+    schema = Schema.read(folder)
+    with pytest.raises(ValueError, match="split 'validation' is empty"):
+        SplitFiles(folder, schema, "validation")
+    with pytest.raises(ValueError, match="no split 'tset'"):
+        SplitFiles(folder, schema, "tset")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"surprise": 1}, "surprise"),
+        (lambda s: s | {"format_version": 9}, "format_version"),
+        (lambda s: s | {"labels": ["user"]}, "more than once: user"),
+        (lambda s: {k: v for k, v in s.items() if k != "features"}, "features"),
+    ],
+)
+def test_broken_schema(copy, change, message):
+    path = copy / "schema.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=rf"schema.json: not a schema .*{message}"):
+        Schema.read(copy)
+
+
+def test_schema_that_is_not_json(copy):
+    (copy / "schema.json").write_text('{"name": ')
+    with pytest.raises(ValueError, match=r"schema.json: not"):
+        Schema.read(copy)
+    with pytest.raises(ValueError, match="no such file; prepare the dataset"):
+        Schema.read(copy / "nowhere")

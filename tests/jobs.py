@@ -1,0 +1,89 @@
+"""Jobs that tests run on several ranks; importable, so that other processes can."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from ssr_rec.checkpoint import load_weights, save_weights
+from ssr_rec.config import load_config
+from ssr_rec.schema import Schema
+from ssr_rec.train import build_model, start_process_group, train
+
+
+def train_job(overrides: list[str], config: str | None = None) -> dict[str, Any]:
+    return train(load_config(config, overrides))
+
+
+def refused_job(overrides: list[str]) -> str:
+    """The message with which a run is refused."""
+    try:
+        train(load_config(None, overrides))
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def whole_tables(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every table put together from its shards, on rank 0; on others what they hold."""
+    tables = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, ShardedTensor):
+            tables[key] = value.clone()
+            continue
+        whole = torch.zeros(value.size())
+        for shard in value.local_shards():
+            (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+            whole[row : row + rows, column : column + columns] = shard.tensor
+        dist.all_reduce(whole)
+        tables[key] = whole
+    return tables
+
+
+def digests(model: torch.nn.Module) -> dict[str, str]:
+    return {key: hashlib.sha256(t.numpy().tobytes()).hexdigest() for key, t in whole_tables(model).items()}
+
+
+def built_model(overrides: list[str], dataset: str) -> torch.nn.Module:
+    config = load_config(None, overrides)
+    device = start_process_group(config.device)
+    world_size = dist.get_world_size()
+    return build_model(config, Schema.read(dataset), device, world_size, world_size)
+
+
+def initial_digests_job(overrides: list[str], dataset: str) -> dict[str, str]:
+    return digests(built_model(overrides, dataset))
+
+
+def save_job(overrides: list[str], dataset: str, folder: str) -> dict[str, str]:
+    model = built_model(overrides, dataset)
+    save_weights(model, Path(folder))
+    return digests(model)
+
+
+def load_job(overrides: list[str], dataset: str, folder: str) -> dict[str, str]:
+    model = built_model([*overrides, "--seed=99"], dataset)
+    load_weights(model, Path(folder))
+    return digests(model)
+
+
+def plain_loss_job(options: list[str], dataset: str) -> float:
+    """The first batch's loss by plain indexing, pandas and the written-out cross-entropy; unshuffled, one lane."""
+    model = built_model(options, dataset)
+    tables = {key.split(".")[-2]: table for key, table in whole_tables(model).items() if "embedding_bags" in key}
+    rows = pd.read_parquet(Path(dataset) / "train" / "00000.parquet").head(64)
+    vectors = []
+    for name in ("user", "history", "item", "price", "tags"):
+        ids = [[v] if np.isscalar(v) else list(v) for v in rows[name]]
+        vectors.append(torch.stack([tables[name][i].sum(0) if i else torch.zeros(8) for i in ids]))
+    dense = model.module.model.dense
+    logits = dense.heads(dense.over_arch(torch.cat(vectors, 1))).detach()
+    p = torch.sigmoid(logits)
+    y = torch.tensor(rows[["click", "like"]].to_numpy(), dtype=torch.float32)
+    cross_entropy = -(y * p.log() + (1 - y) * (1 - p).log()).mean(0)
+    return float((cross_entropy[0] + 3 * cross_entropy[1]) / 4)

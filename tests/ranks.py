@@ -1,0 +1,64 @@
+"""Run a function on several real gloo ranks of this machine."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+PRELOAD = ["ssr_rec.train"]
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """What ``function(*args)`` returned on each rank; a failure on any rank fails with its traceback."""
+    context = multiprocessing.get_context("forkserver")
+    # Importing torchrec takes seconds; the fork server does it once for all ranks of all tests.
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(function, rank, world_size, port, pipes[rank][1], args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results = []
+    try:
+        for rank, (receiver, _) in enumerate(pipes):
+            assert receiver.poll(timeout), f"rank {rank} gave no result in {timeout} s"
+            ok, value = receiver.recv()
+            assert ok, f"rank {rank} of {world_size}:\n{value}"
+            results.append(value)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+    return results
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, pipe: Any, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        value = (True, function(*args))
+    except BaseException:
+        value = (False, traceback.format_exc())
+    pipe.send(value)
+    if dist.is_initialized():
+        dist.destroy_process_group()

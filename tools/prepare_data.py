@@ -1,0 +1,113 @@
+"""Prepare a raw click log for training; see docs/data.md.
+
+python tools/prepare_data.py criteo --input train.txt --output data/criteo
+python tools/prepare_data.py table --spec configs/data/kuairand.yaml --input logs/ --output data/kuairand
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ssr_rec.data.prepare import prepare
+from ssr_rec.data.presets import PRESETS
+from ssr_rec.data.sources import Read, read_table
+from ssr_rec.data.table_spec import RandomSplit, TableSpec, TimeSplit, make_spec, read_spec
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    # So that a polite kill also removes what is half-written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    started = time.perf_counter()
+    try:
+        read, spec = _chosen(options)
+        schema = prepare(
+            options.input,
+            options.output,
+            spec,
+            read=read,
+            seed=options.seed,
+            memory_limit=options.memory_limit,
+            threads=options.threads,
+            preset=options.preset,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - started
+    splits = {name: split.num_rows for name, split in schema.splits.items()}
+    rows = sum(splits.values())
+    figures = {"rows": rows, "seconds": round(seconds, 3), "rows_per_s": round(rows / seconds), "splits": splits}
+    print(json.dumps({**figures, "dataset_id": schema.dataset_id, "output": str(options.output)}))
+    return 0
+
+
+def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
+    """How to read, and the spec with the command line's changes."""
+    read: Read = read_table
+    if options.preset == "table":
+        if options.spec is None:
+            raise ValueError("preset table needs --spec, a YAML file that says what each column is; see docs/data.md")
+        spec = read_spec(options.spec)
+    elif options.spec is not None:
+        raise ValueError(f"--spec is for preset table; {options.preset} has its own")
+    else:
+        read, spec = PRESETS[options.preset].read, PRESETS[options.preset].spec
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("min_count", "num_buckets", "hash_buckets")
+        if (value := getattr(options, name)) is not None
+    }
+    if options.max_list_length is not None:
+        changes["lists"] = {
+            name: {**column.model_dump(), "max_length": options.max_list_length} for name, column in spec.lists.items()
+        }
+    if split := _split(options, spec.split):
+        changes["split"] = split
+    return read, make_spec({**spec.model_dump(), **changes}, "command line") if changes else spec
+
+
+def _split(options: argparse.Namespace, split: RandomSplit | TimeSplit) -> dict[str, Any] | None:
+    column = options.time_column or (split.column if isinstance(split, TimeSplit) else None)
+    if options.boundaries:
+        if column is None:
+            raise ValueError("--boundaries needs --time-column, the column they are in")
+        moments = [int(moment) if moment.lstrip("-").isdigit() else moment for moment in options.boundaries]
+        return {"type": "time", "column": column, "boundaries": moments}
+    if options.time_column:
+        return {"type": "time", "column": column, "ratios": options.ratios or [0.8, 0.1, 0.1]}
+    if options.ratios:
+        rule = {"type": "time", "column": column} if column else {"type": "random"}
+        return {**rule, "ratios": options.ratios}
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Prepare a raw click log for training, as docs/data.md says.")
+    parser.add_argument("preset", choices=[*PRESETS, "table"])
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders or glob patterns; text also as .gz")
+    parser.add_argument("--output", type=Path, required=True, help="dataset folder, new or empty")
+    parser.add_argument("--spec", type=Path, help="preset table: YAML that says what each column is")
+    parser.add_argument("--seed", type=int, default=0, help="of the random split and of the shuffle")
+    shares = ("TRAIN", "VALIDATION", "TEST")
+    parser.add_argument("--ratios", nargs=3, type=float, metavar=shares, help="shares of the splits, as in 8 1 1")
+    parser.add_argument("--time-column", help="split by this column instead of at random")
+    parser.add_argument("--boundaries", nargs=2, metavar=("A", "B"), help="train < A <= validation < B <= test")
+    parser.add_argument("--min-count", type=int, help="training occurrences that earn a value an id (default 6)")
+    parser.add_argument("--num-buckets", type=int, help="buckets of a numeric column (default 64)")
+    parser.add_argument("--hash-buckets", type=int, metavar="N", help="hash every column instead of a vocabulary")
+    parser.add_argument("--max-list-length", type=int, metavar="N", help="items kept of every list")
+    parser.add_argument("--memory-limit", default="4GB", help="of the engine, which spills beyond it (default 4GB)")
+    parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
