@@ -153,7 +153,7 @@ def fit(loop: Loop) -> Fitted:
         until = [total_steps, (epoch + 1) * steps_per_epoch]
         if config.eval_every is not None:
             until.append((fitted.steps // config.eval_every + 1) * config.eval_every)
-        _train_segment(loop, batches, epoch, int(min(until)), running)
+        train_segment(loop, batches, epoch, int(min(until)), running)
         fitted.epochs = fitted.steps / steps_per_epoch
         if config.eval_every is None or fitted.steps % config.eval_every == 0 or fitted.steps == total_steps:
             _validate(loop, epoch)
@@ -174,7 +174,7 @@ def _validate(loop: Loop, epoch: int) -> None:
     fitted.stopped_early = config.patience is not None and fitted.bad_evaluations >= config.patience
 
 
-def _train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int, running: RunningAUC) -> None:
+def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int, running: RunningAUC) -> None:
     """Train up to step ``until`` and empty the pipeline, so that evaluation and position are exact."""
     fitted, config, train = loop.fitted, loop.config, loop.train
     loop.schedule.set(fitted.steps)

@@ -171,8 +171,9 @@ def make_spec(entries: dict[str, Any], source: str) -> TableSpec:
     try:
         return TableSpec.model_validate(entries)
     except ValidationError as error:
-        problem = error.errors()[0]
-        if problem["type"] != "extra_forbidden":
+        # A misspelt key also leaves the right one missing; the spelling is the better complaint.
+        problem = next((problem for problem in error.errors() if problem["type"] == "extra_forbidden"), None)
+        if problem is None:
             raise ValueError(f"{source}: {first_problem(error)}") from None
         key = str(problem["loc"][-1])
         parts = (TableSpec, TextFormat, ListColumn, RandomSplit, TimeSplit)

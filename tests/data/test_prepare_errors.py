@@ -1,0 +1,147 @@
+"""Every kind of bad input is refused by name, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssr_rec.data.prepare import prepare
+from ssr_rec.data.table_spec import TableSpec, read_spec
+from tests.prepare_log import SPEC, Row, make_rows, spec_with, write_csv, write_parquet
+
+
+def bad_rows(column: str, row: int, value: Any) -> list[Row]:
+    rows = make_rows(200)
+    rows[row][column] = value
+    return rows
+
+
+CSV_CASES = [
+    ("click", 41, 2, r"log\.csv: row 42: column 'click' is 2.0; a label must be 0 or 1"),
+    ("click", 41, 0.5, r"log\.csv: row 42: column 'click' is 0.5; a label must be 0 or 1"),
+    ("click", 41, "nan", r"log\.csv: row 42: column 'click' is nan; a label must be 0 or 1"),
+    ("click", 41, None, r"log\.csv: row 42: column 'click' is missing; a label must be 0 or 1"),
+    ("price", 41, "cheap", r"log\.csv: row 42 .*column 'price' must be a number"),
+    ("price", 41, "inf", r"log\.csv: row 42: column 'price' is inf; a number must be finite"),
+    ("user", 41, None, r"log\.csv: row 42: column 'user' is missing; the group id"),
+]
+
+
+@pytest.mark.parametrize(("column", "row", "value", "message"), CSV_CASES)
+def test_bad_values_name_file_column_and_row(tmp_path: Path, column: str, row: int, value: Any, message: str) -> None:
+    path = write_csv(bad_rows(column, row, value), tmp_path / "log.csv")
+    first = write_csv(make_rows(50), tmp_path / "first.csv")
+    refuse(tmp_path, [first, path], spec_with(), message)
+
+
+def refuse(tmp_path: Path, inputs: list[Path], spec: TableSpec, message: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        prepare([str(path) for path in inputs], tmp_path / "out", spec)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_labels_in_parquet(tmp_path: Path) -> None:
+    path = write_parquet(bad_rows("click", 41, None), tmp_path / "log.parquet")
+    refuse(tmp_path, [path], spec_with(), r"log\.parquet: row 42: column 'click' is missing")
+    rows = [{**row, "click": float(row["click"])} for row in make_rows(200)]
+    rows[7]["click"] = math.nan
+    path = write_parquet(rows, tmp_path / "nan.parquet")
+    refuse(tmp_path, [path], spec_with(), r"nan\.parquet: row 8: column 'click' is nan")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("1,2,3", r"row 101 \('1,2,3'\): not the 7 columns"), ("1,2,3,4,2024-01-01,6,7,8", "row 101")]
+)
+def test_ragged_rows(tmp_path: Path, line: str, message: str) -> None:
+    path = write_csv(make_rows(200), tmp_path / "log.csv")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:101], line, *lines[101:]]) + "\n")
+    refuse(tmp_path, [path], spec_with(), message)
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    whole = write_parquet(make_rows(2000), tmp_path / "log.parquet").read_bytes()
+    (tmp_path / "log.parquet").write_bytes(whole[: len(whole) // 2])
+    refuse(tmp_path, [tmp_path / "log.parquet"], spec_with(), r"log\.parquet: cannot be read.*complete")
+    text = write_csv(make_rows(2000), tmp_path / "log.csv.gz").read_bytes()
+    (tmp_path / "log.csv.gz").write_bytes(text[: len(text) // 2])
+    refuse(tmp_path, [tmp_path / "log.csv.gz"], spec_with(), r"log\.csv\.gz: cannot be read.*complete")
+
+
+def test_wrong_kinds_of_column(tmp_path: Path) -> None:
+    path = write_parquet(make_rows(200), tmp_path / "log.parquet")
+    lists = SPEC["lists"]
+    cases: list[tuple[Row, str]] = [
+        ({"numeric": ["price", "city"], "categorical": ["user", "uid"]}, "column 'city' holds string, not numbers"),
+        (
+            {"categorical": ["user", "uid", "city", "tags"], "lists": {}},
+            "column 'tags' holds lists; name it under lists",
+        ),
+        (
+            {"categorical": ["uid", "city"], "lists": {**lists, "user": {"max_length": 3}}},
+            "'user' holds int64, not lists",
+        ),
+        ({"categorical": ["uid", "user"], "lists": {**lists, "city": {"max_length": 3}}}, "give its separator"),
+        ({"categorical": ["uid", "city", "user", "price"], "numeric": []}, "categorical column 'price' holds float64"),
+    ]
+    for changes, message in cases:
+        refuse(tmp_path, [path], spec_with(**changes), rf"log\.parquet: .*{message}")
+
+
+def test_columns_and_spec_must_agree(tmp_path: Path) -> None:
+    path = write_csv(make_rows(200), tmp_path / "log.csv")
+    refuse(tmp_path, [path], spec_with(labels=["clicks"], ignore=["day"]), "no label 'clicks', did you mean 'click'")
+    refuse(tmp_path, [path], spec_with(ignore=[]), "column 'day' has no role in the spec")
+    refuse(tmp_path, [path], spec_with(numeric=["pirce"]), "no column 'pirce', did you mean 'price'")
+    refuse(tmp_path, [path], spec_with(ignore=["day", "dya"]), "ignore names 'dya', no such column, did you mean 'day'")
+
+
+def test_empty_splits_and_inputs(tmp_path: Path) -> None:
+    path = write_csv(make_rows(200), tmp_path / "log.csv")
+    late = {"type": "time", "column": "day", "boundaries": ["2025-01-01", "2025-01-02"]}
+    refuse(tmp_path, [path], spec_with(split=late), "the validation split is empty: 200 rows")
+    few = {"type": "time", "column": "day", "ratios": [0.98, 0.01, 0.01]}
+    refuse(tmp_path, [path], spec_with(split=few), "too few distinct values")
+    kind = {"type": "time", "column": "day", "boundaries": [3, 4]}
+    refuse(tmp_path, [path], spec_with(split=kind), "the boundary 3 is not of that kind")
+    (tmp_path / "log.csv").write_text("click,user,city,price,day,tags,uid\n")
+    refuse(tmp_path, [path], spec_with(), "no rows at all")
+    (tmp_path / "log.csv").write_text("")
+    refuse(tmp_path, [path], spec_with(), "no rows at all")
+    refuse(tmp_path, [tmp_path / "none.csv"], spec_with(), r"none\.csv: no such file")
+    refuse(tmp_path, [path, path], spec_with(), "given twice")
+    (tmp_path / "log.xlsx").write_text("x")
+    refuse(tmp_path, [tmp_path / "log.xlsx"], spec_with(), "unknown kind of file")
+
+
+def test_the_output_folder_must_be_new_or_empty(tmp_path: Path) -> None:
+    path = write_csv(make_rows(200), tmp_path / "log.csv")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    refuse(tmp_path, [path], spec_with(), "out: exists and is not empty")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("labels: [a", "not readable as YAML"),
+        ("- a", "a spec is a mapping"),
+        ("name: x\nlabels: [a]\ncategoricals: [b]", "unknown key 'categoricals', did you mean 'categorical'"),
+        ("name: x\nlabels: [a]\nlists: {b: {max_lenght: 3}}", "did you mean 'max_length'"),
+        ("name: x\nlabels: [a]\ncategorical: [a]", "columns named in two roles: a"),
+        ("name: x\nlabels: [a]", "no feature is named"),
+        ("name: x\nlabels: [a]\ncategorical: [b]\nmin_count: '6'", "min_count: Input should be a valid integer"),
+        ("name: x\nlabels: [a]\ncategorical: [b]\nhash_buckets: {c: 5}", "'c' is neither categorical nor a list"),
+        ("name: x\nlabels: [a]\ncategorical: [b]\nsplit: {type: random, ratios: [1, 2]}", "three positive shares"),
+        ("name: x\nlabels: [a]\ncategorical: [b]\nsplit: {type: time, column: t}", "either boundaries or ratios"),
+    ],
+)
+def test_bad_specs(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_spec(tmp_path / "spec.yaml")
+    assert "spec.yaml" in str(raised.value)

@@ -1,0 +1,101 @@
+"""The command line of the preparation: one JSON line on success, one error line and status 2 on bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ssr_rec.schema import Schema
+from tests.prepare_log import ROOT, SPEC, make_rows, write_csv
+
+COMMAND = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+
+
+def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+
+
+def write_spec(folder: Path) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(SPEC))
+    return path
+
+
+def test_table(tmp_path: Path) -> None:
+    log = write_csv(make_rows(2000), tmp_path / "log.csv")
+    spec, output = write_spec(tmp_path), tmp_path / "out"
+    options = ("--ratios", "6", "2", "2", "--num-buckets", "8", "--max-list-length", "2", "--min-count", "4")
+    done = call("table", "--spec", spec, "--input", log, "--output", output, *options)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    figures = json.loads(line)
+    schema = Schema.read(output)
+    assert figures["rows"] == 2000 == sum(figures["splits"].values())
+    assert figures["splits"] == {name: split.num_rows for name, split in schema.splits.items()}
+    assert figures["splits"]["train"] == pytest.approx(1200, abs=110)
+    assert figures["rows_per_s"] == pytest.approx(2000 / figures["seconds"], rel=0.01)
+    by_name = {feature.name: feature for feature in schema.features}
+    assert by_name["tags"].max_length == 2
+    assert by_name["price"].num_embeddings == 9
+    assert schema.preparation["min_count"] == 4
+    for progress in done.stderr.splitlines():
+        assert "rows/s" in progress
+
+
+def test_time_options(tmp_path: Path) -> None:
+    log = write_csv(make_rows(2000), tmp_path / "log.csv")
+    options = ("--time-column", "day", "--boundaries", "2024-01-11", "2024-01-16")
+    done = call("table", "--spec", write_spec(tmp_path), "--input", log, "--output", tmp_path / "out", *options)
+    assert json.loads(done.stdout)["splits"] == {"train": 1000, "validation": 500, "test": 500}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("criteo", "--input", "none.tsv"), "none.tsv: no such file"),
+        (("table", "--input", "none.tsv"), "preset table needs --spec"),
+        (("criteo", "--spec", "x.yaml", "--input", "none.tsv"), "--spec is for preset table"),
+        (("criteo", "--boundaries", "1", "2", "--input", "none.tsv"), "--boundaries needs --time-column"),
+        (("criteo", "--ratios", "1", "0", "1", "--input", "none.tsv"), "three positive shares"),
+        (("criteo", "--hash-buckets", "0", "--input", "none.tsv"), "hash_buckets: 0"),
+        (("criteo", "--memory-limit", "lots", "--input", __file__), "--memory-limit lots"),
+    ],
+)
+def test_bad_options(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = call(*arguments, "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("0\t1\n")
+    done = call("criteo", "--input", tmp_path / "train.tsv", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path}/train.tsv: row 1 ('0\\t1'): not the 40 columns of a row; "
+        "correct it, or set text.delimiter and text.quote"
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    log = write_csv(make_rows(20_000), tmp_path / "log.csv")
+    output = tmp_path / "made" / "out"
+    arguments = ["table", "--spec", str(write_spec(tmp_path)), "--input", str(log), "--output", str(output)]
+    child = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    child.stderr.readline()  # the log is read, the rest of the work is under way
+    child.send_signal(number)
+    child.communicate(timeout=60)
+    assert child.returncode != 0
+    assert list((tmp_path / "made").iterdir()) == []

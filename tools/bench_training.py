@@ -1,0 +1,152 @@
+"""Training throughput of the whole job against a bare TorchRec loop, side by side in one run.
+
+    python tools/bench_training.py --data data/ml1m_half --config configs/ml1m_half_mlp.yaml
+
+The bare loop has the same tables and optimizers in the backward pass, the same over-arch and batch size, random ids
+that are already in memory, and nothing else: no reader, no pipeline, no metrics, no logging. The two take turns;
+the ratio is that of their median samples/s. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+from ssr_rec.stack import require_stack
+
+require_stack()
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from ssr_rec.config import RunConfig, load_config
+from ssr_rec.data.batch import Batch
+from ssr_rec.data.reader import Reader
+from ssr_rec.metrics import RunningAUC
+from ssr_rec.optim import Schedule, build_optimizer
+from ssr_rec.run_folder import hardware, versions
+from ssr_rec.schema import Schema
+from ssr_rec.train import build_model, open_reader, quiet, start_process_group
+from ssr_rec.trainer import Loop, train_segment
+
+Job = Callable[[int], None]
+"""Trains for a number of steps and may be called again."""
+
+
+def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: Reader) -> Job:
+    """What ssr_rec/train.py does between two evaluations: reader, pipeline, running AUC, progress rows."""
+    model = build_model(config, schema, device, world_size=1, local_world_size=1)
+    optimizer = build_optimizer(model, config.optimizer, config.embeddings)
+    loop = Loop(
+        pipeline=TrainPipelineSparseDist(model, optimizer, device),
+        model=model,
+        schedule=Schedule(optimizer, config.optimizer.warmup_steps),
+        train=reader,
+        validation=reader,
+        config=config.train,
+        log=lambda row: None,
+        save_best=lambda: None,
+    )
+    running = RunningAUC(schema.labels)
+    epochs = [(0, reader.epoch(0))]
+    model.train()
+
+    def run(steps: int) -> None:
+        last = loop.fitted.steps + steps
+        while loop.fitted.steps < last:
+            epoch, step = divmod(loop.fitted.steps, reader.steps_per_epoch)
+            if epoch != epochs[-1][0]:
+                epochs.append((epoch, reader.epoch(epoch)))
+            until = min(last, loop.fitted.steps - step + reader.steps_per_epoch)
+            train_segment(loop, epochs[-1][1], epoch, until, running)
+
+    return run
+
+
+def bare_loop(config: RunConfig, schema: Schema, device: torch.device) -> Job:
+    """The same sharded model and optimizers over 64 random batches in memory."""
+    model = build_model(config, schema, device, world_size=1, local_world_size=1)
+    optimizer = build_optimizer(model, config.optimizer, config.embeddings)
+    batches = [random_batch(schema, config.train.batch_size, seed).to(device) for seed in range(64)]
+    model.train()
+
+    def run(steps: int) -> None:
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss, _ = model(batches[step % len(batches)])
+            loss.backward()
+            optimizer.step()
+
+    return run
+
+
+def random_batch(schema: Schema, rows: int, seed: int) -> Batch:
+    """Uniform ids; lists of half their longest length on average."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, values = [], []
+    for feature in schema.features:
+        ones = torch.ones(rows, dtype=torch.int64)
+        longest = feature.max_length
+        counts = ones if longest is None else torch.randint(0, longest + 1, (rows,), generator=generator)
+        lengths.append(counts)
+        values.append(torch.randint(0, feature.num_embeddings, (int(counts.sum()),), generator=generator))
+    sparse = KeyedJaggedTensor(schema.feature_names, torch.cat(values), lengths=torch.cat(lengths))
+    labels = torch.randint(0, 2, (rows, len(schema.labels)), generator=generator).float()
+    return Batch(sparse, labels, None, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="prepared dataset")
+    parser.add_argument("--config", help="run config; default: SSR-S")
+    parser.add_argument("--steps", type=int, default=200, help="steps of one turn")
+    parser.add_argument(
+        "--turns", type=int, default=5, help="turns of each, after one that does not count"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; default: all cores")
+    arguments, overrides = parser.parse_known_args()
+    quiet()
+    try:
+        config = load_config(arguments.config, [*overrides, f"--data.path={arguments.data}"])
+        schema = Schema.read(arguments.data).select(config.data.features, config.data.labels)
+        device = start_process_group(config.device)
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        reader = open_reader(config, Path(arguments.data), schema, "train", rank=0, world_size=1)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    jobs = {"ours": whole_job(config, schema, device, reader), "bare": bare_loop(config, schema, device)}
+    speeds: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(arguments.turns + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job(arguments.steps)
+            speed = arguments.steps * config.train.batch_size / (time.perf_counter() - start)
+            if turn:
+                speeds[name].append(speed)
+        print(f"turn {turn}: " + "  ".join(f"{n} {s[-1]:,.0f} samples/s" for n, s in speeds.items() if s), flush=True)
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    figures = {
+        "over_arch": config.over_arch.label,
+        "dataset": schema.name,
+        "batch_size": config.train.batch_size,
+        "threads": torch.get_num_threads(),
+        "samples_per_s": {name: round(value) for name, value in medians.items()},
+        "spread": {name: [round(min(v)), round(max(v))] for name, v in speeds.items()},
+        "ratio": round(medians["ours"] / medians["bare"], 3),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
