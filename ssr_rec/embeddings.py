@@ -27,12 +27,12 @@ class EmbeddingsConfig(Settings):
     dim: int = Field(16, ge=1, description="embedding dim D of every feature not named in dims; a multiple of 4")
     dims: dict[str, int] = Field({}, description="feature -> its own dim, a multiple of 4")
     pooling: Literal["mean", "sum"] = Field("mean", description="how the ids of a list feature become one vector")
-    init_scale: float = Field(0.05, gt=0, description="tables start uniform in [-init_scale, init_scale]")
+    init_scale: float = Field(0.01, gt=0, description="tables start uniform in [-init_scale, init_scale]")
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = Field(
         "rowwise_adagrad",
         description="fused into the backward pass; adam on CPU has no fused form and trains replicated tables instead",
     )
-    learning_rate: float = Field(0.05, ge=0)
+    learning_rate: float = Field(0.01, ge=0)
     weight_decay: float = Field(0.0, ge=0, description="L2 on the rows of a batch (fused), on all rows (adam on CPU)")
     eps: float = Field(1e-8, gt=0, description="added to the optimizer's denominator; sgd ignores it")
 

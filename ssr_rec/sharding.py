@@ -76,6 +76,11 @@ def plan_sharding(
             )
     constraint = ParameterConstraints(sharding_types=list(allowed), compute_kernels=["fused"])
     if not fused:
+        if config.types:
+            raise ValueError(
+                f"sharding.types={config.types} has no effect: adam on CPU keeps every table on every rank; "
+                "remove it, or choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
+            )
         constraint = ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["dense"])
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=batch_size, constraints={feature.name: constraint for feature in schema.features}

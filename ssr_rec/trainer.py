@@ -28,7 +28,7 @@ class TrainConfig(Settings):
     eval_batch_size: int = Field(8192, ge=1, description="rows of a global batch in evaluation")
     epochs: int = Field(1, ge=1, description="at most this many passes over the training split")
     max_steps: int | None = Field(None, ge=1, description="at most this many steps; None: epochs alone decide")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; None: one after each epoch")
+    eval_every: int | None = Field(500, ge=1, description="steps between evaluations; None: one after each epoch")
     monitor: Literal["auc", "gauc", "logloss", "ne"] = Field("auc", description="validation metric that picks the best")
     monitor_task: str | None = Field(None, description="label whose metric counts; None: mean over the labels")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before stopping")

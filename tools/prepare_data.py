@@ -23,8 +23,6 @@ from ssr_rec.data.table_spec import RandomSplit, TableSpec, TimeSplit, make_spec
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for bad input."""
     options = _parser().parse_args(arguments)
-    # So that a polite kill also removes what is half-written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.perf_counter()
     try:
         read, spec = _chosen(options)
@@ -110,4 +108,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # So that a polite kill, like Ctrl-C, removes what is half-written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

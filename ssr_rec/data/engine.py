@@ -6,8 +6,9 @@ The rest of the pipeline is Ibis expressions; another engine (Spark) needs a twi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import duckdb
@@ -143,10 +144,15 @@ def numbered(table: Table, columns: Sequence[str]) -> Table:
     return table.select(*columns, **{ROW: table.rowid()})
 
 
-def stream(connection: Backend, rows: Table, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """The rows in order, a batch at a time, never all in memory."""
+def stream(connection: Backend, rows: Table, batch_rows: int) -> Generator[pa.RecordBatch, None, None]:
+    """The rows in order, a batch at a time, never all in memory; the engine prepares a batch while one is used."""
     # Not `to_pyarrow_batches`: Ibis 12 calls what DuckDB 2.0 no longer has, and the cursor would hold all rows.
-    yield from connection.con.sql(connection.compile(rows)).to_arrow_reader(batch_rows)
+    reader = connection.con.sql(connection.compile(rows)).to_arrow_reader(batch_rows)
+    with closing(reader), ThreadPoolExecutor(max_workers=1) as ahead:
+        coming = ahead.submit(next, reader, None)
+        while (batch := coming.result()) is not None:
+            coming = ahead.submit(next, reader, None)
+            yield batch
 
 
 def first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,6 @@ from ssr_rec.schema import Feature, LogBuckets, Schema, Split, Vocabulary
 ROWS_PER_CHUNK = 1_000_000
 """Rows whose lists are encoded at once; their items are in memory together."""
 STREAM_ROWS = 65_536
-WHOLE_NUMBER = r"^-?[0-9]{1,18}$"
 
 
 def prepare(
@@ -69,8 +69,8 @@ def prepare(
         progress("fit vocabularies and buckets", log.count)
         schema = _schema(folder, plan.spec, lookups, buckets, counts, {"preset": preset, "seed": seed})
         encoded = _encoded(connection, plan, lookups, buckets, progress)
-        batches = engine.stream(connection, encoded.order_by(SPLIT, ORDER), STREAM_ROWS)
-        return _write(schema, counts, batches, folder, progress)
+        with closing(engine.stream(connection, encoded.order_by(SPLIT, ORDER), STREAM_ROWS)) as batches:
+            return _write(schema, counts, batches, folder, progress)
 
 
 def check_values(log: Log, spec: TableSpec) -> None:

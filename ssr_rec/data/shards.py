@@ -58,7 +58,12 @@ def write_shards(
         if writer is None:
             path = f"{split}/{len(shards):05d}.parquet"
             shards.append(Shard(path=path, num_rows=0))
-            writer, rows_in_shard = pq.ParquetWriter(folder / path, columns, compression="zstd"), 0
+            # All columns are integers: against dictionaries, packed differences write and read about 1.5 times as
+            # fast for a seventh more bytes, and never fall back to plain where a column has many values.
+            writer = pq.ParquetWriter(
+                folder / path, columns, compression="zstd", use_dictionary=False, column_encoding="DELTA_BINARY_PACKED"
+            )
+            rows_in_shard = 0
         writer.write_table(table, row_group_size=rows_in_group)
         rows_in_shard += table.num_rows
     if writer is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -14,11 +17,31 @@ import yaml
 from ssr_rec.schema import Schema
 from tests.prepare_log import ROOT, SPEC, make_rows, write_csv
 
-COMMAND = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+SCRIPT = ROOT / "tools" / "prepare_data.py"
+COMMAND = [sys.executable, str(SCRIPT)]
+
+Call = Callable[..., tuple[int, str, str]]
 
 
-def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture(scope="module")
+def prepare_data() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(prepare_data: ModuleType, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command line within this process: exit status, stdout, stderr."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        status = prepare_data.main([str(argument) for argument in arguments])
+        return (status, *capsys.readouterr())
+
+    return run
 
 
 def write_spec(folder: Path) -> Path:
@@ -27,13 +50,13 @@ def write_spec(folder: Path) -> Path:
     return path
 
 
-def test_table(tmp_path: Path) -> None:
+def test_table(tmp_path: Path, call: Call) -> None:
     log = write_csv(make_rows(2000), tmp_path / "log.csv")
     spec, output = write_spec(tmp_path), tmp_path / "out"
     options = ("--ratios", "6", "2", "2", "--num-buckets", "8", "--max-list-length", "2", "--min-count", "4")
-    done = call("table", "--spec", spec, "--input", log, "--output", output, *options)
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    status, out, err = call("table", "--spec", spec, "--input", log, "--output", output, *options)
+    assert status == 0, err
+    (line,) = out.splitlines()
     figures = json.loads(line)
     schema = Schema.read(output)
     assert figures["rows"] == 2000 == sum(figures["splits"].values())
@@ -44,15 +67,15 @@ def test_table(tmp_path: Path) -> None:
     assert by_name["tags"].max_length == 2
     assert by_name["price"].num_embeddings == 9
     assert schema.preparation["min_count"] == 4
-    for progress in done.stderr.splitlines():
+    for progress in err.splitlines():
         assert "rows/s" in progress
 
 
-def test_time_options(tmp_path: Path) -> None:
+def test_time_options(tmp_path: Path, call: Call) -> None:
     log = write_csv(make_rows(2000), tmp_path / "log.csv")
     options = ("--time-column", "day", "--boundaries", "2024-01-11", "2024-01-16")
-    done = call("table", "--spec", write_spec(tmp_path), "--input", log, "--output", tmp_path / "out", *options)
-    assert json.loads(done.stdout)["splits"] == {"train": 1000, "validation": 500, "test": 500}
+    _, out, _ = call("table", "--spec", write_spec(tmp_path), "--input", log, "--output", tmp_path / "out", *options)
+    assert json.loads(out)["splits"] == {"train": 1000, "validation": 500, "test": 500}
 
 
 @pytest.mark.parametrize(
@@ -67,11 +90,11 @@ def test_time_options(tmp_path: Path) -> None:
         (("criteo", "--memory-limit", "lots", "--input", __file__), "--memory-limit lots"),
     ],
 )
-def test_bad_options(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = call(*arguments, "--output", tmp_path / "out")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+def test_bad_options(tmp_path: Path, call: Call, arguments: tuple[str, ...], message: str) -> None:
+    status, out, err = call(*arguments, "--output", tmp_path / "out")
+    assert status == 2
+    assert out == ""
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
     assert message in line
     assert list(tmp_path.iterdir()) == []
@@ -79,7 +102,8 @@ def test_bad_options(tmp_path: Path, arguments: tuple[str, ...], message: str) -
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("0\t1\n")
-    done = call("criteo", "--input", tmp_path / "train.tsv", "--output", tmp_path / "out")
+    arguments = ["criteo", "--input", str(tmp_path / "train.tsv"), "--output", str(tmp_path / "out")]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"error: {tmp_path}/train.tsv: row 1 ('0\\t1'): not the 40 columns of a row; "
