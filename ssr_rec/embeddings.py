@@ -27,7 +27,7 @@ class EmbeddingsConfig(Settings):
     dim: int = Field(16, ge=1, description="embedding dim D of every feature not named in dims; a multiple of 4")
     dims: dict[str, int] = Field({}, description="feature -> its own dim, a multiple of 4")
     pooling: Literal["mean", "sum"] = Field("mean", description="how the ids of a list feature become one vector")
-    init_scale: float = Field(0.01, gt=0, description="tables start uniform in [-init_scale, init_scale]")
+    init_scale: float = Field(0.05, gt=0, description="tables start uniform in [-init_scale, init_scale]")
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = Field(
         "rowwise_adagrad",
         description="fused into the backward pass; adam on CPU has no fused form and trains replicated tables instead",

@@ -6,8 +6,8 @@ The rest of the pipeline is Ibis expressions; another engine (Spark) needs a twi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -22,12 +22,18 @@ from ssr_rec.data.table_spec import TextFormat
 ROW = "__row__"
 """Position of a row over all input files in the order given, from 0."""
 
+STAGED_SHARE = 5
+"""Text takes two to three times its size once staged, and joins and sorts need the rest of the memory."""
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SQL_TYPES = {"float64": "DOUBLE", "string": "VARCHAR"}
 
 
 @contextmanager
-def connect(spill: Path, memory_limit: str, threads: int | None) -> Iterator[Backend]:
+def connect(spill: Path, memory_limit: str, threads: int | None, files: Sequence[Path]) -> Iterator[Backend]:
     """An engine that keeps at most ``memory_limit`` (such as ``4GB``) and spills the rest to ``spill``.
+
+    Args:
+        files: what it will read; their size decides whether staged text is compressed.
 
     Raises:
         ValueError: the limit is not a size, or the work does not fit it even with spilling.
@@ -40,8 +46,12 @@ def connect(spill: Path, memory_limit: str, threads: int | None) -> Iterator[Bac
     except duckdb.Error as error:
         raise ValueError(f"--memory-limit {memory_limit}, --threads {threads}: {first_line(error)}") from None
     try:
-        # Compression makes staged text about ten times smaller, so much less of it ever spills.
-        _execute(connection, "attach ':memory:' as staged (compress)")
+        # Compression makes staged text about ten times smaller, so much less of it ever spills; where nothing will,
+        # it only costs time, about a tenth of the whole preparation.
+        limit = connection.con.execute("select current_setting('memory_limit')").fetchall()[0][0]
+        text = sum(path.stat().st_size * (8 if path.suffix == ".gz" else 1) for path in files)
+        compress = "(compress)" if text > _bytes(limit) / STAGED_SHARE else ""
+        _execute(connection, f"attach ':memory:' as staged {compress}")
         _execute(connection, "use staged")
         yield connection
     except duckdb.OutOfMemoryException as error:
@@ -144,15 +154,61 @@ def numbered(table: Table, columns: Sequence[str]) -> Table:
     return table.select(*columns, **{ROW: table.rowid()})
 
 
-def stream(connection: Backend, rows: Table, batch_rows: int) -> Generator[pa.RecordBatch, None, None]:
-    """The rows in order, a batch at a time, never all in memory; the engine prepares a batch while one is used."""
+def with_column(connection: Backend, table: Table, name: str, rows: Table) -> Table:
+    """The staged ``table`` with a further int64 column, computed once: ``name`` of ``rows``, found by ``ROW``."""
+    # The name may be qualified; what is staged is in the current schema.
+    staged, key = table.get_name().split(".")[-1], ROW if ROW in table.columns else "rowid"
+    values = connection.compile(rows.select(ROW, name))
+    _execute(connection, f'alter table "{staged}" add column "{name}" bigint')
+    _execute(
+        connection,
+        f'update "{staged}" set "{name}" = found."{name}" from ({values}) found where "{staged}".{key} = found."{ROW}"',
+    )
+    return connection.table(staged)
+
+
+def stream(
+    connection: Backend, rows: Table, batch_rows: int, columns: pa.Schema
+) -> Generator[pa.RecordBatch, None, None]:
+    """The rows in order, cast to ``columns``, never all in memory; a batch is prepared while another is used."""
     # Not `to_pyarrow_batches`: Ibis 12 calls what DuckDB 2.0 no longer has, and the cursor would hold all rows.
     reader = connection.con.sql(connection.compile(rows)).to_arrow_reader(batch_rows)
+
+    def following() -> pa.RecordBatch | None:
+        batch = next(reader, None)
+        return None if batch is None else batch.select(columns.names).cast(columns)
+
     with closing(reader), ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(next, reader, None)
+        coming = ahead.submit(following)
         while (batch := coming.result()) is not None:
-            coming = ahead.submit(next, reader, None)
+            coming = ahead.submit(following)
             yield batch
+
+
+def fetched_ahead(connection: Backend, queries: Iterable[Table]) -> Iterator[pa.Table]:
+    """The results of ``queries`` in order; one runs while the caller uses the one before."""
+    # A cursor of its own: the caller goes on using the connection meanwhile.
+    cursor = connection.con.cursor()
+    cursor.execute("use staged")
+
+    def result(statement: str) -> pa.Table:
+        return cursor.sql(statement).to_arrow_table()
+
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        coming: Future[pa.Table] | None = None
+        for query in queries:
+            following = ahead.submit(result, connection.compile(query))
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
+
+
+def _bytes(size: str) -> float:
+    """Of DuckDB's way to write a size, such as ``3.7 GiB``."""
+    number, unit = size.split()
+    return float(number) * _UNITS[unit]
 
 
 def first_line(error: Exception) -> str:

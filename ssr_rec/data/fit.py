@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +17,7 @@ from ibis.expr.types import Table
 from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup, distinct_values, hash_lookup, log_transform, value_counts
 from ssr_rec.data.sources import Log
-from ssr_rec.data.split import SPLIT, resolved, whole_numbers, with_order, with_split, with_time
+from ssr_rec.data.split import ORDER, SPLIT, resolved, whole_numbers, with_order, with_split, with_time
 from ssr_rec.data.table_spec import TableSpec, TimeSplit
 from ssr_rec.schema import SPLITS, Hashing, LogBuckets, Vocabulary
 
@@ -29,8 +29,8 @@ class Plan:
     """A log and what decides where its rows go."""
 
     log: Log
+    """Staged with ``ORDER``."""
     spec: TableSpec
-    seed: int
     whole: dict[str, bool]
     """Whether the group id and the time column are whole numbers."""
 
@@ -38,20 +38,22 @@ class Plan:
         """Some columns with ``ORDER`` and ``SPLIT``; only those, since wide expressions are slow to compile."""
         spec = self.spec
         if not isinstance(spec.split, TimeSplit):
-            return with_split(with_order(self.log.rows(columns), self.seed), spec)
+            return with_split(self.log.rows([*columns, ORDER]), spec)
         time_column = spec.split.column
-        rows = self.log.rows(list(dict.fromkeys([*columns, time_column])))
-        return with_split(with_order(with_time(rows, time_column, self.whole[time_column]), self.seed), spec)
+        rows = self.log.rows([*dict.fromkeys([*columns, time_column]), ORDER])
+        return with_split(with_time(rows, time_column, self.whole[time_column]), spec)
 
 
-def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
-    """Settle what only the data says: whether text ids are numbers, and the boundaries that time ratios come to."""
+def make_plan(connection: Backend, log: Log, spec: TableSpec, seed: int) -> Plan:
+    """Draw the shuffle, and settle what only the data says: whether text ids are numbers, what time ratios come to."""
     time_column = spec.split.column if isinstance(spec.split, TimeSplit) else None
     whole = {name: whole_numbers(log.rows([name]), name) for name in (spec.group_id, time_column) if name}
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
-    return Plan(log, spec, seed, whole)
+    # Kept, because the split of every row is asked for again with every column.
+    table = engine.with_column(connection, log.table, ORDER, with_order(log.rows([]), seed))
+    return Plan(replace(log, table=table), spec, whole)
 
 
 def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
@@ -72,18 +74,20 @@ def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
 def fit(connection: Backend, plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
     """Fit vocabularies (written under ``folder``) and bucket ranges on the training rows alone."""
     spec = plan.spec
-
-    def train(names: list[str]) -> Table:
-        rows = plan.rows(names)
-        return rows.filter(rows[SPLIT] == 0)
-
+    # A view, so that the expression that draws the split is compiled once and not for every column.
+    rows = connection.create_view("keyed", plan.rows(spec.used))
+    train = rows.filter(rows[SPLIT] == 0)
     (folder / VOCABULARY_FOLDER).mkdir()
+    names = [*spec.categorical, *spec.lists]
+    counted = engine.fetched_ahead(
+        connection, (value_counts(train, name, spec.min_count) for name in names if spec.buckets(name) is None)
+    )
     lookups: dict[str, Lookup] = {}
-    for number, name in enumerate([*spec.categorical, *spec.lists]):
+    for number, name in enumerate(names):
         lookup_table = f"lookup{number}"
         buckets = spec.buckets(name)
         if buckets is None:
-            vocabulary, entries = _vocabulary(train([name]), name, spec.min_count, folder)
+            vocabulary, entries = _vocabulary(next(counted), name, spec.min_count, folder)
             lookups[name] = Lookup(engine.store(connection, lookup_table, entries), vocabulary)
         else:
             hashing = Hashing(column=name, num_buckets=buckets)
@@ -91,21 +95,23 @@ def fit(connection: Backend, plan: Plan, folder: Path) -> tuple[dict[str, Lookup
             lookups[name] = Lookup(connection.create_table(lookup_table, hashes), hashing)
     ranges = {}
     if spec.numeric:
-        known = train(spec.numeric)
-        extremes = {f"low{i}": known[name].min() for i, name in enumerate(spec.numeric)}
-        extremes |= {f"high{i}": known[name].max() for i, name in enumerate(spec.numeric)}
-        found = known.aggregate(**extremes).to_pyarrow().to_pylist()[0]
+        extremes = {f"low{i}": train[name].min() for i, name in enumerate(spec.numeric)}
+        extremes |= {f"high{i}": train[name].max() for i, name in enumerate(spec.numeric)}
+        found = train.aggregate(**extremes).to_pyarrow().to_pylist()[0]
         for i, name in enumerate(spec.numeric):
             low, high = (log_transform(found[f"{end}{i}"] or 0.0) for end in ("low", "high"))
             ranges[name] = LogBuckets(column=name, low=low, high=high, num_buckets=spec.num_buckets)
     return lookups, ranges
 
 
-def _vocabulary(train: Table, name: str, min_count: int, folder: Path) -> tuple[Vocabulary, pa.Table]:
-    """Write the vocabulary file of a column and return (value as in the column, id) beside its description."""
+def _vocabulary(counted: pa.Table, name: str, min_count: int, folder: Path) -> tuple[Vocabulary, pa.Table]:
+    """Write the vocabulary file of a column and return (value as in the column, id) beside its description.
+
+    Args:
+        counted: (value, count) of the values that earn an id.
+    """
     file = f"{VOCABULARY_FOLDER}/{quote(name, safe='')}.parquet"
     encoding = Vocabulary(column=name, min_count=min_count, file=file)
-    counted = value_counts(train, name, min_count).to_pyarrow()
     # Numbered here and not by a window: the values that remain fit memory, and ids do not depend on the engine.
     text = pa.table({"value": counted["value"].cast(pa.string()), "count": counted["count"].cast(pa.int64())})
     order = pc.sort_indices(text, sort_keys=[("count", "descending"), ("value", "ascending")])

@@ -60,16 +60,17 @@ def prepare(
     """
     files = find_files(inputs)
     progress = _progress()
-    with new_folder(output) as folder, engine.connect(folder / ".spill", memory_limit, threads) as connection:
+    with new_folder(output) as folder, engine.connect(folder / ".spill", memory_limit, threads, files) as connection:
         log = read(connection, files, spec, progress)
         check_values(log, spec)
-        plan = make_plan(log, spec, seed)
+        plan = make_plan(connection, log, spec, seed)
         counts = count_splits(plan)
         lookups, buckets = fit(connection, plan, folder)
         progress("fit vocabularies and buckets", log.count)
         schema = _schema(folder, plan.spec, lookups, buckets, counts, {"preset": preset, "seed": seed})
         encoded = _encoded(connection, plan, lookups, buckets, progress)
-        with closing(engine.stream(connection, encoded.order_by(SPLIT, ORDER), STREAM_ROWS)) as batches:
+        ordered = encoded.order_by(SPLIT, ORDER)
+        with closing(engine.stream(connection, ordered, STREAM_ROWS, arrow_schema(schema))) as batches:
             return _write(schema, counts, batches, folder, progress)
 
 

@@ -18,12 +18,12 @@ ROWS_PER_SHARD = 4_194_304
 
 
 def row_group_rows(num_rows: int) -> int:
-    """Rows of a row group for a split of ``num_rows``: about 128 groups, between 1,024 and 65,536 rows each.
+    """Rows of a row group for a split of ``num_rows``: about 128 groups, between 4,096 and 65,536 rows each.
 
-    The reader deals row groups to lanes, so a small split needs small groups to be dealt evenly;
-    past 65,536 rows larger groups only cost memory.
+    The reader deals row groups to lanes, so a small split needs small groups to be dealt evenly; below 4,096 rows
+    opening a group costs more than decoding it, past 65,536 larger ones only cost memory.
     """
-    return min(65_536, max(1_024, num_rows // 128 // 1_024 * 1_024))
+    return min(65_536, max(4_096, num_rows // 128 // 1_024 * 1_024))
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:
