@@ -21,6 +21,8 @@ from ssr_rec.optim import Schedule
 from ssr_rec.settings import Settings
 
 Tasks = dict[str, dict[str, float]]
+PROGRESS_ROWS = 16_384
+"""Rows behind the AUC of a progress row: good to about .005, and cheap to sort."""
 
 
 class TrainConfig(Settings):
@@ -144,7 +146,7 @@ def fit(loop: Loop) -> Fitted:
     config, fitted = loop.config, loop.fitted
     steps_per_epoch = loop.train.steps_per_epoch
     total_steps = min(config.max_steps or math.inf, config.epochs * steps_per_epoch)
-    running = RunningAUC(loop.train.schema.labels)
+    running = RunningAUC(loop.train.schema.labels, window=PROGRESS_ROWS)
     loop.model.train()
     while fitted.steps < total_steps and not fitted.stopped_early:
         epoch, step_in_epoch = divmod(fitted.steps, steps_per_epoch)

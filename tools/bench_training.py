@@ -33,7 +33,7 @@ from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.run_folder import hardware, versions
 from ssr_rec.schema import Schema
 from ssr_rec.train import build_model, open_reader, quiet, start_process_group
-from ssr_rec.trainer import Loop, train_segment
+from ssr_rec.trainer import PROGRESS_ROWS, Loop, train_segment
 
 Job = Callable[[int], None]
 """Trains for a number of steps and may be called again."""
@@ -53,7 +53,7 @@ def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: R
         log=lambda row: None,
         save_best=lambda: None,
     )
-    running = RunningAUC(schema.labels)
+    running = RunningAUC(schema.labels, PROGRESS_ROWS)
     epochs = [(0, reader.epoch(0))]
     model.train()
 
@@ -106,9 +106,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="prepared dataset")
     parser.add_argument("--config", help="run config; default: SSR-S")
     parser.add_argument("--steps", type=int, default=200, help="steps of one turn")
-    parser.add_argument(
-        "--turns", type=int, default=5, help="turns of each, after one that does not count"
-    )
+    parser.add_argument("--turns", type=int, default=5, help="turns of each, after one that does not count")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; default: all cores")
     arguments, overrides = parser.parse_known_args()
     quiet()

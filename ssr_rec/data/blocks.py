@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,19 +15,27 @@ from ssr_rec.data.shards import arrow_schema
 from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, Schema
 
 
+class Lists(NamedTuple):
+    """A list feature of ``n`` rows: its ids one row after another, (n + 1,) offsets into them, (n,) lengths; int64."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+
 @dataclass
 class Block:
     """``n`` decoded rows.
 
     Attributes:
         scalars: (S, n) int64, single-valued features in schema order.
-        lists: for each list feature in schema order, its ids (int64) and its offsets (n + 1,) int64.
+        lists: list features in schema order.
         labels: (n, T) float32.
         group_ids: (n,) int64 or None.
     """
 
     scalars: np.ndarray
-    lists: list[tuple[np.ndarray, np.ndarray]]
+    lists: list[Lists]
     labels: np.ndarray
     group_ids: np.ndarray | None
 
@@ -146,10 +155,10 @@ class SplitFiles:
             )
 
 
-def _take_lists(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lists of ``rows``, in that order, as (ids, offsets)."""
+def _take_lists(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> Lists:
+    """The lists of ``rows``, in that order."""
     starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
     taken = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(lengths, out=taken[1:])
     # Position i of the result lies `i - taken[its row]` behind the start of its row's list.
-    return ids[np.arange(taken[-1]) + np.repeat(starts - taken[:-1], lengths)], taken
+    return Lists(ids[np.arange(taken[-1]) + np.repeat(starts - taken[:-1], lengths)], taken, lengths)

@@ -126,11 +126,9 @@ class Reader:
             values.append(scalars[first:scalar].reshape(-1))
             first = scalar
             lists = [(block.lists[listed], start, stop) for block, start, stop in slices]
-            values += [ids[offsets[start] : offsets[stop]] for (ids, offsets), start, stop in lists]
+            values += [found.ids[found.offsets[start] : found.offsets[stop]] for found, start, stop in lists]
             if lists:
-                np.concatenate(
-                    [np.diff(offsets[start : stop + 1]) for (_, offsets), start, stop in lists], out=lengths[row]
-                )
+                np.concatenate([found.lengths[start:stop] for found, start, stop in lists], out=lengths[row])
             listed += 1
         values.append(scalars[first:].reshape(-1))
         ids = values[0] if len(values) == 1 else np.concatenate(values)
