@@ -1,32 +1,12 @@
 """The dims SSR-S's views see."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from ssr_rec.over_archs import SSR, SSRConfig
 from ssr_rec.over_archs.filters import FILTERS
-
-F, D, B, V, DV, L = 5, 4, 6, 3, 8, 2
-SMALL: dict[str, Any] = {"filter": "dynamic", "num_views": V, "view_dim": DV, "num_layers": L}
-STATIC: dict[str, Any] = {**SMALL, "filter": "static"}
-
-
-def build(seed: int = 0, **settings: Any) -> SSR:
-    """An SSR in float64 whose every parameter is random, so that no default of 0 or 1 hides a mistake."""
-    torch.manual_seed(seed)
-    ssr = SSR(F, D, 1, SSRConfig(**(SMALL | settings))).double().eval()
-    with torch.no_grad():
-        for parameter in ssr.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter) + 0.2)
-    return ssr
-
-
-def batch(rows: int = B, seed: int = 7) -> Tensor:
-    return torch.randn(rows, F * D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.small_ssr import STATIC, D, F, batch, build
 
 
 def indices(seed: int = 0, views: int = 6, dim: int = 12, layers: int = 3) -> list[np.ndarray]:
