@@ -51,7 +51,8 @@ def build_optimizer(
         over_arch = GradientClippingOptimizer(over_arch, GradientClipping.NORM, dense.clip_norm)
     optimizers: list[tuple[str, KeyedOptimizer]] = [("fused", model.fused_optimizer), ("dense", over_arch)]
     if tables:
-        optimizers.append(("tables", KeyedOptimizerWrapper(tables, table_adam)))
+        # Before the dense one, whose learning rate, the last, is the one that progress rows show.
+        optimizers.insert(1, ("tables", KeyedOptimizerWrapper(tables, table_adam)))
     return CombinedOptimizer(optimizers)
 
 

@@ -22,7 +22,7 @@ from ssr_rec.settings import Settings
 
 Tasks = dict[str, dict[str, float]]
 PROGRESS_ROWS = 16_384
-"""Rows behind the AUC of a progress row: good to about .005, and cheap to sort."""
+"""Rows behind the AUC of a progress row: an indication, cheap to sort; evaluations are exact."""
 
 
 class TrainConfig(Settings):
