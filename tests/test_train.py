@@ -42,6 +42,8 @@ def losses(runs: Path) -> np.ndarray:
         # Element-wise Adagrad divides a first gradient by itself: with eps near 0 rounding alone decides its sign.
         ("adagrad", ["--embeddings.eps=1e-3", "--over_arch.name=mlp", "--over_arch.hidden=[16, 8]"]),
         ("adam", ["--embeddings.learning_rate=0.001"]),
+        # The only one that notices a gradient of the wrong scale.
+        ("sgd", ["--embeddings.learning_rate=3.0"]),
     ],
 )
 def test_world_size_does_not_change_the_losses(dataset, tmp_path, optimizer, more):
