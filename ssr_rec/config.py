@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ssr_rec.data.synthetic import SyntheticConfig
 from ssr_rec.embeddings import EmbeddingsConfig
+from ssr_rec.model import HeadsConfig
 from ssr_rec.optim import DenseOptimizerConfig
 from ssr_rec.over_archs import OverArchConfig, SSRConfig
 from ssr_rec.schema import first_problem
@@ -40,6 +41,7 @@ class RunConfig(Settings):
     data: DataConfig = DataConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     over_arch: OverArchConfig = SSRConfig()
+    heads: HeadsConfig = HeadsConfig()
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +17,7 @@ from torchrec.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from ssr_rec.schema import Schema
+from ssr_rec.schema import Feature, Schema
 from ssr_rec.settings import Settings
 
 OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD, "adam": Adam}
@@ -44,8 +46,23 @@ class EmbeddingsConfig(Settings):
         return not (self.optimizer == "adam" and device_type == "cpu")
 
 
-def build_tables(schema: Schema, config: EmbeddingsConfig, device_type: str) -> EmbeddingBagCollection:
-    """One table per feature, on the meta device: memory is taken by the shards only.
+ExtraTables = Mapping[str, Sequence[int]]
+"""``OverArch.extra_tables``: name of a set of tables -> dim per feature, in schema order."""
+
+
+def columns_per_dim(dims: Sequence[int]) -> int:
+    """Columns of a table that make up one dim: 1, or 4 or 2 where a dim is no multiple of what FBGEMM can store.
+
+    The dim is the mean of its columns. Under Adam and (row-wise) Adagrad, whose steps do not depend on the gradient's
+    scale, that mean moves exactly as a single column would.
+    """
+    return DIM_MULTIPLE // math.gcd(*dims, DIM_MULTIPLE)
+
+
+def table_dims(schema: Schema, config: EmbeddingsConfig, extra: ExtraTables) -> dict[str, tuple[Feature, int]]:
+    """Every table of a model: its name -> its feature and its columns.
+
+    The table of a feature has the feature's name, one of an extra set ``feature@set``.
 
     Raises:
         ValueError: ``dims`` names an unknown feature, or a dim is not a multiple of 4.
@@ -62,19 +79,35 @@ def build_tables(schema: Schema, config: EmbeddingsConfig, device_type: str) -> 
     }.items():
         if dim % DIM_MULTIPLE:
             raise ValueError(f"{key}={dim} must be a multiple of {DIM_MULTIPLE}, which FBGEMM's kernels need")
+    tables = {feature.name: (feature, config.dim_of(feature.name)) for feature in schema.features}
+    for name, dims in extra.items():
+        columns = columns_per_dim(dims)
+        for feature, dim in zip(schema.features, dims, strict=True):
+            tables[f"{feature.name}@{name}"] = (feature, dim * columns)
+    return tables
+
+
+def build_tables(
+    schema: Schema, config: EmbeddingsConfig, device_type: str, extra: ExtraTables | None = None
+) -> EmbeddingBagCollection:
+    """One table per feature and set, on the meta device: memory is taken by the shards only.
+
+    Raises:
+        ValueError: as ``table_dims``.
+    """
     pooling = PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM
     tables = EmbeddingBagCollection(
         device=torch.device("meta"),
         tables=[
             EmbeddingBagConfig(
-                name=feature.name,
+                name=name,
                 feature_names=[feature.name],
                 num_embeddings=feature.num_embeddings,
-                embedding_dim=config.dim_of(feature.name),
+                embedding_dim=columns,
                 # The pooling of one id is itself; one pooling per kernel call keeps the calls few.
                 pooling=pooling if feature.kind == "list" else PoolingType.SUM,
             )
-            for feature in schema.features
+            for name, (feature, columns) in table_dims(schema, config, extra or {}).items()
         ],
     )
     if config.is_fused(device_type):
@@ -86,22 +119,32 @@ def build_tables(schema: Schema, config: EmbeddingsConfig, device_type: str) -> 
 
 
 class ConcatFields(nn.Module):
-    """``KeyedTensor`` to the input vector (B, sum of dims), fields in schema order.
+    """``KeyedTensor`` to the inputs of the over-arch: (B, sum of dims) for the features' tables and each extra set.
 
     ``KeyedTensor.values()`` of a sharded collection is ordered by the sharding plan, so the order is restored by
     name: SSR-S's indices, and any checkpoint, depend on it.
     """
 
-    def __init__(self, feature_names: list[str]) -> None:
+    def __init__(self, feature_names: Sequence[str], extra: ExtraTables | None = None) -> None:
         super().__init__()
-        self.feature_names = feature_names
+        self.keys, self.columns = [list(feature_names)], [1]
+        if extra:
+            # TorchRec's names for a feature that several tables look up: feature@table.
+            self.keys = [[f"{name}@{name}" for name in feature_names]]
+            for set_name, dims in extra.items():
+                self.keys.append([f"{name}@{name}@{set_name}" for name in feature_names])
+                self.columns.append(columns_per_dim(dims))
 
-    def forward(self, embeddings: KeyedTensor) -> Tensor:
-        keys = embeddings.keys()
-        if keys == self.feature_names:
-            return embeddings.values()
-        by_name = dict(zip(keys, embeddings.values().split(embeddings.length_per_key(), dim=1), strict=True))
-        return torch.cat([by_name[name] for name in self.feature_names], dim=1)
+    def forward(self, embeddings: KeyedTensor) -> list[Tensor]:
+        if embeddings.keys() == self.keys[0]:
+            return [embeddings.values()]
+        parts = embeddings.values().split(embeddings.length_per_key(), dim=1)
+        by_name = dict(zip(embeddings.keys(), parts, strict=True))
+        inputs = []
+        for keys, columns in zip(self.keys, self.columns, strict=True):
+            x = torch.cat([by_name[key] for key in keys], dim=1)
+            inputs.append(x if columns == 1 else x.unflatten(1, (-1, columns)).mean(2))
+        return inputs
 
 
 ROWS_PER_SEED = 65_536

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Annotated
+
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -12,18 +16,41 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from ssr_rec.data.batch import Batch
 from ssr_rec.embeddings import ConcatFields
 from ssr_rec.over_archs import OverArch
+from ssr_rec.over_archs.layers import ViewLinear
+from ssr_rec.settings import Settings
+
+
+class HeadsConfig(Settings):
+    """What follows the over-arch for each task: its tower, then one linear unit."""
+
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="widths of the ReLU layers of every task's own tower; none: shared features to linear heads"
+    )
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of activations dropped after each tower layer")
 
 
 class Heads(nn.Module):
-    """One linear head per task: (B, H) shared features, or (B, T, H) features of each task, to logits (B, T)."""
+    """A tower and a linear head per task: features (B, H), shared, or (B, T, H), each task's own, to logits (B, T)."""
 
-    def __init__(self, out_features: int, num_tasks: int) -> None:
+    def __init__(self, out_features: int, num_tasks: int, config: HeadsConfig | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_tasks, out_features))
+        config = config or HeadsConfig()
+        widths = [out_features, *config.hidden]
+        self.towers = nn.ModuleList(
+            ViewLinear(num_tasks, fan_in, fan_out, "glorot") for fan_in, fan_out in pairwise(widths)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.weight = nn.Parameter(torch.empty(num_tasks, widths[-1]))
         self.bias = nn.Parameter(torch.zeros(num_tasks))
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.towers:
+            tasks = len(self.bias)
+            by_task = features.expand(tasks, *features.shape) if features.dim() == 2 else features.transpose(0, 1)
+            for tower in self.towers:
+                by_task = self.dropout(torch.relu(tower(by_task)))
+            features = by_task.transpose(0, 1)
         if features.dim() == 2:
             return features @ self.weight.t() + self.bias
         return (features * self.weight).sum(dim=-1) + self.bias
@@ -38,18 +65,28 @@ class DenseArch(nn.Module):
         bf16: run the over-arch and heads in bfloat16 by autocast; parameters, tables and logits stay float32.
     """
 
-    def __init__(self, feature_names: list[str], over_arch: OverArch, num_tasks: int, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        feature_names: list[str],
+        over_arch: OverArch,
+        num_tasks: int,
+        heads: HeadsConfig | None = None,
+        bf16: bool = False,
+    ) -> None:
         super().__init__()
-        self.concat = ConcatFields(feature_names)
+        self.concat = ConcatFields(feature_names, over_arch.extra_tables)
         self.over_arch = over_arch
-        self.heads = Heads(over_arch.out_features, num_tasks)
+        self.heads = Heads(over_arch.out_features, num_tasks, heads)
         self.bf16 = bf16
 
     def forward(self, embeddings: KeyedTensor) -> Tensor:
-        x = self.concat(embeddings)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.heads(self.over_arch(x))
-        return logits.float()
+        inputs = self.concat(embeddings)
+        with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            features = self.over_arch(*inputs)
+            if isinstance(features, Tensor):
+                return self.heads(features).float()
+            features, logits = features
+            return self.heads(features).float() + logits.float()
 
 
 class CTRModel(nn.Module):

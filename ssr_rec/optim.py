@@ -10,6 +10,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from ssr_rec.embeddings import EmbeddingsConfig
+from ssr_rec.over_archs import OverArch
 from ssr_rec.settings import Settings
 
 
@@ -29,10 +30,20 @@ class DenseOptimizerConfig(Settings):
 def build_optimizer(
     model: DistributedModelParallel, dense: DenseOptimizerConfig, sparse: EmbeddingsConfig
 ) -> CombinedOptimizer:
-    """The model's fused sparse optimizer, Adam for its over-arch and heads, and Adam for unfused tables."""
+    """The model's fused sparse optimizer, Adam for its over-arch and heads, and Adam for unfused tables.
+
+    Parameters for which the over-arch brings an optimizer of its own (``OverArch.optimizers``) get that one.
+    """
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
     tables = {name: p for name, p in parameters.items() if ".embedding_bags." in name}
-    others = {name: p for name, p in parameters.items() if name not in tables}
+    optimizers: list[tuple[str, KeyedOptimizer]] = [("fused", model.fused_optimizer)]
+    own = set()
+    for module in model.modules():
+        for key, make in module.optimizers.items() if isinstance(module, OverArch) else ():
+            name = next(n for n, p in parameters.items() if p is module.get_parameter(key))
+            own.add(name)
+            optimizers.append((key, KeyedOptimizerWrapper({name: parameters[name]}, make)))
+    others = {name: p for name, p in parameters.items() if name not in tables and name not in own}
 
     def adamw(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         groups = [
@@ -49,11 +60,10 @@ def build_optimizer(
     over_arch: KeyedOptimizer = KeyedOptimizerWrapper(others, adamw)
     if dense.clip_norm is not None:
         over_arch = GradientClippingOptimizer(over_arch, GradientClipping.NORM, dense.clip_norm)
-    optimizers: list[tuple[str, KeyedOptimizer]] = [("fused", model.fused_optimizer), ("dense", over_arch)]
     if tables:
-        # Before the dense one, whose learning rate, the last, is the one that progress rows show.
-        optimizers.insert(1, ("tables", KeyedOptimizerWrapper(tables, table_adam)))
-    return CombinedOptimizer(optimizers)
+        optimizers.append(("tables", KeyedOptimizerWrapper(tables, table_adam)))
+    # The last one's learning rate is what progress rows show.
+    return CombinedOptimizer([*optimizers, ("dense", over_arch)])
 
 
 class Schedule:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ssr_rec.config import RunConfig, dump_config
 from ssr_rec.data.reader import Reader
+from ssr_rec.embeddings import table_dims
 from ssr_rec.figures import draw_curves
-from ssr_rec.over_archs import SSR, OverArch, ssr_statistics
+from ssr_rec.model import DenseArch
+from ssr_rec.over_archs import OverArch
 from ssr_rec.progress import Progress, decimal, short_number
 from ssr_rec.run_folder import (
     append_jsonl,
@@ -67,11 +69,12 @@ class RunLog:
             return
         write_text(self.folder / "config.yaml", dump_config(config))
         self.tensorboard = open_tensorboard(self.folder)
+        table_parameters = short_number(num_embedding_parameters(config, schema, over_arch))
         self.progress.note(
             f"{config.over_arch.label}: {short_number(over_arch.num_parameters)} parameters, "
             f"{short_number(over_arch.flops_per_sample)}FLOPs a sample, {len(schema.features)} fields\n"
             f"{schema.name}: {short_number(train.num_rows)} rows, tables of "
-            f"{short_number(num_embedding_parameters(config, schema))} parameters on {self.world_size} rank(s)\n"
+            f"{table_parameters} parameters on {self.world_size} rank(s)\n"
             f"run folder {self.folder}"
         )
 
@@ -87,8 +90,9 @@ class RunLog:
             self.progress.note(f"{row['split']} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}")
 
 
-def num_embedding_parameters(config: RunConfig, schema: Schema) -> int:
-    return sum(feature.num_embeddings * config.embeddings.dim_of(feature.name) for feature in schema.features)
+def num_embedding_parameters(config: RunConfig, schema: Schema, over_arch: OverArch) -> int:
+    tables = table_dims(schema, config.embeddings, over_arch.extra_tables)
+    return sum(feature.num_embeddings * columns for feature, columns in tables.values())
 
 
 @contextmanager
@@ -108,9 +112,10 @@ def capture_inputs(over_arch: OverArch, rows: int = 1024) -> Iterator[list[Tenso
 
 
 def build_report(
-    config: RunConfig, schema: Schema, over_arch: OverArch, fitted: Fitted, test: Tasks, x: Tensor, world_size: int
+    config: RunConfig, schema: Schema, dense: DenseArch, fitted: Fitted, test: Tasks, x: Tensor, world_size: int
 ) -> dict[str, Any]:
-    """The figures of report.json; ``x`` (b, F*D) is a batch for the filters' statistics."""
+    """The figures of report.json; ``x`` (b, F*D) is a batch for the over-arch's statistics."""
+    over_arch = dense.over_arch
     return {
         "name": None,
         "over_arch": {
@@ -118,9 +123,10 @@ def build_report(
             "kind": config.over_arch.label,
             "num_parameters": over_arch.num_parameters,
             "flops_per_sample": over_arch.flops_per_sample,
-            **({"filters": ssr_statistics(over_arch, x)} if isinstance(over_arch, SSR) else {}),
+            **over_arch.statistics(x, schema.feature_names),
         },
-        "num_embedding_parameters": num_embedding_parameters(config, schema),
+        "num_head_parameters": sum(p.numel() for p in dense.heads.parameters()),
+        "num_embedding_parameters": num_embedding_parameters(config, schema, over_arch),
         "test": test,
         "validation": fitted.best["tasks"],
         "best_step": fitted.best["step"],

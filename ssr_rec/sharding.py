@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +21,6 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingPlan
 
-from ssr_rec.schema import Schema
 from ssr_rec.settings import Settings
 
 ShardingType = Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]
@@ -55,11 +55,12 @@ def build_topology(config: ShardingConfig, device_type: str, world_size: int, lo
 
 
 def plan_sharding(
-    model: nn.Module, schema: Schema, config: ShardingConfig, topology: Topology, fused: bool, batch_size: int
+    model: nn.Module, tables: Sequence[str], config: ShardingConfig, topology: Topology, fused: bool, batch_size: int
 ) -> ShardingPlan:
     """TorchRec's plan for ``model``, the same on every rank. Collective when a process group is initialised.
 
     Args:
+        tables: names of the model's tables.
         fused: the tables' optimizer runs in the backward pass; otherwise every rank holds every table.
         batch_size: rows of one rank's batch, for the planner's estimates.
 
@@ -83,7 +84,7 @@ def plan_sharding(
             )
         constraint = ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["dense"])
     planner = EmbeddingShardingPlanner(
-        topology=topology, batch_size=batch_size, constraints={feature.name: constraint for feature in schema.features}
+        topology=topology, batch_size=batch_size, constraints=dict.fromkeys(tables, constraint)
     )
     # TorchRec's own collective_plan leaves the other ranks waiting when rank 0 finds no plan.
     found: list[ShardingPlan | str | None] = [None]
@@ -96,7 +97,7 @@ def plan_sharding(
         dist.broadcast_object_list(found)
     if isinstance(found[0], str):
         raise ValueError(
-            f"no sharding plan for {len(schema.features)} tables on {topology.world_size} {device_type} ranks: "
+            f"no sharding plan for {len(tables)} tables on {topology.world_size} {device_type} ranks: "
             f"{found[0]} Use more ranks, a smaller embeddings.dim, or raise sharding.memory_gib if the ranks have "
             "more memory"
         )

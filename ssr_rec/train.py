@@ -30,7 +30,7 @@ from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.embeddings import build_tables, initialise_tables
 from ssr_rec.model import CTRModel, DenseArch, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
-from ssr_rec.over_archs import OVER_ARCHS, OverArch
+from ssr_rec.over_archs import OVER_ARCHS, AutoFISConfig, OverArch, OverArchConfig
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
 from ssr_rec.schema import SPLITS, Schema
 from ssr_rec.sharding import build_topology, plan_sharding, shard
@@ -67,9 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: RunConfig) -> dict[str, Any]:
     """Run ``config`` to its report; every rank calls it and gets the report.
 
+    An over-arch that says after its training what to train next (AutoFIS) is a search: its run folder is named
+    ``NAME-search``, and the run that follows has the name.
+
     Raises:
         ValueError: bad config or data; the message names the key or file and the fix.
     """
+    if isinstance(config.over_arch, AutoFISConfig) and config.over_arch.pairs is None:
+        search_name = f"{config.name}-search" if config.name else None
+        _, following = train_stage(config.model_copy(update={"name": search_name}))
+        config = config.model_copy(update={"over_arch": following})
+    report, _ = train_stage(config)
+    return report
+
+
+def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | None]:
+    """One training to its report, and what the over-arch, as training left it, says to train next."""
     device = start_process_group(config.device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -99,13 +112,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         save_best=lambda: save_weights(model, best),
     )
     fitted = fit(loop)
-    load_weights(model, best)
+    following = over_arch.following_config()
+    if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
+        load_weights(model, best)
     with capture_inputs(over_arch) as inputs:
         test = evaluate(pipeline, model, readers["test"])
     log(loop.row("test", fitted.best["epoch"], **test))
-    report = build_report(config, schema, over_arch, fitted, test["tasks"], inputs[0], world_size)
+    report = build_report(config, schema, model.module.model.dense, fitted, test["tasks"], inputs[0], world_size)
     finish_report(log, report)
-    return report
+    return report, following
 
 
 def start_process_group(device: str) -> torch.device:
@@ -165,14 +180,15 @@ def build_model(
     over_arch_class = OVER_ARCHS[config.over_arch.name]
     dims = [config.embeddings.dim_of(name) for name in schema.feature_names]
     over_arch = over_arch_class(len(dims), dims, len(schema.labels), config.over_arch)  # type: ignore[call-arg]
-    dense = DenseArch(schema.feature_names, over_arch, len(schema.labels), config.train.bf16)
-    tables = build_tables(schema, config.embeddings, device.type)
+    dense = DenseArch(schema.feature_names, over_arch, len(schema.labels), config.heads, config.train.bf16)
+    tables = build_tables(schema, config.embeddings, device.type, over_arch.extra_tables)
     weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
     task = TrainTask(CTRModel(tables, dense), weights)
     topology = build_topology(config.sharding, device.type, world_size, local_world_size)
     fused = config.embeddings.is_fused(device.type)
     rows_per_rank = max(1, config.train.batch_size // world_size)
-    plan = plan_sharding(task, schema, config.sharding, topology, fused, rows_per_rank)
+    names = [table.name for table in tables.embedding_bag_configs()]
+    plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank)
     model = shard(task, plan, device)
     initialise_tables(model, config.seed, config.embeddings.init_scale)
     # Dropout draws of the ranks must differ; everything drawn before must not.

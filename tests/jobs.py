@@ -12,8 +12,9 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from ssr_rec.checkpoint import load_weights, save_weights
 from ssr_rec.config import load_config
+from ssr_rec.optim import build_optimizer
 from ssr_rec.schema import Schema
-from ssr_rec.train import build_model, start_process_group, train
+from ssr_rec.train import build_model, open_reader, start_process_group, train
 
 
 def train_job(overrides: list[str], config: str | None = None) -> dict[str, Any]:
@@ -87,3 +88,39 @@ def plain_loss_job(options: list[str], dataset: str) -> float:
     y = torch.tensor(rows[["click", "like"]].to_numpy(), dtype=torch.float32)
     cross_entropy = -(y * p.log() + (1 - y) * (1 - p).log()).mean(0)
     return float((cross_entropy[0] + 3 * cross_entropy[1]) / 4)
+
+
+def extra_tables_job(dataset: str) -> float:
+    """Largest difference between a DeepFM's inputs by the sharded tables and by plain indexing."""
+    model = built_model(["--over_arch.name=deepfm", "--embeddings.dim=8"], dataset)
+    tables = {key.split(".")[-2]: table for key, table in whole_tables(model).items() if "embedding_bags" in key}
+    schema = Schema.read(dataset)
+    batch = next(iter(open_reader(load_config(None, []), Path(dataset), schema, "test", 0, 1).epoch(0)))
+    inputs = model.module.model.dense.concat(model.module.model.tables(batch.sparse))
+    vectors: list[list[torch.Tensor]] = [[], []]
+    for name in schema.feature_names:
+        rows = [ids.tolist() for ids in batch.sparse[name].to_dense()]
+        for part, table in enumerate((tables[name], tables[f"{name}@first_order"])):
+            empty = torch.zeros(table.shape[1])
+            pooled = torch.stack([table[ids].mean(0) if ids else empty for ids in rows])
+            # Two tasks: two first-order weights, each the mean of two of the table's four columns.
+            halves = torch.stack([pooled[:, :2].mean(1), pooled[:, 2:].mean(1)], 1)
+            vectors[part].append(halves if part else pooled)
+    differences = [(torch.cat(v, 1) - x).abs().max() for v, x in zip(vectors, inputs, strict=True)]
+    return float(max(differences))
+
+
+def own_optimizer_job(overrides: list[str], dataset: str) -> dict[str, str]:
+    """Parameter of over-arch and heads -> class of the optimizer that steps it."""
+    model = built_model(overrides, dataset)
+    config = load_config(None, overrides)
+    combined = build_optimizer(model, config.optimizer, config.embeddings)
+    classes = {}
+    for _, keyed in combined.optimizers:
+        inner = getattr(keyed, "_optimizer", None)
+        for name in keyed.params if inner is not None else ():
+            assert name not in classes, f"{name} is stepped twice"
+            classes[name] = type(inner).__name__
+    wanted = [name for name, _ in model.named_parameters() if ".dense." in name]
+    assert set(classes) == set(wanted), set(classes) ^ set(wanted)
+    return {name.split(".over_arch.")[-1]: kind for name, kind in classes.items()}

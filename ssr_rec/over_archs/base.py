@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+SOFTMAX_FLOPS = 5
+"""Maximum, subtraction, exp, sum, division."""
 GELU_FLOPS = 5
 """``0.5 * x * (1 + erf(x * c))``: three multiplications, one addition, one erf."""
 LAYER_NORM_FLOPS = 7
@@ -45,9 +49,16 @@ def dense_flops(fan_in: int, fan_out: int, bias: bool = True) -> Flops:
 class OverArch(nn.Module, ABC):
     """Turns the concatenated embeddings of a batch into features for the task heads.
 
-    ``forward(x: (B, sum of field dims)) -> (B, H)``, or ``(B, T, H)`` for an over-arch that keeps the
-    tasks apart. H is ``out_features``. Heads, losses and tables live elsewhere, so an over-arch works in any
-    PyTorch model.
+    ``forward(x: (B, sum of field dims), *extra) -> features``: ``(B, H)``, or ``(B, T, H)`` for an over-arch that
+    keeps the tasks apart. H is ``out_features``. One with terms that no head may weigh (the first order and the FM
+    of DeepFM) returns ``(features, logits (B, T))``; the logits are added to those of the heads. Heads, losses and
+    tables live elsewhere, so an over-arch works in any PyTorch model.
+
+    Attributes:
+        out_features: H.
+        extra_tables: further tables that every field has for this over-arch alone: name -> a dim per field. Their
+            embeddings (B, sum of those dims) arrive as ``extra``, in this order, fields one after another.
+        optimizers: parameters that the run's dense optimizer must leave alone: name -> what makes their own.
 
     Args:
         num_fields: F.
@@ -56,6 +67,7 @@ class OverArch(nn.Module, ABC):
     """
 
     out_features: int
+    forward: Callable[..., Tensor | tuple[Tensor, Tensor]]
 
     def __init__(self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int) -> None:
         super().__init__()
@@ -64,13 +76,20 @@ class OverArch(nn.Module, ABC):
         if num_tasks < 1:
             raise ValueError(f"num_tasks={num_tasks}: an over-arch serves at least one task")
         self.num_tasks = num_tasks
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...
+        self.extra_tables: dict[str, tuple[int, ...]] = {}
+        self.optimizers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {}
 
     @abstractmethod
     def flops(self) -> Flops:
         """Cost of one forward pass for one sample."""
+
+    def statistics(self, x: Tensor, field_names: Sequence[str]) -> dict[str, Any]:
+        """What a report says of the trained over-arch, on the batch x (B, sum of field dims), as JSON values."""
+        return {}
+
+    def following_config(self) -> Any:
+        """The config to train after this one, for an over-arch whose training is a search; None for all others."""
+        return None
 
     @property
     def flops_per_sample(self) -> int:
@@ -81,6 +100,20 @@ class OverArch(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Trainable parameters of the backbone: no embedding tables, no heads (paper 4.1.2)."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def equal_dim(over_arch: OverArch, name: str) -> int:
+    """D of an over-arch whose fields must have equal dims.
+
+    Raises:
+        ValueError: they differ; ``name`` is who asks.
+    """
+    dims = set(over_arch.field_dims)
+    if len(dims) > 1:
+        raise ValueError(
+            f"{name} needs fields of equal dims, these have {', '.join(map(str, sorted(dims)))}: remove embeddings.dims"
+        )
+    return over_arch.field_dims[0]
 
 
 def _field_dims(num_fields: int, embedding_dim: int | Sequence[int]) -> tuple[int, ...]:

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 
 class Filter(nn.Module, ABC):
-    """``(B, width) -> (B, V, d)``: b views of d dims from the whole input (eq. 2).
+    """``(B, width) -> (B, V, out_dim)``: b views from the whole input (eq. 2).
 
     Args of every filter: ``width`` of the layer's input, ``layer`` its position in the stack, ``config``.
+
+    Attributes:
+        out_dim: dims the fusion of a view gets to see: d, or all of the input where nothing is taken away.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()
@@ -33,7 +36,7 @@ class Filter(nn.Module, ABC):
         super().__init__()
         self.width = width
         self.num_views = config.num_views
-        self.view_dim = config.view_dim
+        self.view_dim = self.out_dim = config.view_dim
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor: ...
@@ -83,6 +86,13 @@ def random_subset(width: int, count: int, seed: int, layer: int, view: int) -> n
     return np.sort(rng.permutation(width)[:count])
 
 
+def projection(width: int, config: SSRConfig) -> nn.Linear:
+    """W_proj of all views in one matrix: one large product instead of V small ones. The fans are those of one view."""
+    linear = nn.Linear(width, config.num_views * config.view_dim, bias=False)
+    init_dense_(linear.weight, None, width, config.view_dim, config.initializer, normal=True)
+    return linear
+
+
 class IcsFilter(Filter):
     """SSR-D: every view projects the whole input and lets the projected dims compete (eq. 4).
 
@@ -93,8 +103,8 @@ class IcsFilter(Filter):
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
-        self.proj = self._projection(config)
-        self.value = self._projection(config) if config.gate else None
+        self.proj = projection(width, config)
+        self.value = projection(width, config) if config.gate else None
         alpha = torch.full((self.num_views, config.iterations), float(config.alpha_init))
         self.alpha: Tensor
         if config.learn_alpha:
@@ -102,12 +112,6 @@ class IcsFilter(Filter):
         else:
             self.register_buffer("alpha", alpha)
         self.gamma = nn.Parameter(torch.ones(self.num_views, self.view_dim)) if config.gamma else None
-
-    def _projection(self, config: SSRConfig) -> nn.Linear:
-        # All views in one matrix: one large product instead of V small ones. The fans are those of one view.
-        linear = nn.Linear(self.width, self.num_views * self.view_dim, bias=False)
-        init_dense_(linear.weight, None, self.width, self.view_dim, config.initializer, normal=True)
-        return linear
 
     def sparse(self, x: Tensor) -> Tensor:
         """ICS of the projection, before any gate: (B, width) -> (B, V, d)."""
@@ -138,5 +142,68 @@ class IcsFilter(Filter):
         }
 
 
-FilterName = Literal["static", "dynamic"]
-FILTERS: dict[str, type[Filter]] = {"static": StaticRandomFilter, "dynamic": IcsFilter}
+class TopKFilter(Filter):
+    """Top-k with a straight-through gradient instead of ICS (paper, Table 4).
+
+    ``h_i`` is ``x W_i^proj`` with all but its ``top_k`` largest dims set to zero; the backward pass takes the
+    selection for the identity, so that dims that were cut get a gradient too.
+    """
+
+    SETTINGS = ("top_k",)
+
+    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+        super().__init__(width, layer, config)
+        self.proj = projection(width, config)
+        self.top_k = config.top_k
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.proj(x).unflatten(1, (self.num_views, self.view_dim))
+        kept = torch.zeros_like(z).scatter(2, z.topk(self.top_k, dim=2).indices, 1.0)
+        return z + (z * kept - z).detach()
+
+    def flops(self) -> Flops:
+        dims = self.num_views * self.view_dim
+        return dense_flops(self.width, dims, bias=False) + Flops(elementwise=dims)
+
+    def statistics(self, x: Tensor) -> dict[str, Any]:
+        return {"sparsity": (self(x) == 0).float().mean().item()}
+
+
+class NoFilter(Filter):
+    """No filter: every view's dense fusion sees the whole input (paper, Table 4, "w/o sparse filtering")."""
+
+    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+        super().__init__(width, layer, config)
+        self.out_dim = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(1).expand(-1, self.num_views, -1)
+
+    def flops(self) -> Flops:
+        return Flops()
+
+    def statistics(self, x: Tensor) -> dict[str, Any]:
+        return {}
+
+
+class DropoutFilter(NoFilter):
+    """Dropout instead of a filter: every view sees the whole input under a random mask of its own (paper, Table 4)."""
+
+    SETTINGS = ("filter_dropout",)
+
+    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+        super().__init__(width, layer, config)
+        self.dropout = nn.Dropout(config.filter_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(super().forward(x))
+
+
+FilterName = Literal["static", "dynamic", "topk", "none", "dropout"]
+FILTERS: dict[str, type[Filter]] = {
+    "static": StaticRandomFilter,
+    "dynamic": IcsFilter,
+    "topk": TopKFilter,
+    "none": NoFilter,
+    "dropout": DropoutFilter,
+}

@@ -47,6 +47,11 @@ def init_dense_(
         nn.init.uniform_(bias, -bound, bound) if initializer == "torch" else nn.init.zeros_(bias)
 
 
+def sizes(hidden: Sequence[int]) -> str:
+    """Widths of a stack for a label: depth x width, or every width where they differ."""
+    return f"{len(hidden)}x{hidden[0]}" if len(set(hidden)) == 1 else "-".join(map(str, hidden))
+
+
 class InputNorm(nn.Module):
     """Batch norm of the input vector, over every embedding coordinate or over every field.
 
@@ -54,12 +59,18 @@ class InputNorm(nn.Module):
     In training each process normalises with its own share of the batch.
     """
 
-    def __init__(self, kind: Literal["per_dim", "per_field"], field_dims: Sequence[int]) -> None:
+    def __init__(
+        self,
+        kind: Literal["per_dim", "per_field"],
+        field_dims: Sequence[int],
+        momentum: float = BATCH_NORM_MOMENTUM,
+    ) -> None:
         super().__init__()
         if kind == "per_field" and len(set(field_dims)) > 1:
             raise ValueError(
                 f"input_norm='per_field' needs fields of equal dims, got {list(field_dims)}: use input_norm='per_dim'"
             )
+        self.momentum = momentum
         self.width = sum(field_dims)
         self.channels = self.width if kind == "per_dim" else len(field_dims)
         self.weight = nn.Parameter(torch.ones(self.channels))
@@ -80,7 +91,7 @@ class InputNorm(nn.Module):
             self.weight,
             self.bias,
             training=use_batch,
-            momentum=BATCH_NORM_MOMENTUM,
+            momentum=self.momentum,
             eps=BATCH_NORM_EPS,
         )
         return y.flatten(1)

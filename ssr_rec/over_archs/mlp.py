@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssr_rec.over_archs.base import Flops, OverArch
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind
+from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, sizes
 from ssr_rec.settings import Settings
 
 
@@ -33,12 +33,7 @@ class MLPConfig(Settings):
     @property
     def label(self) -> str:
         """Depth x width, or every width where they differ."""
-        equal = len(set(self.hidden)) == 1
-        return (
-            f"Dense MLP {len(self.hidden)}x{self.hidden[0]}"
-            if equal
-            else f"Dense MLP {'-'.join(map(str, self.hidden))}"
-        )
+        return f"Dense MLP {sizes(self.hidden)}"
 
 
 class MLP(OverArch):

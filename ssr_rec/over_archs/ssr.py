@@ -32,7 +32,10 @@ class SSRConfig(Settings):
     """
 
     name: Literal["ssr"] = "ssr"
-    filter: FilterName = Field(default="static", description="static: SSR-S, eq. 3; dynamic: SSR-D, eq. 4")
+    filter: FilterName = Field(
+        default="static",
+        description="static: SSR-S, eq. 3; dynamic: SSR-D, eq. 4; topk, none, dropout: the ablations of Table 4",
+    )
     num_views: int = Field(default=8, ge=1, description="views per layer (b in the paper)")
     view_dim: int = Field(default=128, ge=1, description="dims per view (d_v); a layer's output has views * dims")
     num_layers: int = Field(default=2, ge=1, description="layers (L), each fed with the output of the one before")
@@ -44,6 +47,9 @@ class SSRConfig(Settings):
     learn_alpha: bool = Field(default=True, description="dynamic: train the extinction rates; false keeps alpha_init")
     gamma: bool = Field(default=True, description="dynamic: signal recovery, one trained scale per view and dim")
     gate: bool = Field(default=False, description="dynamic, released: multiply ICS by a second linear projection")
+
+    top_k: int = Field(default=16, ge=1, description="topk: dims of a view that stay, by straight-through top-k")
+    filter_dropout: float = Field(default=0.5, gt=0.0, lt=1.0, description="dropout: share of the input a view loses")
 
     fusion_layers: Literal[1, 2] = Field(default=1, description="dense + GELU layers per view; released SSR-S has 2")
     residual: bool = Field(default=False, description="released: add the fusion's input before LayerNorm")
@@ -78,12 +84,26 @@ class SSRConfig(Settings):
                     raise ValueError(
                         f"{key}={value} has no effect with filter={self.filter!r}: remove it, or set filter={other!r}"
                     )
+        if self.filter == "topk" and self.top_k > self.view_dim:
+            raise ValueError(f"top_k={self.top_k} is more than a view has: set it to at most view_dim={self.view_dim}")
+        if self.residual and self.filter in ("none", "dropout"):
+            raise ValueError(
+                f"residual=True adds a view's input, which with filter={self.filter!r} is as wide as the layer's: "
+                "remove it, or choose another filter"
+            )
         return self
 
     @property
     def label(self) -> str:
         """As the paper's tables name it, with views x dims x layers."""
-        return f"SSR-{'S' if self.filter == 'static' else 'D'} {self.num_views}x{self.view_dim}x{self.num_layers}"
+        kinds = {
+            "static": "SSR-S",
+            "dynamic": "SSR-D",
+            "topk": f"SSR top-{self.top_k}",
+            "none": "SSR without filter",
+            "dropout": f"SSR dropout {self.filter_dropout:g}",
+        }
+        return f"{kinds[self.filter]} {self.num_views}x{self.view_dim}x{self.num_layers}"
 
 
 class ViewFusion(nn.Module):
@@ -93,17 +113,17 @@ class ViewFusion(nn.Module):
     ``gelu(gelu(h V1 + c1) V2 + c2)`` instead of one dense layer.
     """
 
-    def __init__(self, config: SSRConfig) -> None:
+    def __init__(self, fan_in: int, config: SSRConfig) -> None:
         super().__init__()
         views, dim = config.num_views, config.view_dim
-        self.dense = ViewLinear(views, dim, dim, config.initializer)
+        self.dense = ViewLinear(views, fan_in, dim, config.initializer)
         self.dense2 = ViewLinear(views, dim, dim, config.initializer) if config.fusion_layers == 2 else None
         self.dropout = nn.Dropout(config.fusion_dropout)
         self.norm = ViewLayerNorm(views, dim, config.layer_norm_eps)
         self.residual = config.residual
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, V, d) -> (B, V, d)."""
+        """(B, V, fan_in) -> (B, V, d)."""
         h = h.transpose(0, 1)
         z = F.gelu(self.dense(h))
         if self.dense2 is not None:
@@ -116,7 +136,9 @@ class ViewFusion(nn.Module):
     def flops(self) -> Flops:
         dims = self.norm.weight.numel()
         one_dense = self.dense.flops() + Flops(elementwise=GELU_FLOPS * dims)
-        total = one_dense if self.dense2 is None else one_dense + one_dense
+        total = one_dense
+        if self.dense2 is not None:
+            total += self.dense2.flops() + Flops(elementwise=GELU_FLOPS * dims)
         return total + self.norm.flops() + Flops(elementwise=dims if self.residual else 0)
 
 
@@ -126,7 +148,7 @@ class SSRLayer(nn.Module):
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__()
         self.filter = FILTERS[config.filter](width, layer, config)
-        self.fusion = ViewFusion(config)
+        self.fusion = ViewFusion(self.filter.out_dim, config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fusion(self.filter(x))
@@ -173,6 +195,9 @@ class SSR(OverArch):
             x = layer(x).flatten(1)
         views = self.layers[-1](x)
         return self.output_mlp(views.mean(1) if self.config.output == "mean" else views.flatten(1))
+
+    def statistics(self, x: Tensor, field_names: Sequence[str]) -> dict[str, Any]:
+        return {"filters": ssr_statistics(self, x)}
 
     def flops(self) -> Flops:
         total = self.input_norm.flops() if self.input_norm is not None else Flops()

@@ -1,0 +1,88 @@
+"""Every over-arch in the real job on two ranks; multi-task training; the two stages of AutoFIS."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ssr_rec.config import load_config
+from ssr_rec.over_archs import OVER_ARCHS
+from ssr_rec.run_folder import read_metrics
+from tests.jobs import own_optimizer_job, train_job
+from tests.ranks import run_ranks
+
+COMMON = ["--embeddings.dim=8", "--train.batch_size=64", "--train.eval_batch_size=100", "--train.log_every=1"]
+SMALL = {
+    "ssr": ["--over_arch.num_views=2", "--over_arch.view_dim=8"],
+    "mlp": ["--over_arch.hidden=[16, 8]"],
+    "deepfm": ["--over_arch.hidden=[16, 8]"],
+    "dcn_v2": ["--over_arch.hidden=[16, 8]"],
+    "mmoe": ["--over_arch.expert_hidden=[16]", "--over_arch.tower_hidden=[8]"],
+    "autoint": ["--over_arch.num_layers=1", "--over_arch.deep_hidden=[16]"],
+    "autofis": ["--over_arch.hidden=[16, 8]"],
+    "afn": [
+        "--over_arch.num_neurons=8",
+        "--over_arch.hidden=[16]",
+        "--over_arch.hidden_norm=none",
+        "--over_arch.batch_norm=false",
+        "--over_arch.plus=true",
+    ],
+    "wukong": ["--over_arch.num_layers=1", "--over_arch.hidden=[8]"],
+    "rankmixer": ["--over_arch.num_tokens=4", "--over_arch.dim=16", "--over_arch.num_layers=1"],
+}
+BATCH_NORMS = {"autofis"}
+"""Over-archs that always normalise with each rank's own share of the batch, so that losses depend on the world size."""
+
+
+def options(name: str, dataset, runs, *more: str) -> list[str]:
+    return [*COMMON, f"--over_arch.name={name}", *SMALL[name], f"--data.path={dataset}", f"--runs={runs}", *more]
+
+
+def losses(folder) -> np.ndarray:
+    return np.array([row["loss"] for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "train"])
+
+
+def test_every_over_arch_has_a_small_form() -> None:
+    assert set(SMALL) == set(OVER_ARCHS)
+
+
+@pytest.mark.parametrize("name", OVER_ARCHS)
+def test_trains_on_two_ranks_as_on_one(dataset, tmp_path, name):
+    reports = {}
+    for world_size in (1, 2):
+        run = options(name, dataset, tmp_path, f"--name=w{world_size}", "--train.max_steps=6")
+        reports[world_size] = run_ranks(train_job, world_size, run)
+    alone, together = losses(tmp_path / "w1"), losses(tmp_path / "w2")
+    assert len(alone) == 6
+    assert reports[2][0]["test"] == reports[2][1]["test"]
+    assert np.abs(alone - together).max() < (0.05 if name in BATCH_NORMS else 1e-5)
+    assert set(reports[1][0]["test"]) == {"click", "like"}
+
+
+def test_towers_and_task_weights_train_each_task(dataset, tmp_path):
+    more = ["--heads.hidden=[8]", "--train.epochs=8", "--embeddings.learning_rate=0.05", "--name=run"]
+    run_ranks(train_job, 1, options("mlp", dataset, tmp_path, *more, "--train.task_weights={like: 0.5}"))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    for task in ("click", "like"):
+        assert report["test"][task]["auc"] > 0.6, task
+        assert {"gauc", "logloss"} <= set(report["test"][task])
+    assert report["num_head_parameters"] == 2 * (8 * 8 + 8 + 8 + 1)
+
+
+def test_autofis_searches_then_retrains_what_survived(dataset, tmp_path):
+    more = ["--name=run", "--over_arch.grda_c=0.33", "--over_arch.grda_lr=0.2", "--train.epochs=2"]
+    (report,) = run_ranks(train_job, 1, options("autofis", dataset, tmp_path, *more))
+    search = json.loads((tmp_path / "run-search" / "report.json").read_text())
+    assert search["over_arch"]["interactions"]["stage"] == "search"
+    assert search["over_arch"]["interactions"]["pairs"] == 10
+    found = report["over_arch"]["interactions"]
+    assert found["stage"] == "retrain" and 0 < found["pairs"] < 10
+    assert all({i, j} <= {"user", "history", "item", "price", "tags"} for i, j, _ in found["alphas"])
+    pairs = load_config(tmp_path / "run" / "config.yaml").over_arch.pairs
+    assert len(pairs) == found["pairs"]
+
+
+def test_the_optimizer_an_over_arch_brings_trains_its_parameters_and_no_other(dataset):
+    kinds = run_ranks(own_optimizer_job, 1, options("autofis", dataset, "unused"), str(dataset))[0]
+    assert kinds.pop("alpha") == "GRDA"
+    assert set(kinds.values()) == {"AdamW"} and len(kinds) > 4
