@@ -20,6 +20,7 @@ from ssr_rec.schema import first_problem
 from ssr_rec.settings import Settings
 from ssr_rec.sharding import ShardingConfig
 from ssr_rec.trainer import TrainConfig
+from ssr_rec.yaml_file import parse_yaml, read_yaml
 
 
 class DataConfig(Settings):
@@ -47,15 +48,6 @@ class RunConfig(Settings):
     train: TrainConfig = TrainConfig()
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; people write it as a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a YAML file (None: all defaults) with ``--a.b=c`` overrides, the later the stronger.
 
@@ -63,25 +55,25 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ValueError: unreadable file, an override not of that form, an unknown key (the nearest valid one is named),
             or a value that its key does not take.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.load(Path(path).read_text(), Loader=_Loader) or {}
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; name a config file, such as one in configs/") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: must be a mapping of keys to values, not {type(values).__name__}")
+    values = read_yaml(path, "a config file, such as one in configs/") if path is not None else {}
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
+    return resolve(values, str(path or "config"))
+
+
+def resolve(values: dict[str, Any], where: str) -> RunConfig:
+    """The run of a mapping.
+
+    Raises:
+        ValueError: an unknown key (the nearest valid one is named) or a bad value; ``where`` leads the message.
+    """
     over_arch = values.get("over_arch")
     if isinstance(over_arch, dict):
         over_arch.setdefault("name", SSRConfig().name)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path or 'config'}: {_explain(error)}") from None
+        raise ValueError(f"{where}: {_explain(error)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -89,7 +81,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put ``--a.b=c`` into a mapping.
+
+    Raises:
+        ValueError: it is not of that form, or a section of it is a value.
+    """
     match = re.fullmatch(r"--([\w.]+)=(.*)", override, flags=re.DOTALL)
     if match is None:
         raise ValueError(f"argument {override!r} is not understood; overrides look like --train.batch_size=512")
@@ -99,7 +96,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        values[key] = yaml.load(match[2], Loader=_Loader)
+        values[key] = parse_yaml(match[2])
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not YAML; quote it") from None
 

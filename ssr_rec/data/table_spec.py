@@ -8,11 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ssr_rec.schema import GROUP_COLUMN, first_problem
 from ssr_rec.settings import Settings
+from ssr_rec.yaml_file import read_yaml
 
 MAX_BUCKETS = 2**31 - 1
 """Buckets of a hash: the remainder of an md5 is taken 32 bits at a time, which must fit an int64."""
@@ -188,12 +188,5 @@ def read_spec(path: Path) -> TableSpec:
     Raises:
         ValueError: no such file, not YAML, or not a spec.
     """
-    try:
-        entries = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: a spec is a mapping of keys such as name, labels and categorical")
+    entries = read_yaml(path, "a spec, such as one in configs/data/")
     return make_spec(entries, str(path))

@@ -128,8 +128,8 @@ def test_the_output_folder_must_be_new_or_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("labels: [a", "not readable as YAML"),
-        ("- a", "a spec is a mapping"),
+        ("labels: [a", "not YAML"),
+        ("- a", "must be a mapping"),
         ("name: x\nlabels: [a]\ncategoricals: [b]", "unknown key 'categoricals', did you mean 'categorical'"),
         ("name: x\nlabels: [a]\nlists: {b: {max_lenght: 3}}", "did you mean 'max_length'"),
         ("name: x\nlabels: [a]\ncategorical: [a]", "columns named in two roles: a"),
