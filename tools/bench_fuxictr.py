@@ -1,0 +1,266 @@
+"""Training throughput, and test AUC, of our DeepFM and DCN v2 against FuxiCTR's, side by side in one run.
+
+    python tools/bench_fuxictr.py --data data/ml1m_half --fuxictr-python FUXICTR_VENV/bin/python --auc
+
+FuxiCTR is in a Python of its own (``python3 -m venv FUXICTR_VENV; FUXICTR_VENV/bin/pip install fuxictr==2.3.10``), where
+tools/fuxictr_child.py trains its model with its own loader and loop. Both train on the same rows and ids, the
+dataset's single-valued features and one label, with the same sizes, Adam 1e-3 on everything and no regularisation.
+They take turns on the same cores, one by default; the ratio is that of their median samples/s. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+from ssr_rec.stack import require_stack
+
+require_stack()
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from bench_training import Job, whole_job
+
+from ssr_rec.config import RunConfig, resolve
+from ssr_rec.run_folder import hardware, versions
+from ssr_rec.schema import SPLITS, Schema
+from ssr_rec.train import build_model, open_reader, quiet, start_process_group, train
+
+CHILD = Path(__file__).with_name("fuxictr_child.py")
+DIM, BATCH_SIZE, LEARNING_RATE, HIDDEN, CROSS_LAYERS = 16, 1024, 1e-3, [320, 320, 320], 3
+OVER_ARCHS: dict[str, dict[str, Any]] = {
+    "deepfm": {"name": "deepfm", "hidden": HIDDEN},
+    "dcn_v2": {"name": "dcn_v2", "num_cross_layers": CROSS_LAYERS, "rank": None, "hidden": HIDDEN},
+}
+
+
+class FuxiCTR:
+    """tools/fuxictr_child.py at work on one model; ``built`` is what it said first.
+
+    Raises:
+        ValueError: that Python is not there, has no FuxiCTR, or the child ended.
+    """
+
+    def __init__(self, python: str, child: Path, folder: Path, model: str, threads: int) -> None:
+        self.python, self.errors = python, folder / f"{model}.stderr"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+        try:
+            with self.errors.open("w") as errors:
+                self.process = subprocess.Popen(
+                    [python, str(child), str(folder), model],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+        except OSError as error:
+            raise ValueError(f"--fuxictr-python {python}: {error.strerror}; give the python of a venv") from None
+        try:
+            self.built = self._answer()
+        except ValueError:
+            self.close()
+            raise
+
+    def ask(self, **request: int) -> dict[str, float]:
+        """Send one request and wait for its answer."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answer says why
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.process.wait()
+        said = self.errors.read_text().strip().splitlines() or ["no message"]
+        if "No module named 'fuxictr'" in said[-1]:
+            raise ValueError(f"{self.python} has no FuxiCTR; in a venv of its own: pip install fuxictr==2.3.10")
+        raise ValueError(f"FuxiCTR's process ended with {self.process.returncode}: {said[-1]}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def write_for_fuxictr(data: Path, schema: Schema, folder: Path, settings: dict[str, Any]) -> None:
+    """The splits, the feature map and ``settings.json`` as fuxictr_child.py reads them; ``schema``: scalars, one label."""
+    columns = [*schema.feature_names, *schema.labels]
+    for split in SPLITS:
+        table = pq.read_table([data / shard.path for shard in schema.splits[split].shards], columns=columns)
+        if settings["loader"] == "parquet":
+            pq.write_table(table, folder / f"{split}.parquet")
+        else:
+            # One dtype throughout: FuxiCTR stacks the columns into one array, and floats would make it twice as large.
+            np.savez(folder / f"{split}.npz", **{name: table[name].to_numpy().astype(np.int64) for name in columns})
+    features = [
+        {f.name: {"source": "", "type": "categorical", "vocab_size": f.num_embeddings}} for f in schema.features
+    ]
+    sizes = {"total_features": sum(f.num_embeddings for f in schema.features), "input_length": len(features)}
+    feature_map = {"dataset_id": "data", "num_fields": len(features), "labels": schema.labels, "features": features}
+    (folder / "feature_map.json").write_text(json.dumps(feature_map | sizes))
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+def our_config(data: Path, schema: Schema, model: str, runs: Path) -> RunConfig:
+    """Our side of the comparison, for throughput and for AUC."""
+    values = {
+        "device": "cpu",
+        "runs": str(runs),
+        "data": {"path": str(data), "features": schema.feature_names, "labels": schema.labels},
+        "embeddings": {"dim": DIM, "optimizer": "adam", "learning_rate": LEARNING_RATE, "init_scale": 0.01},
+        "optimizer": {"learning_rate": LEARNING_RATE},
+        "over_arch": dict(OVER_ARCHS[model]),
+        "train": {"batch_size": BATCH_SIZE, "eval_every": None, "patience": 1, "monitor": "auc"},
+    }
+    return resolve(values, "bench_fuxictr")
+
+
+def take_turns(ours: Job, fuxictr: FuxiCTR, steps: int, turns: int) -> dict[str, list[float]]:
+    """Samples/s of each turn of each, after a turn that does not count."""
+    speeds: dict[str, list[float]] = {"ours": [], "fuxictr": []}
+    for turn in range(turns + 1):
+        start = time.perf_counter()
+        ours(steps)
+        seconds = {"ours": time.perf_counter() - start, "fuxictr": fuxictr.ask(steps=steps)["seconds"]}
+        said = {name: steps * BATCH_SIZE / value for name, value in seconds.items()}
+        print(f"turn {turn}: " + "  ".join(f"{n} {s:,.0f} samples/s" for n, s in said.items()), flush=True)
+        for name in speeds if turn else ():
+            speeds[name].append(said[name])
+    return speeds
+
+
+def compare(model: str, data: Path, schema: Schema, fuxictr: FuxiCTR, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one model."""
+    with tempfile.TemporaryDirectory() as runs:
+        config = our_config(data, schema, model, Path(runs))
+        device = start_process_group(config.device)
+        reader = open_reader(config, data, schema, "train", rank=0, world_size=1)
+        speeds = take_turns(whole_job(config, schema, device, reader), fuxictr, options.steps, options.turns)
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        built = build_model(config, schema, device, world_size=1, local_world_size=1)
+        dense = sum(p.numel() for name, p in built.named_parameters() if ".embedding_bags." not in name)
+        figures: dict[str, Any] = {
+            "samples_per_s": {name: round(value) for name, value in medians.items()},
+            "spread": {name: [round(min(v)), round(max(v))] for name, v in speeds.items()},
+            "ratio": round(medians["ours"] / medians["fuxictr"], 3),
+            "dense_parameters": {"ours": dense, "fuxictr": fuxictr.built["dense_parameters"]},
+        }
+        if options.auc:
+            aucs: dict[str, list[float]] = {"ours": [], "fuxictr": []}
+            for seed in range(options.seeds):
+                training = config.train.model_copy(update={"epochs": options.auc})
+                with contextlib.redirect_stdout(sys.stderr):  # its progress lines
+                    report = train(config.model_copy(update={"seed": seed, "name": f"{seed}", "train": training}))
+                aucs["ours"].append(round(report["test"][schema.labels[0]]["auc"], 5))
+                aucs["fuxictr"].append(round(fuxictr.ask(epochs=options.auc, seed=seed)["auc"], 5))
+                print(f"seed {seed}: " + "  ".join(f"{n} test AUC {a[-1]:.5f}" for n, a in aucs.items()), flush=True)
+            figures["test_auc"] = aucs
+    print(f"{model}: ours {medians['ours']:,.0f}, FuxiCTR {medians['fuxictr']:,.0f}, ratio {figures['ratio']}")
+    return figures
+
+
+@contextlib.contextmanager
+def pinned(cores: int) -> Iterator[None]:
+    """This process, and those it starts, on so many cores and with so many torch threads; undone at the end.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    if not 1 <= cores <= len(before):
+        raise ValueError(f"--cores {cores}: this machine has {len(before)} for us")
+    os.sched_setaffinity(0, sorted(before)[-cores:])
+    torch.set_num_threads(cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="prepared dataset")
+    parser.add_argument("--fuxictr-python", required=True, help="the python of a venv with FuxiCTR")
+    parser.add_argument("--models", nargs="+", choices=list(OVER_ARCHS), default=list(OVER_ARCHS))
+    parser.add_argument("--label", help="label to train; default: the dataset's first")
+    parser.add_argument("--steps", type=int, default=150, help="steps of one turn")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each, after one that does not count")
+    parser.add_argument("--cores", type=int, default=1, help="cores and torch threads, the same for both")
+    parser.add_argument(
+        "--auc",
+        type=int,
+        nargs="?",
+        const=10,
+        default=0,
+        metavar="EPOCHS",
+        help="also train each with early stopping, at most so many epochs (10), and report test AUC",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each for --auc")
+    parser.add_argument("--fuxictr-loader", choices=["npz", "parquet"], default="npz", help="parquet: through Ray")
+    parser.add_argument(
+        "--fuxictr-workers",
+        type=int,
+        default=0,
+        help="worker processes of its npz loader; on one core 0 is the fastest",
+    )
+    options = parser.parse_args(arguments)
+    quiet()
+    try:
+        schema = Schema.read(options.data)
+        scalars = [feature.name for feature in schema.features if feature.kind != "list"]
+        schema = schema.select(scalars, [options.label or schema.labels[0]])
+        settings = {
+            "dim": DIM, "hidden": HIDDEN, "num_cross_layers": CROSS_LAYERS, "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE, "threads": options.cores, "loader": options.fuxictr_loader,
+            "workers": options.fuxictr_workers,
+        }  # fmt: skip
+        figures: dict[str, Any] = {}
+        with pinned(options.cores), tempfile.TemporaryDirectory() as folder:
+            write_for_fuxictr(options.data, schema, Path(folder), settings)
+            for model in options.models:
+                fuxictr = FuxiCTR(options.fuxictr_python, child, Path(folder), model, options.cores)
+                with contextlib.closing(fuxictr):
+                    figures[model] = compare(model, options.data, schema, fuxictr, options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(
+        json.dumps(
+            {
+                "dataset": schema.name,
+                "label": schema.labels[0],
+                "num_features": len(schema.features),
+                "settings": settings,
+                "models": figures,
+                "hardware": hardware(),
+                "versions": {"ours": versions(), "fuxictr": fuxictr.built["versions"]},
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
