@@ -161,7 +161,16 @@ def finish_report(log: RunLog, report: dict[str, Any]) -> None:
     log.progress.close()
     for task, values in report["test"].items():
         print(f"{report['over_arch']['kind']}  test {task}: {_figures(values, report['ceiling'].get(task))}")
+    if "interactions" in report["over_arch"]:
+        print(_interactions(report["over_arch"]["interactions"]))
     print(f"report {log.folder / 'report.json'}, picture {log.folder / 'curves.png'}", flush=True)
+
+
+def _interactions(found: Mapping[str, Any], most: int = 8) -> str:
+    """Which pairs of fields an AutoFIS search left, or how it weighs them in the end, the strongest first."""
+    open_gates = sorted((row for row in found["alphas"] if row[2]), key=lambda row: -abs(row[2]))
+    strongest = ", ".join(f"{i} x {j} {decimal(alpha, 3)}" for i, j, alpha in open_gates[:most])
+    return f"{found['stage']}: {len(open_gates)} of {found['pairs']} pairs of fields; strongest: {strongest or 'none'}"
 
 
 def _figures(values: Mapping[str, float], ceiling: Mapping[str, float] | None) -> str:

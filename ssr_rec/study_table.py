@@ -121,6 +121,7 @@ def _row(plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, 
         "workers": " or ".join(map(str, shared)),
         "trials": sum(job in reports for job in plan.trial_jobs(system)),
         "seeds": len(found),
+        "sparsity": float(np.mean([_sparsity(report) for report in found.values()])) if found else math.nan,
         "winner": final[0].trial if final else None,
         "chosen": _chosen(plan, final[0]) if final else "",
     }
@@ -131,6 +132,13 @@ def _row(plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, 
         row[f"{name}_sd"] = float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
         row |= {f"{name}_seed{seed}": values.get(seed) for seed in range(plan.seeds)}
     return row
+
+
+def _sparsity(report: Mapping[str, Any]) -> float:
+    """Mean over the layers of the share of exact zeros after the filters; nan for an over-arch without any."""
+    layers = report["over_arch"].get("filters", {}).get("layers", [])
+    shares = [layer["sparsity"] for layer in layers if "sparsity" in layer]
+    return float(np.mean(shares)) if shares else math.nan
 
 
 def _test_significance(frame: pd.DataFrame, rows: pd.Index, seeds: int) -> None:
@@ -155,7 +163,7 @@ def _caption(plan: Plan, frame: pd.DataFrame) -> str:
         f"**{plan.schema.name}** ({plan.schema.dataset_id}), test split. Each system's trial with the best validation "
         f"figure, mean ± standard deviation over {plan.seeds} seed(s). Params: the over-arch without embedding tables "
         f"and heads. FLOPs: one forward pass of {FLOPS_BATCH:,} samples, a multiply-add as two. samples/s: training on "
-        f"one core, median, while {numbers} run(s) share the machine. "
+        f"one core, median, while {numbers} run(s) share the machine. sparsity: exact zeros after the filters. "
         f"p: Welch's t-test, two-sided, against the best baseline of the task; * better with p < {decimal(0.05, 2)}."
     )
 
@@ -165,7 +173,9 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
     best_baseline = rows["best_baseline"].iloc[0]
     best = {name: rows[f"{name}_mean"].min() if name == "logloss" else rows[f"{name}_mean"].max() for name in metrics}
     header = ["system", "Params", "FLOPs", *(METRICS[name] for name in metrics)]
-    header += [f"p against {best_baseline}" if best_baseline else "p", "samples/s", "trials", "chosen"]
+    header += [f"p against {best_baseline}" if best_baseline else "p"]
+    has_sparsity = bool(rows["sparsity"].notna().any())
+    header += [*(["sparsity"] if has_sparsity else []), "samples/s", "trials", "chosen"]
     lines = []
     for row in rows.to_dict("records"):
         cells = [f"{row['system']} †" if _note(plan, row) else row["system"]]
@@ -176,7 +186,10 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
             cells.append(f"{cell} *" if name == "auc" and row["significant"] else cell)
         planned = len(plan.trials[row["system"]])
         trials = str(planned) if row["trials"] == planned else f"{row['trials']} of {planned}"
-        lines.append([*cells, _p(row["p"]), _short(row["samples_per_s"]), trials, row["chosen"] or "-"])
+        cells.append(_p(row["p"]))
+        if has_sparsity:
+            cells.append("-" if math.isnan(row["sparsity"]) else f"{row['sparsity']:.1%}")
+        lines.append([*cells, _short(row["samples_per_s"]), trials, row["chosen"] or "-"])
     return markdown_table(header, lines)
 
 

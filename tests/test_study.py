@@ -24,6 +24,8 @@ STUDY = {
     },
 }
 
+STUDIES = Path(__file__).parents[1] / "configs" / "compare"
+
 
 @pytest.fixture
 def plan_of(dataset):
@@ -240,8 +242,16 @@ def test_no_such_study(tmp_path):
         read_study(tmp_path / "nowhere.yaml")
 
 
-def test_the_shipped_study_makes_runs(dataset):
-    study = read_study(Path(__file__).parents[1] / "configs" / "compare" / "systems.yaml")
+@pytest.mark.parametrize("name", ["ablation", "ics", "scaling"])
+def test_the_shipped_studies_make_runs(dataset, name):
+    study = read_study(STUDIES / f"{name}.yaml")
+    plan = make_plan(study, Schema.read(dataset), str(dataset), 2)
+    assert plan.num_jobs() == 2 * len(study.systems)
+
+
+def test_the_systems_of_the_paper_are_one_study(dataset):
+    study = read_study(STUDIES / "systems.yaml")
+    assert len(study.systems) == 11
     plan = make_plan(study, Schema.read(dataset), str(dataset), 3)
     assert {len(trials) for trials in plan.trials.values()} == {study.trials}
     assert {name.startswith("SSR") for name, system in study.systems.items() if not system.baseline} == {True}

@@ -78,8 +78,11 @@ def test_autofis_searches_then_retrains_what_survived(dataset, tmp_path):
     found = report["over_arch"]["interactions"]
     assert found["stage"] == "retrain" and 0 < found["pairs"] < 10
     assert all({i, j} <= {"user", "history", "item", "price", "tags"} for i, j, _ in found["alphas"])
+    survivors = [row[:2] for row in search["over_arch"]["interactions"]["alphas"] if row[2] != 0]
+    assert survivors == [row[:2] for row in found["alphas"]]
+    names = ["user", "history", "item", "price", "tags"]
     pairs = load_config(tmp_path / "run" / "config.yaml").over_arch.pairs
-    assert len(pairs) == found["pairs"]
+    assert [[names[i], names[j]] for i, j in pairs] == survivors
 
 
 def test_the_optimizer_an_over_arch_brings_trains_its_parameters_and_no_other(dataset):

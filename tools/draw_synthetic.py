@@ -1,4 +1,6 @@
-"""Draw a synthetic click log of any size: python tools/draw_synthetic.py --output data/synthetic-5m --train_rows=5000000
+"""Draw a synthetic click log of any size.
+
+python tools/draw_synthetic.py --output data/synthetic-5m --train_rows=5000000
 
 Every key of SyntheticConfig (docs/synthetic.md) is an option; the same keys always give the same log.
 """
