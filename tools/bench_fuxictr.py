@@ -2,24 +2,19 @@
 
     python tools/bench_fuxictr.py --data data/ml1m_half --fuxictr-python FUXICTR_VENV/bin/python --auc
 
-FuxiCTR is in a Python of its own (``python3 -m venv FUXICTR_VENV; FUXICTR_VENV/bin/pip install fuxictr==2.3.10``), where
-tools/fuxictr_child.py trains its model with its own loader and loop. Both train on the same rows and ids, the
-dataset's single-valued features and one label, with the same sizes, Adam 1e-3 on everything and no regularisation.
-They take turns on the same cores, one by default; the ratio is that of their median samples/s. The last line is JSON.
+FuxiCTR is in a venv of its own (``pip install fuxictr==2.3.10``), where tools/fuxictr_child.py trains its model with
+its own loader and loop. Both train on the same rows and ids, the dataset's single-valued features and one label, with
+the same sizes, Adam 1e-3 on everything and no regularisation. They take turns on the same cores, one by default; the
+ratio is that of their median samples/s. The last line is JSON.
 """
 
 from __future__ import annotations
-
-from ssr_rec.stack import require_stack
-
-require_stack()
 
 import argparse
 import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,15 +22,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from bench_training import Job, whole_job
+from bench_training import Job, whole_job  # it also checks the stack, before torchrec is imported
+from fuxictr_side import FuxiCTR, write_for_fuxictr
 
 from ssr_rec.config import RunConfig, resolve
 from ssr_rec.run_folder import hardware, versions
-from ssr_rec.schema import SPLITS, Schema
+from ssr_rec.schema import Schema
 from ssr_rec.train import build_model, open_reader, quiet, start_process_group, train
 
 CHILD = Path(__file__).with_name("fuxictr_child.py")
@@ -46,81 +40,8 @@ OVER_ARCHS: dict[str, dict[str, Any]] = {
 }
 
 
-class FuxiCTR:
-    """tools/fuxictr_child.py at work on one model; ``built`` is what it said first.
-
-    Raises:
-        ValueError: that Python is not there, has no FuxiCTR, or the child ended.
-    """
-
-    def __init__(self, python: str, child: Path, folder: Path, model: str, threads: int) -> None:
-        self.python, self.errors = python, folder / f"{model}.stderr"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
-        try:
-            with self.errors.open("w") as errors:
-                self.process = subprocess.Popen(
-                    [python, str(child), str(folder), model],
-                    env=environment,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-        except OSError as error:
-            raise ValueError(f"--fuxictr-python {python}: {error.strerror}; give the python of a venv") from None
-        try:
-            self.built = self._answer()
-        except ValueError:
-            self.close()
-            raise
-
-    def ask(self, **request: int) -> dict[str, float]:
-        """Send one request and wait for its answer."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answer says why
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self.process.wait()
-        said = self.errors.read_text().strip().splitlines() or ["no message"]
-        if "No module named 'fuxictr'" in said[-1]:
-            raise ValueError(f"{self.python} has no FuxiCTR; in a venv of its own: pip install fuxictr==2.3.10")
-        raise ValueError(f"FuxiCTR's process ended with {self.process.returncode}: {said[-1]}")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-def write_for_fuxictr(data: Path, schema: Schema, folder: Path, settings: dict[str, Any]) -> None:
-    """The splits, the feature map and ``settings.json`` as fuxictr_child.py reads them; ``schema``: scalars, one label."""
-    columns = [*schema.feature_names, *schema.labels]
-    for split in SPLITS:
-        table = pq.read_table([data / shard.path for shard in schema.splits[split].shards], columns=columns)
-        if settings["loader"] == "parquet":
-            pq.write_table(table, folder / f"{split}.parquet")
-        else:
-            # One dtype throughout: FuxiCTR stacks the columns into one array, and floats would make it twice as large.
-            np.savez(folder / f"{split}.npz", **{name: table[name].to_numpy().astype(np.int64) for name in columns})
-    features = [
-        {f.name: {"source": "", "type": "categorical", "vocab_size": f.num_embeddings}} for f in schema.features
-    ]
-    sizes = {"total_features": sum(f.num_embeddings for f in schema.features), "input_length": len(features)}
-    feature_map = {"dataset_id": "data", "num_fields": len(features), "labels": schema.labels, "features": features}
-    (folder / "feature_map.json").write_text(json.dumps(feature_map | sizes))
-    (folder / "settings.json").write_text(json.dumps(settings))
-
-
-def our_config(data: Path, schema: Schema, model: str, runs: Path) -> RunConfig:
-    """Our side of the comparison, for throughput and for AUC."""
+def our_config(data: Path, schema: Schema, model: str, runs: Path, bf16: bool = False) -> RunConfig:
+    """Our side of the comparison, for throughput and, with epochs, for AUC: on CPU Adam is dense on whole tables."""
     values = {
         "device": "cpu",
         "runs": str(runs),
@@ -128,7 +49,7 @@ def our_config(data: Path, schema: Schema, model: str, runs: Path) -> RunConfig:
         "embeddings": {"dim": DIM, "optimizer": "adam", "learning_rate": LEARNING_RATE, "init_scale": 0.01},
         "optimizer": {"learning_rate": LEARNING_RATE},
         "over_arch": dict(OVER_ARCHS[model]),
-        "train": {"batch_size": BATCH_SIZE, "eval_every": None, "patience": 1, "monitor": "auc"},
+        "train": {"batch_size": BATCH_SIZE, "eval_every": None, "patience": 1, "monitor": "auc", "bf16": bf16},
     }
     return resolve(values, "bench_fuxictr")
 
@@ -150,7 +71,7 @@ def take_turns(ours: Job, fuxictr: FuxiCTR, steps: int, turns: int) -> dict[str,
 def compare(model: str, data: Path, schema: Schema, fuxictr: FuxiCTR, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one model."""
     with tempfile.TemporaryDirectory() as runs:
-        config = our_config(data, schema, model, Path(runs))
+        config = our_config(data, schema, model, Path(runs), options.bf16)
         device = start_process_group(config.device)
         reader = open_reader(config, data, schema, "train", rank=0, world_size=1)
         speeds = take_turns(whole_job(config, schema, device, reader), fuxictr, options.steps, options.turns)
@@ -214,6 +135,7 @@ def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
         metavar="EPOCHS",
         help="also train each with early stopping, at most so many epochs (10), and report test AUC",
     )
+    parser.add_argument("--bf16", action="store_true", help="our over-arch in bfloat16; FuxiCTR has no such setting")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each for --auc")
     parser.add_argument("--fuxictr-loader", choices=["npz", "parquet"], default="npz", help="parquet: through Ray")
     parser.add_argument(
@@ -227,6 +149,8 @@ def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
     try:
         schema = Schema.read(options.data)
         scalars = [feature.name for feature in schema.features if feature.kind != "list"]
+        if not scalars:
+            raise ValueError(f"{options.data}: no single-valued feature, and only those are compared")
         schema = schema.select(scalars, [options.label or schema.labels[0]])
         settings = {
             "dim": DIM, "hidden": HIDDEN, "num_cross_layers": CROSS_LAYERS, "batch_size": BATCH_SIZE,
@@ -252,7 +176,7 @@ def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
                 "dataset": schema.name,
                 "label": schema.labels[0],
                 "num_features": len(schema.features),
-                "settings": settings,
+                "settings": settings | {"our_bf16": options.bf16},
                 "models": figures,
                 "hardware": hardware(),
                 "versions": {"ours": versions(), "fuxictr": fuxictr.built["versions"]},

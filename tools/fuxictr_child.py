@@ -67,7 +67,7 @@ class DCNv2(BaseModel):
         return {"y_pred": self.output_activation(logits)}
 
 
-MODELS = {"deepfm": DeepFM, "dcn_v2": DCNv2}
+MODELS: dict[str, Any] = {"deepfm": DeepFM, "dcn_v2": DCNv2}
 
 
 class Job:

@@ -1,0 +1,96 @@
+"""FuxiCTR's side of tools/bench_fuxictr.py, seen from ours: its process, and the files that process reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ssr_rec.schema import SPLITS, Schema
+
+
+class FuxiCTR:
+    """tools/fuxictr_child.py at work on one model; ``built`` is what it said first.
+
+    Raises:
+        ValueError: that Python is not there, has no FuxiCTR, or the child ended.
+    """
+
+    def __init__(self, python: str, child: Path, folder: Path, model: str, threads: int) -> None:
+        self.python, self.errors = python, folder / f"{model}.stderr"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+        try:
+            with self.errors.open("w") as errors:
+                self.process = subprocess.Popen(
+                    [python, str(child), str(folder), model],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+        except OSError as error:
+            raise ValueError(f"--fuxictr-python {python}: {error.strerror}; give the python of a venv") from None
+        try:
+            self.built = self._answer()
+        except ValueError:
+            self.close()
+            raise
+
+    def ask(self, **request: int) -> dict[str, float]:
+        """Send one request and wait for its answer."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answer says why
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:
+                raise ValueError(f"FuxiCTR's process said {line.strip()[:80]!r}, which is not JSON") from None
+        self.process.wait()
+        said = self.errors.read_text().strip().splitlines() or ["no message"]
+        if "No module named 'fuxictr'" in said[-1]:
+            raise ValueError(f"{self.python} has no FuxiCTR; in a venv of its own: pip install fuxictr==2.3.10")
+        raise ValueError(f"FuxiCTR's process ended with {self.process.returncode}: {said[-1]}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def write_for_fuxictr(data: Path, schema: Schema, folder: Path, settings: dict[str, Any]) -> None:
+    """The splits, the feature map and ``settings.json`` as fuxictr_child.py reads them.
+
+    Args:
+        schema: that of ``data``, narrowed to single-valued features and one label.
+        settings: sizes, and ``loader``: "npz" or "parquet".
+    """
+    columns = [*schema.feature_names, *schema.labels]
+    for split in SPLITS:
+        table = pq.read_table([data / shard.path for shard in schema.splits[split].shards], columns=columns)
+        if settings["loader"] == "parquet":
+            pq.write_table(table, folder / f"{split}.parquet")
+        else:
+            # One dtype throughout: FuxiCTR stacks the columns into one array, and floats would make it twice as large.
+            np.savez(folder / f"{split}.npz", **{name: table[name].to_numpy().astype(np.int64) for name in columns})
+    features = [
+        {f.name: {"source": "", "type": "categorical", "vocab_size": f.num_embeddings}} for f in schema.features
+    ]
+    sizes = {"total_features": sum(f.num_embeddings for f in schema.features), "input_length": len(features)}
+    feature_map = {"dataset_id": "data", "num_fields": len(features), "labels": schema.labels, "features": features}
+    (folder / "feature_map.json").write_text(json.dumps(feature_map | sizes))
+    (folder / "settings.json").write_text(json.dumps(settings))
