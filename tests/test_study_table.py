@@ -149,6 +149,19 @@ def test_one_seed_has_no_deviation_and_no_p(dataset, plan, reports):
     assert "over the best baseline, RankMixer (p -)" in text
 
 
+def test_sparsity_has_a_column_where_filters_report_it(plan, reports):
+    assert "sparsity |" not in comparison_text(plan, summarise(plan, reports, {}))
+    for job, found in reports.items():
+        if job.system == "SSR-S":
+            layers = [{"sparsity": 0.5 + 0.1 * job.seed}, {"sparsity": 0.9}, {"input_coverage": 1.0}]
+            found["over_arch"]["filters"] = {"layers": layers}
+    frame = summarise(plan, reports, {})
+    expected = sum((0.5 + 0.1 * seed + 0.9) / 2 for seed in range(3)) / 3
+    assert frame.loc[frame["system"] == "SSR-S", "sparsity"].tolist() == pytest.approx([expected] * 2)
+    assert frame.loc[frame["system"] != "SSR-S", "sparsity"].isna().all()
+    assert "| sparsity |" in comparison_text(plan, frame) and f"{expected:.1%}" in comparison_text(plan, frame)
+
+
 def test_what_is_missing_is_marked(plan, reports):
     del reports[Job(MLP, 0, 0)], reports[Job(SSR, 1, 2)], reports[Job(MIXER, 0, 0)]
     for seed in range(3):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import Flops, OverArch, equal_dim
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, sizes
+from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, make_input_norm, sizes
 from ssr_rec.settings import Settings
 
 NEURON_STD = 0.1
@@ -144,31 +144,28 @@ class AFN(OverArch):
         super().__init__(num_fields, embedding_dim, num_tasks)
         self.config = config = config or AFNConfig()
         dim = equal_dim(self, "AFN")
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.neurons = LogarithmicNeurons(num_fields, dim, config)
         self.layers = HiddenLayers(config.num_neurons * dim, config.hidden, config)
         self.out_features = config.hidden[-1]
-        self.deep_norm: InputNorm | None = None
         self.deep_layers: HiddenLayers | None = None
         if config.plus:
             self.extra_tables = {"deep": self.field_dims}
-            if config.input_norm != "none":
-                self.deep_norm = InputNorm(config.input_norm, self.field_dims)
+            self.deep_norm = make_input_norm(config.input_norm, self.field_dims)
             self.deep_layers = HiddenLayers(self.in_features, config.deep_hidden, config)
             self.out_features += config.deep_hidden[-1]
 
     def forward(self, x: Tensor, deep: Tensor | None = None) -> Tensor:
         if (deep is not None) != self.config.plus:
             raise ValueError(f"AFN with plus={self.config.plus} takes {2 if self.config.plus else 1} input(s)")
-        features = self.layers(self.neurons(x if self.input_norm is None else self.input_norm(x)))
+        features = self.layers(self.neurons(self.input_norm(x)))
         if deep is None or self.deep_layers is None:
             return features
-        deep_features = self.deep_layers(deep if self.deep_norm is None else self.deep_norm(deep))
+        deep_features = self.deep_layers(self.deep_norm(deep))
         return torch.cat([features, deep_features], dim=1)
 
     def flops(self) -> Flops:
-        total = self.neurons.flops() + self.layers.flops()
-        for module in (self.input_norm, self.deep_norm, self.deep_layers):
-            if module is not None:
-                total += module.flops()
+        total = self.input_norm.flops() + self.neurons.flops() + self.layers.flops()
+        if self.deep_layers is not None:
+            total += self.deep_norm.flops() + self.deep_layers.flops()
         return total

@@ -19,8 +19,8 @@ from ssr_rec.over_archs.layers import (
     BATCH_NORM_MOMENTUM,
     DenseStack,
     Initializer,
-    InputNorm,
     InputNormKind,
+    make_input_norm,
     sizes,
 )
 from ssr_rec.settings import Settings
@@ -183,7 +183,7 @@ class AutoFIS(OverArch):
             if config.pairs is None:
                 self.optimizers = {"alpha": partial(GRDA, lr=config.grda_lr, c=config.grda_c, mu=config.grda_mu)}
 
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.deep = DenseStack(
             self.in_features,
             config.hidden,
@@ -197,8 +197,7 @@ class AutoFIS(OverArch):
         logits = first_order.unflatten(1, (-1, self.num_tasks)).sum(1)
         if self.alpha is not None:
             logits = logits + self._interactions(x, self.alpha)
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         return self.deep(x), logits
 
     def _interactions(self, x: Tensor, alpha: Tensor) -> Tensor:
@@ -211,8 +210,7 @@ class AutoFIS(OverArch):
 
     def flops(self) -> Flops:
         total = self.deep.flops() + Flops(elementwise=len(self.field_dims) * self.num_tasks)
-        if self.input_norm is not None:
-            total += self.input_norm.flops()
+        total += self.input_norm.flops()
         if self.alpha is not None:
             total += self.products.flops() + self.pair_norm.flops() + Flops(matmul=2 * len(self.pairs))
             total += Flops(elementwise=self.num_tasks * (1 if self.task_scale is None else 2))

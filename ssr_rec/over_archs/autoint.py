@@ -15,9 +15,9 @@ from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
     Initializer,
-    InputNorm,
     InputNormKind,
     init_dense_,
+    make_input_norm,
     sizes,
 )
 from ssr_rec.settings import Settings
@@ -115,7 +115,7 @@ class AutoInt(OverArch):
         super().__init__(num_fields, embedding_dim, num_tasks)
         self.config = config = config or AutoIntConfig()
         dim, width = equal_dim(self, "AutoInt"), config.num_heads * config.attention_dim
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.layers = nn.ModuleList(
             InteractingLayer(num_fields, dim if i == 0 else width, config) for i in range(config.num_layers)
         )
@@ -123,8 +123,7 @@ class AutoInt(OverArch):
         self.out_features = num_fields * width + (config.deep_hidden[-1] if config.deep_hidden else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         y = x.unflatten(1, (len(self.field_dims), -1))
         for layer in self.layers:
             y = layer(y)
@@ -132,7 +131,7 @@ class AutoInt(OverArch):
         return torch.cat([y, self.deep(x)], 1) if self.config.deep_hidden else y
 
     def flops(self) -> Flops:
-        total = self.input_norm.flops() if self.input_norm is not None else Flops()
+        total = self.input_norm.flops()
         for layer in self.layers:
             total += cast(InteractingLayer, layer).flops()
         return total + self.deep.flops()

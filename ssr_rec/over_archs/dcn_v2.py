@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, dense_flops
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, init_dense_, sizes
+from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, init_dense_, make_input_norm, sizes
 from ssr_rec.settings import Settings
 
 
@@ -161,7 +161,7 @@ class DCNv2(OverArch):
         self.config = config = config or DCNv2Config()
         if config.rank is not None and config.rank > self.in_features:
             raise ValueError(f"rank={config.rank} is above the input's width {self.in_features}: lower it")
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.cross = CrossNetwork(self.in_features, config)
         self.deep = DenseStack(
             self.in_features,
@@ -176,11 +176,10 @@ class DCNv2(OverArch):
             self.out_features += self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         crosses = self.cross(x)
         return torch.cat([crosses, self.deep(x)], 1) if self.side_by_side else self.deep(crosses)
 
     def flops(self) -> Flops:
-        total = self.input_norm.flops() if self.input_norm is not None else Flops()
+        total = self.input_norm.flops()
         return total + self.cross.flops() + self.deep.flops()

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssr_rec.over_archs.base import Flops, OverArch, equal_dim
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, sizes
+from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, make_input_norm, sizes
 from ssr_rec.settings import Settings
 
 
@@ -64,7 +64,7 @@ class DeepFM(OverArch):
         self.dim = equal_dim(self, "DeepFM")
         self.extra_tables = {"first_order": (num_tasks,) * num_fields}
         self.fm_scale = nn.Parameter(torch.ones(num_tasks)) if num_tasks > 1 else None
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.layers = DenseStack(
             self.in_features,
             config.hidden,
@@ -81,13 +81,12 @@ class DeepFM(OverArch):
         if self.fm_scale is not None:
             fm = fm * self.fm_scale
         logits = first_order.to(wide).unflatten(1, (-1, self.num_tasks)).sum(1) + fm
-        return self.layers(x if self.input_norm is None else self.input_norm(x)), logits
+        return self.layers(self.input_norm(x)), logits
 
     def flops(self) -> Flops:
         fields, tasks = len(self.field_dims), self.num_tasks
         # Sum, square and sum of squares of all dims; then square, difference and sum per dim; then the half.
         fm = 3 * self.in_features + 3 * self.dim + 1 + (tasks if self.fm_scale is not None else 0)
         total = Flops(elementwise=fields * tasks + fm + tasks)
-        if self.input_norm is not None:
-            total += self.input_norm.flops()
+        total += self.input_norm.flops()
         return total + self.layers.flops()

@@ -100,6 +100,18 @@ class InputNorm(nn.Module):
         return Flops(elementwise=FOLDED_NORM_FLOPS * self.width)
 
 
+class NoNorm(nn.Identity):
+    """In the place of an ``InputNorm`` that is not there."""
+
+    def flops(self) -> Flops:
+        return Flops()
+
+
+def make_input_norm(kind: InputNormKind, field_dims: Sequence[int]) -> InputNorm | NoNorm:
+    """What an over-arch does to its input first: (B, F*D) -> (B, F*D)."""
+    return NoNorm() if kind == "none" else InputNorm(kind, field_dims)
+
+
 class DenseStack(nn.Sequential):
     """Dense layers, each followed by its LayerNorm (if any), activation and dropout (if any); empty: the identity."""
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssr_rec.over_archs.base import Flops, OverArch
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, sizes
+from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, make_input_norm, sizes
 from ssr_rec.settings import Settings
 
 
@@ -44,7 +44,7 @@ class MLP(OverArch):
     ) -> None:
         super().__init__(num_fields, embedding_dim, num_tasks)
         self.config = config = config or MLPConfig()
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.layers = DenseStack(
             self.in_features,
             config.hidden,
@@ -56,10 +56,9 @@ class MLP(OverArch):
         self.out_features = config.hidden[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         return self.layers(x)
 
     def flops(self) -> Flops:
-        total = self.input_norm.flops() if self.input_norm is not None else Flops()
+        total = self.input_norm.flops()
         return total + self.layers.flops()

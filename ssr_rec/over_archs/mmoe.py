@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, dense_flops
-from ssr_rec.over_archs.layers import Initializer, InputNorm, InputNormKind, ViewLinear, init_dense_
+from ssr_rec.over_archs.layers import Initializer, InputNormKind, ViewLinear, init_dense_, make_input_norm
 from ssr_rec.settings import Settings
 
 
@@ -102,7 +102,7 @@ class MMoE(OverArch):
     ) -> None:
         super().__init__(num_fields, embedding_dim, num_tasks)
         self.config = config = config or MMoEConfig()
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.experts = Experts(config.num_experts, self.in_features, config)
         self.gates = nn.Linear(self.in_features, num_tasks * config.num_experts, bias=False)
         init_dense_(self.gates.weight, None, self.in_features, config.num_experts, config.initializer)
@@ -114,13 +114,12 @@ class MMoE(OverArch):
         return self.gates(x).unflatten(1, (self.num_tasks, -1)).softmax(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         mixtures = torch.bmm(self.gate(x), self.experts(x).transpose(0, 1))
         return self.towers(mixtures.transpose(0, 1)).transpose(0, 1)
 
     def flops(self) -> Flops:
-        total = self.input_norm.flops() if self.input_norm is not None else Flops()
+        total = self.input_norm.flops()
         gates, width = self.gates.out_features, self.config.expert_hidden[-1]
         softmax_and_mixture = Flops(matmul=2 * gates * width, elementwise=SOFTMAX_FLOPS * gates)
         total += self.experts.flops() + dense_flops(self.in_features, gates, bias=False) + softmax_and_mixture

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import GELU_FLOPS, LAYER_NORM_FLOPS, Flops, OverArch
-from ssr_rec.over_archs.layers import LAYER_NORM_EPS, Initializer, InputNorm, InputNormKind, ViewLinear
+from ssr_rec.over_archs.layers import LAYER_NORM_EPS, Initializer, InputNormKind, ViewLinear, make_input_norm
 from ssr_rec.settings import Settings
 
 
@@ -101,19 +101,18 @@ class RankMixer(OverArch):
                 f"{-(-self.in_features // piece)} pieces of {piece}"
             )
         self.padding = tokens * piece - self.in_features
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.tokenizer = ViewLinear(tokens, piece, config.dim, config.initializer)
         self.blocks = nn.Sequential(*(RankMixerBlock(config) for _ in range(config.num_layers)))
         self.out_features = config.dim
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         pieces = F.pad(x, (0, self.padding)).unflatten(1, (self.config.num_tokens, -1))
         return self.blocks(self.tokenizer(pieces.transpose(0, 1))).mean(0)
 
     def flops(self) -> Flops:
-        total = self.input_norm.flops() if self.input_norm is not None else Flops()
+        total = self.input_norm.flops()
         total += self.tokenizer.flops()
         for block in self.blocks:
             total += cast(RankMixerBlock, block).flops()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssr_rec.over_archs.filters import IcsFilter, StaticRandomFilter
+from ssr_rec.over_archs.layers import InputNorm
 from ssr_rec.over_archs.ssr import SSR
 
 
@@ -43,7 +44,7 @@ def load_released_weights(ssr: SSR, arrays: Mapping[str, np.ndarray]) -> None:
 def released_names(ssr: SSR) -> dict[str, Tensor]:
     """Every array of ``load_released_weights`` for this SSR, as a view of our weights in the released shape."""
     targets: dict[str, Tensor] = {}
-    if ssr.input_norm is not None:
+    if isinstance(ssr.input_norm, InputNorm):
         norm = ssr.input_norm
         targets |= {"input_norm/gamma": norm.weight, "input_norm/beta": norm.bias}
         targets |= {"input_norm/moving_mean": norm.running_mean, "input_norm/moving_variance": norm.running_var}

@@ -16,10 +16,10 @@ from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
     Initializer,
-    InputNorm,
     InputNormKind,
     ViewLayerNorm,
     ViewLinear,
+    make_input_norm,
 )
 from ssr_rec.settings import Settings
 
@@ -169,7 +169,7 @@ class SSR(OverArch):
         super().__init__(num_fields, embedding_dim, num_tasks)
         self.config = config = config or SSRConfig()
         wide = config.num_views * config.view_dim
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.layers = nn.ModuleList(
             SSRLayer(self.in_features if i == 0 else wide, i, config) for i in range(config.num_layers)
@@ -185,8 +185,7 @@ class SSR(OverArch):
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the first layer sees of the input: (B, F*D) -> (B, F*D)."""
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         return self.input_dropout(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +199,7 @@ class SSR(OverArch):
         return {"filters": ssr_statistics(self, x)}
 
     def flops(self) -> Flops:
-        total = self.input_norm.flops() if self.input_norm is not None else Flops()
+        total = self.input_norm.flops()
         for layer in self.blocks():
             total += layer.flops()
         if self.config.output == "mean":

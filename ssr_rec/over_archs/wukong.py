@@ -14,9 +14,9 @@ from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
     Initializer,
-    InputNorm,
     InputNormKind,
     init_dense_,
+    make_input_norm,
 )
 from ssr_rec.settings import Settings
 
@@ -137,7 +137,7 @@ class Wukong(OverArch):
         self.config = config = config or WukongConfig()
         self.dim = equal_dim(self, "Wukong")
         rows_out = config.fmb_embeddings + config.lcb_embeddings
-        self.input_norm = InputNorm(config.input_norm, self.field_dims) if config.input_norm != "none" else None
+        self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.layers = nn.Sequential(
             *(WukongLayer(num_fields if i == 0 else rows_out, self.dim, config) for i in range(config.num_layers))
         )
@@ -147,12 +147,11 @@ class Wukong(OverArch):
             self.out_features = config.hidden[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_norm is not None:
-            x = self.input_norm(x)
+        x = self.input_norm(x)
         return self.output_mlp(self.layers(x.unflatten(1, (-1, self.dim))).flatten(1))
 
     def flops(self) -> Flops:
-        total = self.input_norm.flops() if self.input_norm is not None else Flops()
+        total = self.input_norm.flops()
         for layer in self.layers:
             total += cast(WukongLayer, layer).flops()
         return total + self.output_mlp.flops()

@@ -154,7 +154,7 @@ def test_input_norm_comes_before_both_networks() -> None:
         groups.var((0, 2), unbiased=False, keepdim=True) + 1e-3
     ).sqrt()
     expected = model(x)
-    model.input_norm = None
+    model.input_norm = torch.nn.Identity()
     torch.testing.assert_close(expected, model((normal * norm.weight[:, None] + norm.bias[:, None]).flatten(1)))
 
 
