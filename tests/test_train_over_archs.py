@@ -71,12 +71,13 @@ def test_towers_and_task_weights_train_each_task(dataset, tmp_path):
 
 def test_autofis_searches_then_retrains_what_survived(dataset, tmp_path):
     more = ["--name=run", "--over_arch.grda_c=0.33", "--over_arch.grda_lr=0.2", "--train.epochs=2"]
-    (report,) = run_ranks(train_job, 1, options("autofis", dataset, tmp_path, *more))
+    report, other = run_ranks(train_job, 2, options("autofis", dataset, tmp_path, *more))
     search = json.loads((tmp_path / "run-search" / "report.json").read_text())
     assert search["over_arch"]["interactions"]["stage"] == "search"
     assert search["over_arch"]["interactions"]["pairs"] == 10
     found = report["over_arch"]["interactions"]
     assert found["stage"] == "retrain" and 0 < found["pairs"] < 10
+    assert other["over_arch"]["interactions"] == found, "every rank must retrain the same pairs"
     assert all({i, j} <= {"user", "history", "item", "price", "tags"} for i, j, _ in found["alphas"])
     survivors = [row[:2] for row in search["over_arch"]["interactions"]["alphas"] if row[2] != 0]
     assert survivors == [row[:2] for row in found["alphas"]]
