@@ -29,7 +29,9 @@ class DataConfig(Settings):
     synthetic_root: str = Field("data", description="folder that keeps drawn logs")
     features: list[str] | None = Field(None, description="features to use, in this order; None: all")
     labels: list[str] | None = Field(None, description="labels to train, one task each; None: all")
-    num_lanes: int = Field(16, ge=1, description="lanes of data/lanes.py: up to so many ranks see equal batches")
+    num_lanes: int = Field(
+        16, ge=1, le=65_536, description="lanes of data/lanes.py: up to so many ranks see equal batches"
+    )
     shuffle: bool = Field(True, description="new order every epoch; false reads the rows as they are stored")
     prefetch: int = Field(4, ge=1, description="batches read ahead in the background")
 
@@ -37,7 +39,7 @@ class DataConfig(Settings):
 class RunConfig(Settings):
     name: str | None = Field(None, description="run folder under runs; None: dataset, over-arch and time")
     runs: str = Field("runs", description="folder of run folders")
-    seed: int = Field(0, ge=0, description="of weights, shuffling and dropout")
+    seed: int = Field(0, ge=0, lt=2**32, description="of weights, shuffling and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     data: DataConfig = DataConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
@@ -87,18 +89,19 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     Raises:
         ValueError: it is not of that form, or a section of it is a value.
     """
-    match = re.fullmatch(r"--([\w.]+)=(.*)", override, flags=re.DOTALL)
+    # No section lies ten deep; an endless chain of them would break whoever prints or walks the mapping.
+    match = re.fullmatch(r"--((?:\w+\.){0,9}\w+)=(.*)", override, flags=re.DOTALL)
     if match is None:
-        raise ValueError(f"argument {override!r} is not understood; overrides look like --train.batch_size=512")
+        raise ValueError(f"argument {override[:80]!r} is not understood; overrides look like --train.batch_size=512")
     *sections, key = match[1].split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
+            raise ValueError(f"override {override[:80]!r}: {section!r} is a value, not a section")
     try:
         values[key] = parse_yaml(match[2])
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not YAML; quote it") from None
+    except ValueError as error:
+        raise ValueError(f"override {override[:80]!r}: the value is not YAML ({error}); quote it") from None
 
 
 def _explain(error: ValidationError) -> str:

@@ -10,7 +10,7 @@ import pytest
 from ssr_rec.data.blocks import SplitFiles
 from ssr_rec.data.reader import Reader
 from ssr_rec.schema import Schema
-from tests.conftest import write_dataset
+from tests.conftest import reseal, write_dataset
 
 
 @pytest.fixture
@@ -27,6 +27,7 @@ def rewrite(folder, change):
     path = folder / "train" / "00000.parquet"
     table = pq.read_table(path)
     pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path, row_group_size=64)
+    reseal(folder)
 
 
 def replace(table, name, values, type_=None):
@@ -59,6 +60,9 @@ def test_missing_shard(copy):
 def test_shard_of_another_dataset(copy, tmp_path):
     other = write_dataset(tmp_path / "other", {"train": 1_003, "validation": 9, "test": 9}, rows_in_group=64, seed=1)
     shutil.copy(other / "train" / "00000.parquet", copy / "train" / "00000.parquet")
+    with pytest.raises(ValueError, match=r"00000.parquet: damaged, or not the file that was written in its place"):
+        read_all(copy)
+    reseal(copy)
     with pytest.raises(ValueError, match="dataset id tiny-1, the schema's is tiny-0"):
         read_all(copy)
 
