@@ -60,14 +60,16 @@ class SplitFiles:
         self.schema = schema
         self.columns = arrow_schema(schema)
         self.files: list[pq.ParquetFile] = []
-        self.groups: list[tuple[int, int, int]] = []
-        """File, row group in it, its first row in it."""
+        self.groups: list[tuple[int, int]] = []
+        self.first_rows: list[int] = []
+        """Of each row group, within its file."""
         rows: list[int] = []
         for shard in schema.splits[split].shards:
             file = self._open(folder / shard.path, shard, folder / SCHEMA_FILE)
             first_row = 0
             for group in range(file.metadata.num_row_groups):
-                self.groups.append((len(self.files), group, first_row))
+                self.groups.append((len(self.files), group))
+                self.first_rows.append(first_row)
                 rows.append(file.metadata.row_group(group).num_rows)
                 first_row += rows[-1]
             self.files.append(file)
@@ -113,7 +115,7 @@ class SplitFiles:
             ValueError: an id out of range, a list that is too long, a label that is not 0 or 1, a null, or damaged
                 bytes; the message names the file, the column and the row.
         """
-        file, group, first_row = self.groups[piece.group]
+        (file, group), first_row = self.groups[piece.group], self.first_rows[piece.group]
         where = f"{self.paths[file]}: row group {group} (from row {first_row})"
         try:
             table = self.files[file].read_row_group(group, columns=self.columns.names, use_threads=False)
