@@ -22,6 +22,9 @@ from ssr_rec.sharding import ShardingConfig
 from ssr_rec.trainer import TrainConfig
 from ssr_rec.yaml_file import parse_yaml, read_yaml
 
+MAX_SIZE = 65_536
+"""The widest, and the most of anything, that a model is built with."""
+
 
 class DataConfig(Settings):
     path: str | None = Field(None, description="a folder made by tools/prepare_data.py; None: draw the synthetic log")
@@ -73,9 +76,24 @@ def resolve(values: dict[str, Any], where: str) -> RunConfig:
     if isinstance(over_arch, dict):
         over_arch.setdefault("name", SSRConfig().name)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{where}: {_explain(error)}") from None
+    _refuse_sizes(config.model_dump(include={"over_arch", "heads", "embeddings"}), where)
+    return config
+
+
+def _refuse_sizes(settings: dict[str, Any], where: str) -> None:
+    """Refuse a size no layer has, before something of that size is begun."""
+    left = list(settings.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, (list, dict)):
+            left += [
+                (f"{key}.{at}", item) for at, item in (value.items() if isinstance(value, dict) else enumerate(value))
+            ]
+        elif isinstance(value, int) and value > MAX_SIZE and not key.endswith("seed"):
+            raise ValueError(f"{where}: {key}={value} is more than {MAX_SIZE}, larger than any layer; lower it")
 
 
 def dump_config(config: RunConfig) -> str:

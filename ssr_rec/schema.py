@@ -97,7 +97,7 @@ Encoding = Annotated[Vocabulary | Hashing | LogBuckets | Drawn, Field(discrimina
 class Feature(Settings):
     name: str
     kind: Literal["categorical", "numeric", "list"]
-    num_embeddings: int = Field(ge=1, description="ids lie in [0, num_embeddings)")
+    num_embeddings: int = Field(ge=1, le=2**40, description="ids lie in [0, num_embeddings)")
     encoding: Encoding = Field(description="how the column was made")
     max_length: int | None = Field(None, ge=1, description="list features: most ids a row holds")
 

@@ -152,10 +152,10 @@ class SplitFiles:
         return Block(np.take(scalar_ids, rows, axis=1), lists, labels[rows].astype(np.float32), groups)
 
     def _leaves(self, file: int, group: int, name: str) -> int:
-        """Values of a list column that the footer counts: its items, and one for each empty list."""
+        """Values of a list column that the footer counts: its items, and one for each empty list; -1: not there."""
         metadata = self.files[file].metadata.row_group(group)
         columns = [metadata.column(index) for index in range(metadata.num_columns)]
-        return next(column.num_values for column in columns if column.path_in_schema.startswith(f"{name}."))
+        return next((column.num_values for column in columns if column.path_in_schema.startswith(f"{name}.")), -1)
 
     @staticmethod
     def _column(table: pa.Table, name: str, num_rows: int, where: str) -> pa.Array:
