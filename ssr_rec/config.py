@@ -16,6 +16,7 @@ from ssr_rec.embeddings import EmbeddingsConfig
 from ssr_rec.model import HeadsConfig
 from ssr_rec.optim import DenseOptimizerConfig
 from ssr_rec.over_archs import OverArchConfig, SSRConfig
+from ssr_rec.saver import CheckpointConfig
 from ssr_rec.schema import first_problem
 from ssr_rec.settings import Settings
 from ssr_rec.sharding import ShardingConfig
@@ -51,6 +52,15 @@ class RunConfig(Settings):
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: str = Field(
+        "auto",
+        description="auto: go on with the unfinished run of this name, or of this launcher job; never: begin; "
+        "PATH of a run folder or a training checkpoint: go on from there in a new run folder",
+    )
+    warm_start: str | None = Field(
+        None, description="run folder or checkpoint whose weights to begin with; tables may have grown since"
+    )
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

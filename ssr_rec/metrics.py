@@ -269,11 +269,16 @@ class RunningAUC:
         while self._rows - len(self._batches[0][0]) >= self.window:
             self._rows -= len(self._batches.popleft()[0])
 
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The window: ``logits (n, T)`` and ``labels (n, T)``; None before the first batch."""
+        if not self._batches:
+            return None
+        logits, labels = (torch.cat(part)[-self.window :] for part in zip(*self._batches, strict=True))
+        return logits, labels
+
     def compute(self) -> dict[str, float]:
         """Label -> AUC of the window; nan before both classes were seen."""
-        if not self._batches:
+        if (rows := self.rows()) is None:
             return dict.fromkeys(self.label_names, math.nan)
-        logits, labels = (
-            torch.cat(part)[-self.window :].float().cpu().numpy() for part in zip(*self._batches, strict=True)
-        )
+        logits, labels = (part.float().cpu().numpy() for part in rows)
         return {name: auc(logits[:, task], labels[:, task]) for task, name in enumerate(self.label_names)}

@@ -101,6 +101,21 @@ class CTRModel(nn.Module):
         return self.dense(self.tables(sparse))
 
 
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer of every batch norm's running mean and variance."""
+    return {name: b for name, b in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+
+
+def average_running_statistics(model: nn.Module) -> None:
+    """Make one model of the ranks' for evaluation: each has seen its own share of every batch. Collective.
+
+    Training does not read these statistics, and the average of running averages is that of the averaged batches.
+    """
+    for buffer in running_statistics(model).values():
+        dist.all_reduce(buffer)
+        buffer /= dist.get_world_size()
+
+
 class TrainTask(nn.Module):
     """``forward(batch) -> (loss, (loss, logits, labels, group_ids))``, what TorchRec's pipelines expect.
 

@@ -17,9 +17,10 @@ from ssr_rec.figures import draw_curves
 from ssr_rec.model import DenseArch
 from ssr_rec.over_archs import OverArch
 from ssr_rec.progress import Progress, decimal, short_number
+from ssr_rec.resume import Start, find_start, open_run_folder
 from ssr_rec.run_folder import (
+    CONFIG_FILE,
     append_jsonl,
-    create_run_folder,
     git_commit,
     hardware,
     open_tensorboard,
@@ -49,26 +50,41 @@ class RunLog:
         if self.is_root and rows_done == rows_total:
             self.progress.note(f"drew the synthetic log: {short_number(rows_total)} rows")
 
-    def open(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Reader) -> None:
-        """Create the run folder and say what is about to run. Collective."""
-        folder: list[Any] = [None]
+    def open(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Reader) -> Start:
+        """Create the run folder, or find the one to go on with, and say what is about to run. Collective.
+
+        Raises:
+            ValueError: see ``open_run_folder`` and ``find_start``.
+        """
+        opened: list[Any] = [None]
+        values = config.model_dump(mode="json")
         if self.is_root:
             stem = f"{schema.name}-{config.over_arch.label}".lower().replace(" ", "_")
             try:
-                folder = [create_run_folder(config.runs, config.name, stem)]
+                opened = [open_run_folder(values, stem, config.over_arch.label)]
             except ValueError as error:
-                folder = [error]
-        dist.broadcast_object_list(folder)
-        if isinstance(folder[0], ValueError):
-            raise ValueError(str(folder[0]))
-        self.folder = folder[0]
+                opened = [error]
+        dist.broadcast_object_list(opened)
+        if isinstance(opened[0], ValueError):
+            raise ValueError(str(opened[0]))
+        self.folder, goes_on = opened[0]
+        start = find_start(values, self.folder, goes_on, self.progress.note)
         steps = config.train.epochs * train.steps_per_epoch
         steps = min(steps, config.train.max_steps or steps)
-        self.progress = Progress(total_steps=steps, rank=dist.get_rank())
-        if not self.is_root:
-            return
-        write_text(self.folder / "config.yaml", dump_config(config))
-        self.tensorboard = open_tensorboard(self.folder)
+        first_step = start.info.get("step", 0)
+        self.progress = Progress(total_steps=steps, first_step=first_step, rank=dist.get_rank())
+        if self.is_root:
+            write_text(self.folder / CONFIG_FILE, dump_config(config))
+            self.tensorboard = open_tensorboard(self.folder, first_step)
+            self._introduce(config, schema, over_arch, train)
+        if start.checkpoint is not None:
+            ranks = start.info["world_size"]
+            self.progress.note(f"resumed from {start.checkpoint}, step {first_step}, written by {ranks} rank(s)")
+        elif goes_on:
+            self.progress.note(f"{self.folder} has no checkpoint yet: from the beginning")
+        return start
+
+    def _introduce(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Reader) -> None:
         table_parameters = short_number(num_embedding_parameters(config, schema, over_arch))
         self.progress.note(
             f"{config.over_arch.label}: {short_number(over_arch.num_parameters)} parameters, "
@@ -137,6 +153,7 @@ def build_report(
         "steps": fitted.steps,
         "epochs": fitted.epochs,
         "stopped_early": fitted.stopped_early,
+        "skipped_steps": fitted.skipped,
         "seconds": fitted.seconds,
         "seed": config.seed,
         "dataset": {

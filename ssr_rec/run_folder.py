@@ -246,12 +246,17 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def open_tensorboard(folder: str | Path) -> SummaryWriter:
-    """A writer of ``folder/tensorboard``; for rank 0, close it at the end."""
+def open_tensorboard(folder: str | Path, first_step: int = 0) -> SummaryWriter:
+    """A writer of ``folder/tensorboard``; for rank 0, close it at the end.
+
+    Args:
+        first_step: steps done already; what an interrupted run wrote of later ones is not shown.
+    """
     # Imported here: tensorboard takes about a second, and readers of run folders do not need it.
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(Path(folder) / TENSORBOARD_FOLDER))
+    purge_step = first_step + 1 if first_step else None
+    return SummaryWriter(str(Path(folder) / TENSORBOARD_FOLDER), purge_step=purge_step)
 
 
 def write_scalars(writer: SummaryWriter, row: Mapping[str, Any]) -> None:

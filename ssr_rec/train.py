@@ -10,11 +10,12 @@ require_stack()
 
 import argparse
 import logging
+import math
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,26 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
 
-from ssr_rec.checkpoint import load_weights, save_weights
 from ssr_rec.config import RunConfig, dump_config, load_config
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.embeddings import build_tables, initialise_tables
+from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import CTRModel, DenseArch, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.over_archs import OVER_ARCHS, AutoFISConfig, OverArch, OverArchConfig
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
+from ssr_rec.resume import Start, finished_report, recover_best
+from ssr_rec.saver import Contents, Saver
 from ssr_rec.schema import SPLITS, Schema
 from ssr_rec.sharding import build_topology, plan_sharding, shard
-from ssr_rec.trainer import Loop, TrainConfig, evaluate, fit
+from ssr_rec.skipping import SkippingPipeline
+from ssr_rec.snapshot import model_tensors, optimizer_tensors, rank_tensors, restore, snapshot_info
+from ssr_rec.trainer import PROGRESS_ROWS, Fitted, Loop, TrainConfig, evaluate, fit
+from ssr_rec.warm_start import load_weights, warm_start
+from ssr_rec.watch import PREEMPTED, Preempted, StallWatch, stop_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(dump_config(config), end="")
             return 0
         train(config)
+    except Preempted as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return PREEMPTED
     except ValueError as error:
         if is_library_error(error):
             raise
@@ -75,7 +87,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     if isinstance(config.over_arch, AutoFISConfig) and config.over_arch.pairs is None:
         search_name = f"{config.name}-search" if config.name else None
-        _, following = train_stage(config.model_copy(update={"name": search_name}))
+        search = config.model_copy(update={"name": search_name})
+        done = finished_report(search.model_dump(mode="json"), config.over_arch.label)
+        following = AutoFISConfig.model_validate(done["following"]) if done else train_stage(search)[1]
         config = config.model_copy(update={"over_arch": following})
     report, _ = train_stage(config)
     return report
@@ -83,6 +97,11 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | None]:
     """One training to its report, and what the over-arch, as training left it, says to train next."""
+    with stop_on_sigterm() as asked_to_stop:
+        return _train_stage(config, asked_to_stop)
+
+
+def _train_stage(config: RunConfig, asked_to_stop: Callable[[], bool]) -> tuple[dict[str, Any], OverArchConfig | None]:
     device = start_process_group(config.device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -96,11 +115,20 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
 
     model = build_model(config, schema, device, world_size, local_world_size)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
-    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    pipeline = build_pipeline(model, optimizer, device, config.train)
     over_arch: OverArch = model.module.model.dense.over_arch
+    running = RunningAUC(schema.labels, window=PROGRESS_ROWS)
 
-    log.open(config, schema, over_arch, readers["train"])
-    best = log.folder / "checkpoints" / "best"
+    start = log.open(config, schema, over_arch, readers["train"])
+    saver = Saver(config.checkpoint, log.folder, log.progress.note)
+    fitted, warm_started = begin(config, start, saver, log, model, optimizer, running, readers["train"])
+    watch = StallWatch(config.train.stall_timeout_s)
+    plain_config = config.model_dump(mode="json")
+
+    def state() -> Contents:
+        tensors = {**model_tensors(model), **optimizer_tensors(optimizer), **rank_tensors(model, running)}
+        return tensors, snapshot_info(fitted, readers["train"], plain_config)
+
     loop = Loop(
         pipeline=pipeline,
         model=model,
@@ -108,19 +136,66 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         train=readers["train"],
         validation=readers["validation"],
         config=config.train,
+        running=running,
         log=log,
-        save_best=lambda: save_weights(model, best),
+        note=log.progress.note,
+        saver=saver,
+        weights=lambda: (model_tensors(model), {"kind": "weights", "step": fitted.steps, "world_size": world_size}),
+        state=state,
+        beat=watch.beat,
+        asked_to_stop=asked_to_stop,
+        fitted=fitted,
     )
-    fitted = fit(loop)
-    following = over_arch.following_config()
-    if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
-        load_weights(model, best)
-    with capture_inputs(over_arch) as inputs:
-        test = evaluate(pipeline, model, readers["test"])
+    try:
+        fit(loop)
+        saver.finish()
+        following = over_arch.following_config()
+        if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
+            load_weights(model, saver.best_folder)
+        with capture_inputs(over_arch) as inputs:
+            test = evaluate(pipeline, model, readers["test"], watch.beat)
+    finally:
+        watch.close()
     log(loop.row("test", fitted.best["epoch"], **test))
     report = build_report(config, schema, model.module.model.dense, fitted, test["tasks"], inputs[0], world_size)
+    report |= {"following": following and following.model_dump(mode="json"), "warm_start": warm_started}
+    report["failed_checkpoints"] = saver.failures
     finish_report(log, report)
     return report, following
+
+
+def begin(
+    config: RunConfig,
+    start: Start,
+    saver: Saver,
+    log: RunLog,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    running: RunningAUC,
+    train: Reader,
+) -> tuple[Fitted, dict[str, Any] | None]:
+    """What the run has behind it: a checkpoint's state, or nothing but perhaps another run's weights.
+
+    Returns:
+        the state, and the report of a warm start or None.
+    """
+    if start.checkpoint is None:
+        return Fitted(), warm_start(model, Path(config.warm_start), log.progress.note) if config.warm_start else None
+    fitted = restore(start.checkpoint, start.info, model, optimizer, running, train, config.seed)
+    saver.last_step = fitted.steps
+    if fitted.best and recover_best(start, fitted.best["step"], log.progress.note):
+        saver.best_step = fitted.best["step"]
+    else:
+        fitted.best, fitted.bad_evaluations = {}, 0
+    return fitted, None
+
+
+def build_pipeline(
+    model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, config: TrainConfig
+) -> TrainPipelineSparseDist:
+    if config.skip_bad_steps:
+        return SkippingPipeline(model, optimizer, device, config.max_loss or math.inf)
+    return TrainPipelineSparseDist(model, optimizer, device)
 
 
 def start_process_group(device: str) -> torch.device:

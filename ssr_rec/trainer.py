@@ -17,8 +17,11 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ssr_rec.data.reader import Prefetcher, Reader
 from ssr_rec.metrics import RunningAUC, evaluate_predictions, gather_predictions
+from ssr_rec.model import average_running_statistics
 from ssr_rec.optim import Schedule
+from ssr_rec.saver import Contents, Saver
 from ssr_rec.settings import Settings
+from ssr_rec.watch import Preempted
 
 Tasks = dict[str, dict[str, float]]
 PROGRESS_ROWS = 16_384
@@ -37,6 +40,13 @@ class TrainConfig(Settings):
     task_weights: dict[str, float] = Field({}, description="label -> weight of its loss; 1 for those not named")
     bf16: bool = Field(False, description="over-arch and heads in bfloat16 by autocast; tables stay float32")
     log_every: int = Field(50, ge=1, description="steps between progress rows")
+    max_loss: float | None = Field(10.0, gt=0, description="nats per row above which training has exploded; None: any")
+    skip_bad_steps: int = Field(
+        0, ge=0, description="leave out up to so many steps whose loss is not finite or above max_loss; 0: stop at one"
+    )
+    stall_timeout_s: float | None = Field(
+        900.0, gt=0, description="seconds without progress after which a stalled rank ends the job; None: wait"
+    )
 
 
 @dataclass
@@ -47,6 +57,8 @@ class Fitted:
         seconds: spent training, without evaluations and saving.
         data_wait: share of those seconds spent waiting for the reader.
         best: the validation row that won: its step, epoch and tasks.
+        evaluated_at: step of the last evaluation.
+        skipped: steps left out for their loss.
     """
 
     steps: int = 0
@@ -57,6 +69,8 @@ class Fitted:
     best: dict[str, Any] = field(default_factory=dict)
     bad_evaluations: int = 0
     stopped_early: bool = False
+    evaluated_at: int = 0
+    skipped: int = 0
 
     @property
     def samples_per_s(self) -> float:
@@ -77,17 +91,24 @@ def run_steps(pipeline: TrainPipelineSparseDist, batches: Iterator[Any]) -> Iter
         yield output
 
 
-def evaluate(pipeline: TrainPipelineSparseDist, model: nn.Module, reader: Reader) -> dict[str, Any]:
+def evaluate(
+    pipeline: TrainPipelineSparseDist, model: nn.Module, reader: Reader, beat: Callable[[str], None]
+) -> dict[str, Any]:
     """Exact metrics of a split, the same on every rank and for every world size. Collective.
+
+    Args:
+        beat: told of every batch, for the watch over stalled ranks.
 
     Returns:
         ``loss`` (mean over labels of logloss, nats per row) and ``tasks`` (label -> metric -> value).
     """
-    logits, labels, groups = [], [], []
+    logits: list[torch.Tensor] = []
+    labels, groups = [], []
     model.eval()
     batches = reader.epoch(0)
     with torch.no_grad():
         for _, batch_logits, batch_labels, batch_groups in run_steps(pipeline, batches):
+            beat(f"batch {len(logits)} of the evaluation")
             logits.append(batch_logits)
             labels.append(batch_labels)
             groups.append(batch_groups)
@@ -117,8 +138,12 @@ class Loop:
     """What a run consists of, built by train.py, and what it has done so far.
 
     Attributes:
+        running: AUC over the last training rows, for progress rows.
         log: receives every row of metrics.jsonl (train and validation), on every rank.
-        save_best: called on every rank whenever the validation metric is the best so far.
+        note: receives lines for people, on every rank.
+        weights, state: what ``saver`` writes as the best and as a training checkpoint.
+        beat: told where this rank is, for the watch over stalled ranks.
+        asked_to_stop: whether this process has been asked to (SIGTERM).
     """
 
     pipeline: TrainPipelineSparseDist
@@ -127,8 +152,14 @@ class Loop:
     train: Reader
     validation: Reader
     config: TrainConfig
+    running: RunningAUC
     log: Callable[[dict[str, Any]], None]
-    save_best: Callable[[], None]
+    note: Callable[[str], None]
+    saver: Saver
+    weights: Callable[[], Contents]
+    state: Callable[[], Contents]
+    beat: Callable[[str], None]
+    asked_to_stop: Callable[[], bool]
     fitted: Fitted = field(default_factory=Fitted)
 
     def row(self, split: str, epoch: int, **figures: Any) -> dict[str, Any]:
@@ -141,73 +172,146 @@ def fit(loop: Loop) -> Fitted:
     """Train until epochs, steps or patience run out. Collective.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the loss is not finite or explodes.
+        Preempted: asked to stop; the checkpoint is written.
     """
-    config, fitted = loop.config, loop.fitted
+    config, fitted, saver = loop.config, loop.fitted, loop.saver
     steps_per_epoch = loop.train.steps_per_epoch
-    total_steps = min(config.max_steps or math.inf, config.epochs * steps_per_epoch)
-    running = RunningAUC(loop.train.schema.labels, window=PROGRESS_ROWS)
+    total_steps = int(min(config.max_steps or math.inf, config.epochs * steps_per_epoch))
+    batches: Prefetcher | None = None
     loop.model.train()
-    while fitted.steps < total_steps and not fitted.stopped_early:
-        epoch, step_in_epoch = divmod(fitted.steps, steps_per_epoch)
-        if step_in_epoch == 0:
-            batches = loop.train.epoch(epoch)
-        until = [total_steps, (epoch + 1) * steps_per_epoch]
-        if config.eval_every is not None:
-            until.append((fitted.steps // config.eval_every + 1) * config.eval_every)
-        train_segment(loop, batches, epoch, int(min(until)), running)
-        fitted.epochs = fitted.steps / steps_per_epoch
-        if config.eval_every is None or fitted.steps % config.eval_every == 0 or fitted.steps == total_steps:
-            _validate(loop, epoch)
-    batches.close()
+    try:
+        if _evaluation_is_due(loop, total_steps):  # the checkpoint was written between a step and its evaluation
+            _validate(loop)
+        while fitted.steps < total_steps and not fitted.stopped_early:
+            epoch, step_in_epoch = divmod(fitted.steps, steps_per_epoch)
+            if batches is None or step_in_epoch == 0:
+                batches = loop.train.epoch(epoch, step_in_epoch)
+            until = [total_steps, (epoch + 1) * steps_per_epoch]
+            if config.eval_every is not None:
+                until.append((fitted.steps // config.eval_every + 1) * config.eval_every)
+            checkpoint_is_due = train_segment(loop, batches, epoch, min(until))
+            if _evaluation_is_due(loop, total_steps):
+                _validate(loop)
+            if checkpoint_is_due:
+                saver.save_training(loop.state())
+    finally:
+        if batches is not None:
+            batches.close()
+    if saver.config.is_on and saver.last_step < fitted.steps:
+        saver.save_training(loop.state())
     return fitted
 
 
-def _validate(loop: Loop, epoch: int) -> None:
+def _evaluation_is_due(loop: Loop, total_steps: int) -> bool:
+    fitted, every = loop.fitted, loop.config.eval_every or loop.train.steps_per_epoch
+    return fitted.evaluated_at < fitted.steps and (fitted.steps % every == 0 or fitted.steps == total_steps)
+
+
+def _validate(loop: Loop) -> None:
     """Evaluate, keep the model if it is the best so far, and say whether patience has run out."""
     config, fitted = loop.config, loop.fitted
-    row = loop.row("validation", epoch, **evaluate(loop.pipeline, loop.model, loop.validation))
+    epoch = (fitted.steps - 1) // loop.train.steps_per_epoch
+    average_running_statistics(loop.model)
+    row = loop.row("validation", epoch, **evaluate(loop.pipeline, loop.model, loop.validation, loop.beat))
     loop.log(row)
+    fitted.evaluated_at = fitted.steps
     if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):
         fitted.best, fitted.bad_evaluations = row, 0
-        loop.save_best()
+        loop.saver.save_best(loop.weights())
     else:
         fitted.bad_evaluations += 1
     fitted.stopped_early = config.patience is not None and fitted.bad_evaluations >= config.patience
 
 
-def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int, running: RunningAUC) -> None:
-    """Train up to step ``until`` and empty the pipeline, so that evaluation and position are exact."""
+def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int) -> bool:
+    """Train up to step ``until`` and empty the pipeline, so that evaluation and position are exact.
+
+    Checkpoints on the way need no empty pipeline: a batch in flight has not touched a weight.
+
+    Returns:
+        whether a checkpoint is due after the last step.
+    """
     fitted, config, train = loop.fitted, loop.config, loop.train
     loop.schedule.set(fitted.steps)
-    window, samples, clock, waited = [], 0, time.perf_counter(), batches.wait_seconds
+    window = _Window(fitted.steps, batches)
     for loss, logits, labels, _ in run_steps(loop.pipeline, islice(batches, until - fitted.steps)):
-        window.append(loss)
-        running.update(logits, labels)
-        samples += train.rows_in_step(fitted.steps % train.steps_per_epoch)
+        window.losses.append(loss)
+        loop.running.update(logits, labels)
+        window.samples += train.rows_in_step(fitted.steps % train.steps_per_epoch)
         fitted.steps += 1
         loop.schedule.set(fitted.steps)
-        if fitted.steps % config.log_every and fitted.steps < until:
+        loop.beat(f"step {fitted.steps}")
+        is_due = loop.saver.is_due_at(fitted.steps)
+        if fitted.steps % config.log_every and fitted.steps < until and not is_due:
             continue
-        losses = torch.stack(window)
-        dist.all_reduce(losses)
-        seconds, wait_seconds = time.perf_counter() - clock, batches.wait_seconds - waited
-        fitted.samples += samples
-        fitted.seconds += seconds
-        fitted.wait_seconds += wait_seconds
-        row = loop.row(
-            "train",
-            epoch,
-            loss=losses.double().mean().item(),
-            samples_per_s=samples / seconds,
-            data_wait=wait_seconds / seconds,
-            lr=loop.schedule.base[-1] * loop.schedule.factor(fitted.steps - 1),
-            tasks={label: {"auc": value} for label, value in running.compute().items()},
+        stop, is_time = _close_window(loop, window, epoch)
+        window = _Window(fitted.steps, batches)
+        if stop:
+            loop.saver.save_training(loop.state())
+            loop.saver.finish()
+            raise Preempted(f"asked to stop at step {fitted.steps}")
+        if (is_due or is_time) and fitted.steps < until:
+            loop.saver.save_training(loop.state())
+    return is_due or is_time
+
+
+class _Window:
+    """The steps of one progress row."""
+
+    def __init__(self, first_step: int, batches: Prefetcher) -> None:
+        self.first_step, self.batches = first_step, batches
+        self.losses: list[torch.Tensor] = []
+        self.samples = 0
+        self.clock, self.waited = time.perf_counter(), batches.wait_seconds
+
+
+def _close_window(loop: Loop, window: _Window, epoch: int) -> tuple[bool, bool]:
+    """Log the steps of a window and look at their losses.
+
+    Returns:
+        whether any rank was asked to stop, and whether rank 0's clock wants a checkpoint.
+    """
+    fitted = loop.fitted
+    asked = [float(loop.asked_to_stop()), float(loop.saver.is_time() and dist.get_rank() == 0)]
+    sums = torch.cat([torch.stack(window.losses), window.losses[0].new_tensor(asked)])
+    dist.all_reduce(sums)
+    losses, (stop, is_time) = sums[:-2].double().cpu(), sums[-2:].tolist()
+    seconds, wait_seconds = time.perf_counter() - window.clock, window.batches.wait_seconds - window.waited
+    fitted.samples += window.samples
+    fitted.seconds += seconds
+    fitted.wait_seconds += wait_seconds
+    fitted.epochs = fitted.steps / loop.train.steps_per_epoch
+    good = losses.isfinite() & (losses <= (loop.config.max_loss or math.inf))
+    trained = losses[good] if loop.config.skip_bad_steps and good.any() else losses
+    row = loop.row(
+        "train",
+        epoch,
+        loss=trained.mean().item(),
+        samples_per_s=window.samples / seconds,
+        data_wait=wait_seconds / seconds,
+        lr=loop.schedule.base[-1] * loop.schedule.factor(fitted.steps - 1),
+        tasks={label: {"auc": value} for label, value in loop.running.compute().items()},
+    )
+    loop.log(row)
+    if not good.all():
+        _refuse_or_skip(loop, window.first_step, losses, good)
+    return bool(stop), bool(is_time)
+
+
+def _refuse_or_skip(loop: Loop, first_step: int, losses: torch.Tensor, good: torch.Tensor) -> None:
+    """Steps with a bad loss end the run, unless so many may be skipped: then TrainTask has not trained on them."""
+    fitted, allowed, train = loop.fitted, loop.config.skip_bad_steps, loop.train
+    bad = (~good).nonzero().flatten().tolist()
+    epoch, batch = divmod(first_step + bad[0], train.steps_per_epoch)
+    what = (
+        f"loss is {losses[bad[0]]:g} at step {first_step + bad[0] + 1}, batch {batch} of epoch {epoch} "
+        f"({train.describe(epoch, batch)})"
+    )
+    fitted.skipped += len(bad)
+    if fitted.skipped > allowed:
+        raise ValueError(
+            f"{what}; checkpoints from before it are kept. Lower optimizer.learning_rate or embeddings.learning_rate, "
+            f"set optimizer.clip_norm, or skip such steps with train.skip_bad_steps (now {allowed})"
         )
-        loop.log(row)
-        if not math.isfinite(row["loss"]):
-            raise ValueError(
-                f"loss is {row['loss']} in the {len(window)} steps up to {fitted.steps}: lower "
-                "optimizer.learning_rate or embeddings.learning_rate, or set optimizer.clip_norm"
-            )
-        window, samples, clock, waited = [], 0, time.perf_counter(), batches.wait_seconds
+    loop.note(f"{what}: skipped, {fitted.skipped} of {allowed} so far")

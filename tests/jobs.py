@@ -1,6 +1,9 @@
 """Jobs that tests run on several ranks; importable, so that other processes can."""
 
 import hashlib
+import os
+import signal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from ssr_rec.checkpoint import load_weights, save_weights
+from ssr_rec.checkpoint import write_checkpoint
 from ssr_rec.config import load_config
 from ssr_rec.optim import build_optimizer
+from ssr_rec.report import RunLog
 from ssr_rec.schema import Schema
+from ssr_rec.snapshot import model_tensors
 from ssr_rec.train import build_model, open_reader, start_process_group, train
+from ssr_rec.warm_start import load_weights
+from ssr_rec.watch import Preempted
 
 
 def train_job(overrides: list[str], config: str | None = None) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def initial_digests_job(overrides: list[str], dataset: str) -> dict[str, str]:
 
 def save_job(overrides: list[str], dataset: str, folder: str) -> dict[str, str]:
     model = built_model(overrides, dataset)
-    save_weights(model, Path(folder))
+    write_checkpoint(model_tensors(model), {"kind": "weights", "step": 1}, Path(folder))
     return digests(model)
 
 
@@ -124,3 +131,35 @@ def own_optimizer_job(overrides: list[str], dataset: str) -> dict[str, str]:
     wanted = [name for name, _ in model.named_parameters() if ".dense." in name]
     assert set(classes) == set(wanted), set(classes) ^ set(wanted)
     return {name.split(".over_arch.")[-1]: kind for name, kind in classes.items()}
+
+
+def stopped_job(overrides: list[str], step: int) -> str:
+    """Training that is asked to stop, as by SIGTERM, once a stage has done ``step`` steps."""
+    row = RunLog.__call__
+
+    def stop_here(log: RunLog, figures: dict[str, Any]) -> None:
+        row(log, figures)
+        if figures["split"] == "train" and figures["step"] == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    RunLog.__call__ = stop_here  # type: ignore[method-assign]
+    try:
+        train(load_config(None, overrides))
+    except Preempted:
+        return "preempted"
+    finally:
+        RunLog.__call__ = row  # type: ignore[method-assign]
+    return "finished"
+
+
+def read_rows_job(overrides: list[str], dataset: str, start: int, stop: int | None) -> list[tuple[Any, ...]]:
+    """What this rank reads of the first epoch's steps start:stop: the ids and labels of every row."""
+    config = load_config(None, overrides)
+    start_process_group(config.device)
+    schema = Schema.read(dataset)
+    reader = open_reader(config, Path(dataset), schema, "train", dist.get_rank(), dist.get_world_size())
+    rows: list[tuple[Any, ...]] = []
+    for batch in islice(reader.epoch(0, start), None if stop is None else stop - start):
+        columns = [[tuple(ids.tolist()) for ids in batch.sparse[name].to_dense()] for name in schema.feature_names]
+        rows += zip(*columns, map(tuple, batch.labels.tolist()), strict=True)
+    return rows

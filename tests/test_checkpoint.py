@@ -1,8 +1,10 @@
 """Weights survive a save and a load on any number of ranks; damaged or hostile folders are refused."""
 
+import json
 import os
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -34,12 +36,22 @@ def refusal(dataset, folder, options=SMALL) -> str:
 
 def test_incomplete_checkpoint_is_refused(saved, dataset, tmp_path):
     copy = shutil.copytree(saved[0], tmp_path / "copy")
-    (copy / "COMPLETE").unlink()
+    (copy / "checkpoint.json").unlink()
     assert "no complete checkpoint" in refusal(dataset, copy)
 
 
 def test_checkpoint_of_another_model_is_refused(saved, dataset):
     assert "does not fit this model" in refusal(dataset, saved[0], [*SMALL, "--embeddings.dim=12"])
+
+
+def reseal(folder: Path) -> None:
+    """Make checkpoint.json agree with the files again, as an attacker would."""
+    path = folder / "checkpoint.json"
+    info = json.loads(path.read_text())
+    del info["crc32"]
+    info["files"] = {name: [len(b := (folder / name).read_bytes()), zlib.crc32(b)] for name in info["files"]}
+    info["crc32"] = zlib.crc32(json.dumps(info, sort_keys=True).encode())
+    path.write_text(json.dumps(info))
 
 
 class Hostile:
@@ -50,6 +62,7 @@ class Hostile:
 def test_loading_executes_nothing(saved, dataset, tmp_path):
     copy = shutil.copytree(saved[0], tmp_path / "copy")
     (copy / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    reseal(copy)
     assert "checkpoint metadata names posix.mkdir" in refusal(dataset, copy)
     assert not Path("hostile-code-ran").exists()
 

@@ -76,12 +76,29 @@ class Reader:
         """This rank's batches of an epoch from global batch ``start_step`` on; (epoch, step) is the whole position."""
         return Prefetcher(self._batches(epoch, start_step), self.prefetch)
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def describe(self, epoch: int, step: int, most: int = 4) -> str:
+        """Which row groups global batch ``step`` of an epoch is drawn from, over all ranks."""
+        lanes, found = self._lanes(epoch), []
+        for lane in range(self.num_lanes):
+            wanted = lanes.lane_rows(step, lane)
+            for piece in lanes.pieces(lane, step):
+                if wanted <= 0:
+                    break
+                file, group = self.files.groups[piece.group]
+                found.append(f"{self.files.paths[file]} row group {group}")
+                wanted -= piece.stop - piece.start
+        names = list(dict.fromkeys(found))
+        return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+    def _lanes(self, epoch: int) -> Lanes:
         num_groups = len(self.files.group_rows)
         order = np.arange(num_groups)
         if self.seed is not None:
             order = np.random.default_rng((self.seed, epoch)).permutation(num_groups)
-        lanes = Lanes(self.files.group_rows, order, self.batch_size, self.num_lanes)
+        return Lanes(self.files.group_rows, order, self.batch_size, self.num_lanes)
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        lanes = self._lanes(epoch)
         cursors = [self._blocks(lanes, lane, epoch, start_step) for lane in self.my_lanes]
         left: list[tuple[Block, int] | None] = [None] * len(cursors)
         for step in range(start_step, lanes.num_steps):

@@ -1,0 +1,135 @@
+"""What a run is in the middle of, as tensors and JSON values, and back into a freshly built run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.optim.keyed import CombinedOptimizer
+
+from ssr_rec.checkpoint import read_checkpoint, stored_tensors
+from ssr_rec.data.reader import Reader
+from ssr_rec.metrics import RunningAUC
+from ssr_rec.model import running_statistics
+from ssr_rec.trainer import Fitted
+
+MODEL, OPTIMIZER = "model/", "optimizer/"
+"""Prefixes of the names; what only one rank has is under ``rank<R>/``."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
+    """The weights and buffers; the tensors are the model's own."""
+    return {MODEL + name: value for name, value in model.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: CombinedOptimizer) -> dict[str, Tensor | ShardedTensor]:
+    """The state of every parameter's optimizer; the tensors are the optimizer's own.
+
+    Dense optimizers make their state at the first step; reading a checkpoint needs it before
+    (``initialise_optimizer``), or it would be left out without an error.
+    """
+    tensors = {}
+    for parameter, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert isinstance(value, (Tensor, ShardedTensor)), f"{parameter}: {key} is {type(value).__name__}"
+            tensors[f"{OPTIMIZER}{parameter}/{key}"] = value
+    return tensors
+
+
+def initialise_optimizer(optimizer: CombinedOptimizer) -> None:
+    """Create the state of the dense optimizers by a step with gradients of zero. It moves weights: load them after."""
+    for name, part in optimizer.optimizers:
+        if name != "fused":  # FBGEMM's state is there from the start
+            part.init_state()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:
+    """What is this rank's alone: random states, batch norms' statistics, the rows behind the progress rows' AUC."""
+    prefix = f"rank{dist.get_rank()}/"
+    tensors = {prefix + name: buffer for name, buffer in running_statistics(model).items()}
+    tensors[prefix + "rng"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors[prefix + "rng_cuda"] = torch.cuda.get_rng_state()
+    if (rows := running.rows()) is not None:
+        tensors[prefix + "logits"], tensors[prefix + "labels"] = rows
+    return tensors
+
+
+def position(train: Reader) -> dict[str, Any]:
+    """What (epoch, step) must mean the same rows under."""
+    return {
+        "dataset_id": train.schema.dataset_id,
+        "num_rows": train.num_rows,
+        "batch_size": train.batch_size,
+        "num_lanes": train.num_lanes,
+        "shuffle_seed": train.seed,
+    }
+
+
+def snapshot_info(fitted: Fitted, train: Reader, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a training checkpoint that is no tensor."""
+    return {
+        "kind": "training",
+        "step": fitted.steps,
+        "world_size": dist.get_world_size(),
+        "fitted": asdict(fitted),
+        "position": position(train),
+        "config": config,
+    }
+
+
+def restore(
+    folder: Path,
+    info: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: CombinedOptimizer,
+    running: RunningAUC,
+    train: Reader,
+    seed: int,
+) -> Fitted:
+    """Put a training checkpoint, written by any number of ranks, into a freshly built run. Collective.
+
+    Returns:
+        what had been done by then.
+
+    Raises:
+        ValueError: the checkpoint does not fit the model, or its position would mean other rows.
+    """
+    here = position(train)
+    for key, value in here.items():
+        if info["position"][key] != value:
+            raise ValueError(
+                f"{folder}: stopped in the middle of {key}={info['position'][key]}, this run has {value}: the "
+                "same step would mean other rows. Resume with the same data, batch size, seed and data.num_lanes, or "
+                "start from its weights alone with --warm_start"
+            )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    initialise_optimizer(optimizer)
+    tensors = {**model_tensors(model), **optimizer_tensors(optimizer)}
+    own = {}
+    if info["world_size"] == world_size:
+        stored = stored_tensors(folder)
+        own = {n: torch.empty(s, dtype=d) for n, (s, d) in stored.items() if n.startswith(f"rank{rank}/")}
+    read_checkpoint({**tensors, **own}, folder)
+    model.load_state_dict({name.removeprefix(MODEL): v for name, v in tensors.items() if name.startswith(MODEL)})
+    optimizer.set_optimizer_step(info["step"])
+    if own:
+        for name, buffer in running_statistics(model).items():
+            buffer.copy_(own[f"rank{rank}/{name}"])
+        torch.set_rng_state(own[f"rank{rank}/rng"])
+        if torch.cuda.is_available() and f"rank{rank}/rng_cuda" in own:
+            torch.cuda.set_rng_state(own[f"rank{rank}/rng_cuda"])
+        if f"rank{rank}/logits" in own:
+            device = next(model.parameters()).device
+            running.update(own[f"rank{rank}/logits"].to(device), own[f"rank{rank}/labels"].to(device))
+    else:
+        # Other ranks than those that drew before: any draws do, as long as no two ranks' are the same.
+        torch.manual_seed(seed * 1_000_003 + rank + 7919 * info["step"])
+    return Fitted(**info["fitted"])

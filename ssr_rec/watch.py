@@ -1,0 +1,116 @@
+"""A stalled rank is named and ends the job, instead of all the others waiting for it; SIGTERM asks to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import torch.distributed as dist
+
+PREEMPTED, STALLED = 75, 76
+"""Exit codes: stopped by SIGTERM with a checkpoint written (try again, as in sysexits.h); a rank stalled."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has written its checkpoint."""
+
+
+class StallWatch:
+    """Every rank says in the job's store where it is; one that has not moved for a time ends this process.
+
+    Args:
+        timeout_s: seconds without a ``beat`` after which a rank counts as stalled; None watches nothing.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._where, self._moved_at = "start", time.monotonic()
+        self._ended = threading.Event()
+        if timeout_s is not None:
+            self._every = min(10.0, timeout_s / 4)
+            self._store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
+            self._store.set_timeout(timedelta(seconds=max(1.0, 2 * self._every)))
+            self._thread = threading.Thread(target=self._run, daemon=True, name="ssr_rec-watch")
+            self._thread.start()
+
+    def beat(self, where: str) -> None:
+        """This rank has come as far as ``where``."""
+        self._where, self._moved_at = where, time.monotonic()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        assert self.timeout_s is not None
+        tick = 0
+        while not self._ended.wait(self._every):
+            tick += 1
+            still_s = time.monotonic() - self._moved_at
+            report = {"tick": tick, "where": self._where, "host": socket.gethostname(), "pid": os.getpid()}
+            try:
+                self._store.set(self._key(self.rank), json.dumps(report))
+                if still_s < self.timeout_s:
+                    continue
+                said = self._who_stalled()
+            except (RuntimeError, OSError) as error:
+                if still_s < self.timeout_s:
+                    continue
+                said = f"the process that hosts the job's store does not answer ({type(error).__name__})"
+            if not self._ended.is_set():
+                print(
+                    f"error: no progress for {still_s:.0f} s (train.stall_timeout_s={self.timeout_s:g}), "
+                    f"rank {self.rank} is at {self._where}: {said}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(STALLED)
+
+    def _who_stalled(self) -> str:
+        """Silent ranks by name, or else where every rank is."""
+        before = self._reports()
+        self._ended.wait(2 * self._every)
+        now = self._reports()
+        silent = [rank for rank in now if rank != self.rank and now[rank]["tick"] == before[rank]["tick"]]
+        if silent:
+            return "; ".join(
+                f"rank {rank} (host {now[rank].get('host', '?')}, pid {now[rank].get('pid', '?')}) is silent, "
+                f"last seen at {now[rank]['where']}"
+                for rank in silent
+            )
+        return "all ranks answer: " + "; ".join(f"rank {rank} at {now[rank]['where']}" for rank in now)
+
+    def _reports(self) -> dict[int, dict[str, Any]]:
+        reports = {}
+        for rank in range(self.world_size):
+            key = self._key(rank)
+            found = json.loads(self._store.get(key)) if self._store.check([key]) else {"tick": 0, "where": "start"}
+            reports[rank] = found
+        return reports
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"ssr_rec/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Inside the block SIGTERM only sets what the yielded function returns; elsewhere than the main thread, nothing."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
