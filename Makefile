@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready-$(STACK)
 RUNS ?= runs/quickstart
 
-.PHONY: setup train test test-slow lint format bench clean
+.PHONY: setup train test test-slow test-faults lint format bench clean
 
 setup: $(READY)
 
@@ -31,10 +31,13 @@ train: setup
 	$(BIN)/python tools/show_runs.py $(RUNS)/ssr_s $(RUNS)/mlp --plot $(RUNS)/comparison.png
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not faults and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not faults and not gpu"
+
+test-faults: setup
+	$(BIN)/python -m pytest -m "faults and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

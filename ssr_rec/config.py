@@ -23,6 +23,9 @@ from ssr_rec.sharding import ShardingConfig
 from ssr_rec.trainer import TrainConfig
 from ssr_rec.yaml_file import parse_yaml, read_yaml
 
+MAX_SIZE = 65_536
+"""The widest, and the most of anything, that a model is built with."""
+
 
 class DataConfig(Settings):
     path: str | None = Field(None, description="a folder made by tools/prepare_data.py; None: draw the synthetic log")
@@ -30,7 +33,9 @@ class DataConfig(Settings):
     synthetic_root: str = Field("data", description="folder that keeps drawn logs")
     features: list[str] | None = Field(None, description="features to use, in this order; None: all")
     labels: list[str] | None = Field(None, description="labels to train, one task each; None: all")
-    num_lanes: int = Field(16, ge=1, description="lanes of data/lanes.py: up to so many ranks see equal batches")
+    num_lanes: int = Field(
+        16, ge=1, le=65_536, description="lanes of data/lanes.py: up to so many ranks see equal batches"
+    )
     shuffle: bool = Field(True, description="new order every epoch; false reads the rows as they are stored")
     prefetch: int = Field(4, ge=1, description="batches read ahead in the background")
 
@@ -38,7 +43,7 @@ class DataConfig(Settings):
 class RunConfig(Settings):
     name: str | None = Field(None, description="run folder under runs; None: dataset, over-arch and time")
     runs: str = Field("runs", description="folder of run folders")
-    seed: int = Field(0, ge=0, description="of weights, shuffling and dropout")
+    seed: int = Field(0, ge=0, lt=2**32, description="of weights, shuffling and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     data: DataConfig = DataConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
@@ -81,9 +86,24 @@ def resolve(values: dict[str, Any], where: str) -> RunConfig:
     if isinstance(over_arch, dict):
         over_arch.setdefault("name", SSRConfig().name)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{where}: {_explain(error)}") from None
+    _refuse_sizes(config.model_dump(include={"over_arch", "heads", "embeddings"}), where)
+    return config
+
+
+def _refuse_sizes(settings: dict[str, Any], where: str) -> None:
+    """Refuse a size no layer has, before something of that size is begun."""
+    left = list(settings.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, (list, dict)):
+            left += [
+                (f"{key}.{at}", item) for at, item in (value.items() if isinstance(value, dict) else enumerate(value))
+            ]
+        elif isinstance(value, int) and value > MAX_SIZE and not key.endswith("seed"):
+            raise ValueError(f"{where}: {key}={value} is more than {MAX_SIZE}, larger than any layer; lower it")
 
 
 def dump_config(config: RunConfig) -> str:
@@ -97,18 +117,19 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     Raises:
         ValueError: it is not of that form, or a section of it is a value.
     """
-    match = re.fullmatch(r"--([\w.]+)=(.*)", override, flags=re.DOTALL)
+    # No section lies ten deep; an endless chain of them would break whoever prints or walks the mapping.
+    match = re.fullmatch(r"--((?:\w+\.){0,9}\w+)=(.*)", override, flags=re.DOTALL)
     if match is None:
-        raise ValueError(f"argument {override!r} is not understood; overrides look like --train.batch_size=512")
+        raise ValueError(f"argument {override[:80]!r} is not understood; overrides look like --train.batch_size=512")
     *sections, key = match[1].split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
+            raise ValueError(f"override {override[:80]!r}: {section!r} is a value, not a section")
     try:
         values[key] = parse_yaml(match[2])
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not YAML; quote it") from None
+    except ValueError as error:
+        raise ValueError(f"override {override[:80]!r}: the value is not YAML ({error}); quote it") from None
 
 
 def _explain(error: ValidationError) -> str:

@@ -65,8 +65,15 @@ def table_dims(schema: Schema, config: EmbeddingsConfig, extra: ExtraTables) -> 
     The table of a feature has the feature's name, one of an extra set ``feature@set``.
 
     Raises:
-        ValueError: ``dims`` names an unknown feature, or a dim is not a multiple of 4.
+        ValueError: ``dims`` names an unknown feature, a dim is not a multiple of 4, or a feature has a name that no
+            PyTorch module can have.
     """
+    for name in schema.feature_names:
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"feature {name!r} of {schema.name!r}: PyTorch takes no table of that name; rename the column and "
+                "prepare the log again, or leave it out by data.features"
+            )
     unknown = sorted(set(config.dims) - set(schema.feature_names))
     if unknown:
         raise ValueError(

@@ -4,17 +4,24 @@ A prepared dataset is a folder: ``schema.json``, parquet shards of each split, a
 In a shard, a single-valued feature is an int64 column of ids, a list feature a ``list<int64>`` column,
 a label an int8 column of 0 and 1, and the evaluation group (GAUC) the int64 column ``GROUP_COLUMN``.
 No column holds nulls: a missing value already has an id of its own, a missing list is empty.
+
+Damage shows: ``schema.json`` holds a checksum of its own content and one of each shard's footer, and the pages of a
+shard hold theirs (``data/shards.py``). Datasets from before there were checksums are read without.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from ssr_rec.plain import parse_json, read_text
 from ssr_rec.settings import Settings
 
 FORMAT_VERSION = 1
@@ -22,8 +29,26 @@ SCHEMA_FILE = "schema.json"
 GROUP_COLUMN = "__group_id__"
 DATASET_ID_KEY = b"ssr_rec.dataset_id"
 """Key of the parquet file metadata that ties a shard to its schema."""
+SHARD_KEY = b"ssr_rec.shard"
+"""Key of the parquet file metadata that says which shard it is, so that no two footers are equal."""
+
+CHECKSUM_KEY = "checksum"
+"""Key of ``schema.json`` beside those of ``Schema``."""
+MAX_SCHEMA_BYTES = 2**26
+"""Some 300,000 shards, or 100,000 features."""
 
 SPLITS = ("train", "validation", "test")
+
+
+def _within(path: str) -> str:
+    inner = PurePosixPath(path)
+    if not inner.parts or inner.is_absolute() or ".." in inner.parts:
+        raise ValueError("must be a path within the dataset folder")
+    return str(inner)
+
+
+InnerPath = Annotated[str, AfterValidator(_within)]
+"""A path relative to the dataset folder that does not leave it."""
 
 
 class Vocabulary(Settings):
@@ -34,7 +59,7 @@ class Vocabulary(Settings):
     min_count: int = Field(ge=1, description="occurrences in the training split that earn an id of its own")
     missing_id: int = 0
     oov_id: int = 1
-    file: str = Field(description="parquet of (value: string, id: int64, count: int64), relative to the dataset")
+    file: InnerPath = Field(description="parquet of (value: string, id: int64, count: int64), relative to the dataset")
 
 
 class Hashing(Settings):
@@ -72,7 +97,7 @@ Encoding = Annotated[Vocabulary | Hashing | LogBuckets | Drawn, Field(discrimina
 class Feature(Settings):
     name: str
     kind: Literal["categorical", "numeric", "list"]
-    num_embeddings: int = Field(ge=1, description="ids lie in [0, num_embeddings)")
+    num_embeddings: int = Field(ge=1, le=2**40, description="ids lie in [0, num_embeddings)")
     encoding: Encoding = Field(description="how the column was made")
     max_length: int | None = Field(None, ge=1, description="list features: most ids a row holds")
 
@@ -84,8 +109,9 @@ class Feature(Settings):
 
 
 class Shard(Settings):
-    path: str = Field(description="relative to the dataset folder")
+    path: InnerPath
     num_rows: int = Field(ge=0)
+    footer: str | None = Field(None, description="sha256 of the file's parquet footer; None: written without")
 
 
 class Split(Settings):
@@ -114,11 +140,9 @@ class Schema(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
-        names = [feature.name for feature in self.features] + self.labels
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"names used more than once: {', '.join(repeated)}")
+        _refuse_repeated("names", [*self.feature_names, *self.labels, GROUP_COLUMN])
         for split_name, split in self.splits.items():
+            _refuse_repeated(f"split {split_name!r}: shards", [shard.path for shard in split.shards])
             if split.num_rows != sum(shard.num_rows for shard in split.shards):
                 raise ValueError(f"split {split_name!r}: num_rows is not the sum over its shards")
         return self
@@ -146,28 +170,52 @@ class Schema(Settings):
         )
 
     def write(self, folder: Path) -> None:
-        (folder / SCHEMA_FILE).write_text(self.model_dump_json(indent=1) + "\n")
+        values = self.model_dump(mode="json")
+        text = json.dumps({**values, CHECKSUM_KEY: _checksum(values)}, indent=1)
+        (folder / SCHEMA_FILE).write_text(text + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> Schema:
         """Read ``folder/schema.json``.
 
         Raises:
-            ValueError: no such file, not JSON, or not a schema; the message names the file and the entry.
+            ValueError: no such file, not JSON, not a schema, or changed since it was written; the message names the
+                file and the entry.
         """
         path = Path(folder) / SCHEMA_FILE
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ValueError(f"{path}: no such file; prepare the dataset with tools/prepare_data.py first")
+        text = read_text(path, MAX_SCHEMA_BYTES, "prepare the dataset again")
         try:
-            return cls.model_validate_json(path.read_text())
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON of plain values: {error}") from None
+        checksum = values.pop(CHECKSUM_KEY, None) if isinstance(values, dict) else None
+        try:
+            schema = cls.model_validate(values)
         except ValidationError as error:
             raise ValueError(f"{path}: not a schema of format {FORMAT_VERSION}: {first_problem(error)}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not readable as JSON: {error}") from None
+        if checksum is not None and checksum != _checksum(values):
+            raise ValueError(
+                f"{path}: changed since it was written, its {CHECKSUM_KEY} is another; prepare the dataset again, "
+                f"or remove the {CHECKSUM_KEY} if you changed it on purpose"
+            )
+        return schema
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Of the content as it stands in the file, so that keys added to ``Schema`` later leave it as it is."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_repeated(what: str, names: Sequence[str]) -> None:
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ValueError(f"{what} used more than once: {', '.join(repeated)}")
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first complaint of a pydantic error as ``where: what (got value)``."""
+    """The first complaint of a pydantic error as ``where: what (got value)``, on one line."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "top level"
-    return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
+    return " ".join(f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})".split())

@@ -38,7 +38,7 @@ class ShardingConfig(Settings):
         "replicated tables cannot have their optimizer in the backward pass",
     )
     memory_gib: float | None = Field(
-        None, gt=0, description="memory for tables on one rank in GiB; None: TorchRec's default"
+        None, gt=0, le=2**20, description="memory for tables on one rank in GiB; None: TorchRec's default"
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ssr_rec.data.shards import arrow_schema, write_shards
+from ssr_rec.data.shards import arrow_schema, footer_digest, write_shards
 from ssr_rec.schema import GROUP_COLUMN, Drawn, Feature, Schema, Split
 
 FEATURES = [
@@ -58,6 +58,16 @@ def write_dataset(folder: Path, rows: dict[str, int], rows_in_group: int, seed: 
         splits[split] = Split(num_rows=num_rows, positive_rate=rates, shards=shards)
     schema.model_copy(update={"splits": splits}).write(folder)
     return folder
+
+
+def reseal(folder: Path) -> None:
+    """Make the checksums of a dataset fit its shards as they are, so that only their content can be refused."""
+    schema = Schema.read(folder)
+    splits = {}
+    for name, split in schema.splits.items():
+        shards = [shard.model_copy(update={"footer": footer_digest(folder / shard.path)}) for shard in split.shards]
+        splits[name] = split.model_copy(update={"shards": shards})
+    schema.model_copy(update={"splits": splits}).write(folder)
 
 
 @pytest.fixture(scope="session")

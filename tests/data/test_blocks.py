@@ -1,16 +1,20 @@
 """Files that are not what their schema says are refused, each with the file, the column and the row."""
 
 import json
+import os
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ssr_rec.data.blocks import SplitFiles
+from ssr_rec.data.lanes import Piece
 from ssr_rec.data.reader import Reader
+from ssr_rec.data.shards import arrow_schema, write_shards
 from ssr_rec.schema import Schema
-from tests.conftest import write_dataset
+from tests.conftest import draw_rows, reseal, write_dataset
 
 
 @pytest.fixture
@@ -27,6 +31,7 @@ def rewrite(folder, change):
     path = folder / "train" / "00000.parquet"
     table = pq.read_table(path)
     pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path, row_group_size=64)
+    reseal(folder)
 
 
 def replace(table, name, values, type_=None):
@@ -59,6 +64,9 @@ def test_missing_shard(copy):
 def test_shard_of_another_dataset(copy, tmp_path):
     other = write_dataset(tmp_path / "other", {"train": 1_003, "validation": 9, "test": 9}, rows_in_group=64, seed=1)
     shutil.copy(other / "train" / "00000.parquet", copy / "train" / "00000.parquet")
+    with pytest.raises(ValueError, match=r"00000.parquet: damaged, or not the file that was written in its place"):
+        read_all(copy)
+    reseal(copy)
     with pytest.raises(ValueError, match="dataset id tiny-1, the schema's is tiny-0"):
         read_all(copy)
 
@@ -122,6 +130,35 @@ def test_label_not_binary(copy, bad):
         read_all(copy)
 
 
+def test_list_that_is_too_long(copy):
+    def change(table):
+        ids = table["history"].to_pylist()
+        ids[66] = [1] * 5
+        return replace(table, "history", ids)
+
+    rewrite(copy, change)
+    message = r"from row 64\): column 'history' holds 5 ids at its row 2, its max_length is 4"
+    with pytest.raises(ValueError, match=message):
+        read_all(copy)
+
+
+def test_null_in_a_list(copy):
+    def change(table):
+        ids = table["tags"].to_pylist()
+        ids[3] = [0, None]
+        return replace(table, "tags", ids)
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match="column 'tags' holds a null in a list"):
+        read_all(copy)
+
+
+def test_column_given_twice(copy):
+    rewrite(copy, lambda table: table.append_column("price", table["price"]))
+    with pytest.raises(ValueError, match="column 'price' is given twice"):
+        read_all(copy)
+
+
 def test_null(copy):
     def change(table):
         ids = table["user"].to_pylist()
@@ -140,6 +177,87 @@ def test_empty_and_unknown_split(tmp_path):
         SplitFiles(folder, schema, "validation")
     with pytest.raises(ValueError, match="no split 'tset'"):
         SplitFiles(folder, schema, "tset")
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_shard_that_is_no_file(copy, put):
+    (copy / "train" / "00000.parquet").unlink()
+    put(copy / "train" / "00000.parquet")
+    with pytest.raises(ValueError, match=r"train/00000.parquet: not a readable parquet file \(not a regular file\)"):
+        read_all(copy)
+
+
+def test_shards_in_each_others_place(tmp_path):
+    """Equal sizes and the same dataset: only the footer says which is which."""
+    folder = write_dataset(tmp_path / "d", {"train": 40, "validation": 40, "test": 40}, rows_in_group=64)
+    shutil.copy(folder / "validation" / "00000.parquet", folder / "test" / "00000.parquet")
+    files = SplitFiles(folder, Schema.read(folder), "validation")
+    assert files.group_rows.tolist() == [40]
+    with pytest.raises(ValueError, match=r"test/00000.parquet: damaged, or not the file that was written in its place"):
+        SplitFiles(folder, Schema.read(folder), "test")
+
+
+def test_equal_rows_have_unequal_footers(tmp_path):
+    """Else two shards of the same sizes and extremes could change places unnoticed."""
+    rows = draw_rows(40, np.random.default_rng(0))
+    columns = arrow_schema(Schema.read(write_dataset(tmp_path / "d", {"train": 8}, rows_in_group=8)))
+    shards = [write_shards([rows], columns, tmp_path, split, 64)[0] for split in ("train", "test")]
+    assert shards[0].footer != shards[1].footer
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    """Of the pages every 9th byte, and of the bytes before the pages of the lists, which no checksum covers, all."""
+    folder = write_dataset(tmp_path / "d", {"train": 64}, rows_in_group=64)
+    path, schema = folder / "train" / "00000.parquet", Schema.read(folder)
+    intact, columns = path.read_bytes(), pq.read_metadata(path).row_group(0)
+    starts = [columns.column(schema.feature_names.index(name)).data_page_offset for name in ("history", "tags")]
+    headers = [at for start in starts for at in range(start, start + 24)]
+    footer = len(intact) - 8 - int.from_bytes(intact[-8:-4], "little")
+
+    def read():
+        block = SplitFiles(folder, schema, "train").read(Piece(0, 0, 64), None)
+        lists = [part.tolist() for found in block.lists for part in found]
+        return block.scalars.tolist(), lists, block.labels.tolist(), block.group_ids.tolist()
+
+    expected, refusals = read(), []
+    for at in {*range(4, footer, 9), *headers}:
+        for bit in range(8) if at in headers else (at % 8,):
+            data = bytearray(intact)
+            data[at] ^= 1 << bit
+            path.write_bytes(data)
+            try:
+                assert read() == expected, f"bit {bit} of byte {at}"
+            except ValueError as error:
+                refusals.append(str(error))
+    assert all(str(path) in refusal for refusal in refusals)
+    for reason in ("CRC", "lacks ids"):
+        assert any(reason in refusal for refusal in refusals)
+
+
+def test_footer_that_contradicts_itself(copy):
+    """A column has its name in the footer's schema and again in each row group."""
+    path = copy / "train" / "00000.parquet"
+    data = path.read_bytes()
+    where = data.rindex(b"history")
+    while b"element" not in data[where : where + 30]:
+        where = data.rindex(b"history", 0, where)
+    path.write_bytes(data[:where] + b"mystery" + data[where + 7 :])
+    reseal(copy)
+    with pytest.raises(ValueError, match=r"00000.parquet: row group \d+ .*damaged, column 'history' lacks ids"):
+        read_all(copy)
+
+
+def test_shards_of_the_time_before_checksums_are_read(copy):
+    expected = [batch.labels.tolist() for batch in read_all(copy)]
+    values = json.loads((copy / "schema.json").read_text())
+    del values["checksum"]
+    for split in values["splits"].values():
+        for shard in split["shards"]:
+            del shard["footer"]
+    (copy / "schema.json").write_text(json.dumps(values))
+    path = copy / "train" / "00000.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=64)
+    assert [batch.labels.tolist() for batch in read_all(copy)] == expected
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_ensure_reuses_what_is_there_and_refuses_what_is_not_its_own(dataset: Pa
     assert folder != dataset
     stored = json.loads((folder / "schema.json").read_text())
     stored["preparation"]["config"]["seed"] = 99
+    del stored["checksum"]
     (folder / "schema.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=rf"{folder.name}: holds another log .* remove it"):
         ensure_synthetic(other, dataset.parent)

@@ -1,0 +1,111 @@
+"""Text files from outside: read within bounds, and nothing in them but plain values.
+
+JSON and YAML allow more than a config or a schema ever holds: a key given twice, numbers and nesting without end,
+half a character. Each is refused here, with its place, because the code behind would take it silently or break on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+MAX_DEPTH = 32
+"""Sections within sections; ours are at most five deep, and recursion over a value must end."""
+
+
+def read_text(path: str | Path, most_bytes: int, fix: str) -> str:
+    """The UTF-8 text of a regular file.
+
+    Args:
+        most_bytes: a larger file is refused before it is read.
+        fix: what to do instead, for the message.
+
+    Raises:
+        ValueError: unreadable, no regular file (reading a pipe would wait for ever), too large, or not UTF-8.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file; {fix}")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ValueError(f"{path}: {getattr(error, 'strerror', error)}; {fix}") from None
+    if len(data) > most_bytes:
+        raise ValueError(f"{path}: larger than {most_bytes:,} bytes; {fix}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}; {fix}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, checked by ``check_plain``.
+
+    Raises:
+        ValueError: not JSON, a key given twice, or not plain.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_mapping, parse_int=_integer)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    check_plain(value)
+    return value
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"key {key[:80]!r} is given twice")
+        mapping[key] = value
+    return mapping
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"{digits[:20]}... is beyond 64 bits")
+    return int(digits)
+
+
+def check_plain(value: Any) -> None:
+    """Refuse what is not nested mappings and lists of text, finite numbers, dates, booleans and nulls.
+
+    Raises:
+        ValueError: where and what: a key that is not text, an integer beyond 64 bits, a number that is not finite,
+            a character that is not one (NUL, half of a surrogate pair), nesting beyond ``MAX_DEPTH``.
+    """
+    left: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    while left:
+        keys, inner = left.pop()
+        problem = _problem(inner) if len(keys) <= MAX_DEPTH else f"nested more than {MAX_DEPTH} deep"
+        if problem:
+            raise ValueError(f"{'.'.join(map(str, keys))[:80] or 'top level'}: {problem}")
+        if isinstance(inner, dict):
+            left += [((*keys, key), item) for key, item in inner.items()]
+        elif isinstance(inner, list):
+            left += [((*keys, index), item) for index, item in enumerate(inner)]
+
+
+def _problem(value: Any) -> str | None:
+    """What is wrong with a value itself, its items apart."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                return f"key {str(key)[:80]!r} is not text; quote it"
+            if problem := _problem(key):
+                return f"in a key, {problem}"
+        return None
+    if isinstance(value, int):
+        return None if -(2**63) <= value < 2**63 else "an integer beyond 64 bits"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{value} is not a finite number"
+    if isinstance(value, str):
+        wrong = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+        return f"the character {wrong!r} is not text" if wrong else None
+    if value is None or isinstance(value, (list, date)):
+        return None
+    return f"{type(value).__name__} is not a plain value"

@@ -1,0 +1,27 @@
+"""Broken and hostile files: refused by name, or read as what they say. A few now, thousands with ``-m faults``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import config_target, schema_target, shard_target
+from tests.fuzz.harness import fuzz
+
+TARGETS = {t.name: t for t in (schema_target.TARGET, config_target.TARGET, shard_target.TARGET)}
+CASES = {"schema": 600, "config": 800, "shards": 600}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_few_inputs(name: str, tmp_path: Path) -> None:
+    outcomes = fuzz(TARGETS[name], 25, tmp_path / "work", tmp_path / "kept")
+    assert outcomes["refused"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", TARGETS)
+def test_many_inputs(name: str, tmp_path: Path) -> None:
+    outcomes = fuzz(TARGETS[name], CASES[name], tmp_path / "work", tmp_path / "kept")
+    print(f"{name}: {dict(outcomes)}")
+    assert outcomes["refused"] > CASES[name] / 4 and len(outcomes) > 1, "both kinds of input must be drawn"
