@@ -48,8 +48,9 @@ def ddp(
         if not script_args:
             raise ValueError("no script given; for example: torchx run dist.ddp -j 1x2 ssr_rec/train.py")
         script, script_args = script_args[0], script_args[1:]
-    # TorchX hands max_retries to the scheduler only; torchrun takes its arguments' defaults from PET_<NAME>.
-    env = {"PET_MAX_RESTARTS": str(max_retries), **(env or {})}
+    # TorchX hands max_retries to the scheduler only; torchrun takes its arguments' defaults from PET_<NAME>. Restarted
+    # workers would find the addresses of the dead ones in a store shared with torchrun (pytorch/pytorch#135712).
+    env = {"PET_MAX_RESTARTS": str(max_retries), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **(env or {})}
     return torchx_dist.ddp(
         *script_args,
         script=script,

@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stop}; the same command goes on from there", file=sys.stderr)
         return PREEMPTED
+    except (RuntimeError, OSError) as error:
+        if not (lost_peer(error) or isinstance(error, OSError)):
+            raise
+        print(f"error: {error}"[:500], file=sys.stderr)
+        return 1
     except ValueError as error:
         if is_library_error(error):
             raise
@@ -97,11 +102,6 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | None]:
     """One training to its report, and what the over-arch, as training left it, says to train next."""
-    with stop_on_sigterm() as asked_to_stop:
-        return _train_stage(config, asked_to_stop)
-
-
-def _train_stage(config: RunConfig, asked_to_stop: Callable[[], bool]) -> tuple[dict[str, Any], OverArchConfig | None]:
     device = start_process_group(config.device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -147,11 +147,11 @@ def _train_stage(config: RunConfig, asked_to_stop: Callable[[], bool]) -> tuple[
         weights=lambda: (model_tensors(model), {"kind": "weights", "step": fitted.steps, "world_size": world_size}),
         state=state,
         beat=watch.beat,
-        asked_to_stop=asked_to_stop,
         fitted=fitted,
     )
     try:
-        fit(loop)
+        with stop_on_sigterm() as loop.asked_to_stop:
+            fit(loop)
         saver.finish()
         following = over_arch.following_config()
         if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
@@ -273,6 +273,11 @@ def build_model(
     # Dropout draws of the ranks must differ; everything drawn before must not.
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank())
     return model
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank ended; that rank says why."""
+    return any(text in str(error) for text in ("gloo/transport", "ncclRemoteError", "Connection closed by peer"))
 
 
 def is_library_error(error: ValueError) -> bool:

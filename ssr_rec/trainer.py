@@ -159,7 +159,7 @@ class Loop:
     weights: Callable[[], Contents]
     state: Callable[[], Contents]
     beat: Callable[[str], None]
-    asked_to_stop: Callable[[], bool]
+    asked_to_stop: Callable[[], bool] = bool
     fitted: Fitted = field(default_factory=Fitted)
 
     def row(self, split: str, epoch: int, **figures: Any) -> dict[str, Any]:

@@ -131,12 +131,18 @@ def _in_time(function: Callable[[], Any], seconds: float) -> Any:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside the block SIGTERM only sets what the yielded function returns; elsewhere than the main thread, nothing."""
+    """Inside the block the first SIGTERM only sets what the yielded function returns; needs the main thread."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask(*_: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, ask)
     try:
         yield asked.is_set
     finally:
