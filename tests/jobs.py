@@ -20,7 +20,8 @@ from ssr_rec.optim import build_optimizer
 from ssr_rec.report import RunLog
 from ssr_rec.schema import Schema
 from ssr_rec.snapshot import model_tensors
-from ssr_rec.train import build_model, open_reader, start_process_group, train
+from ssr_rec.train import build_model, build_pipeline, open_reader, start_process_group, train
+from ssr_rec.trainer import evaluate
 from ssr_rec.warm_start import load_weights, warm_start
 from ssr_rec.watch import Preempted
 
@@ -196,3 +197,18 @@ def warm_started_job(
     model = built_model(overrides, dataset)
     report = warm_start(model, Path(source), print) if source else {}
     return report, {key.split(".")[-2]: t.numpy() for key, t in whole_tables(model).items() if "embedding_bags" in key}
+
+
+def predictions_job(overrides: list[str], dataset: str) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    """This rank's logits, labels and groups of the test split by a plain loop, and evaluate() of all ranks."""
+    model = built_model(overrides, dataset)
+    config, schema = load_config(None, overrides), Schema.read(dataset)
+    reader = open_reader(config, Path(dataset), schema, "test", dist.get_rank(), dist.get_world_size())
+    optimizer = build_optimizer(model, config.optimizer, config.embeddings)
+    pipeline = build_pipeline(model, optimizer, torch.device("cpu"), config.train)
+    found = evaluate(pipeline, model, reader, lambda _: None)
+    model = built_model(overrides, dataset).eval()
+    with torch.no_grad():
+        outputs = [model(batch)[1] for batch in reader.epoch(0)]
+    parts = [torch.cat([output[index] for output in outputs]).numpy() for index in (1, 2, 3)]
+    return tuple(parts), found
