@@ -126,7 +126,10 @@ def prune(folder: Path, keep: int, best: Path) -> None:
     training, bests = list_checkpoints(folder, TRAINING), list_checkpoints(folder, BEST)
     wanted = {*training[:keep], best}
     for path in training[:keep]:
-        named = read_info(path)["fitted"]["best"]
+        try:
+            named = read_info(path)["fitted"]["best"]
+        except ValueError:  # damaged since: resuming says so, and training need not end for it
+            continue
         wanted |= {folder / f"{BEST}{named['step']:09d}"} if named else set()
     for path in {*training, *bests} - wanted:
         gone = path.with_name(f".{path.name}.old{PARTIAL}")

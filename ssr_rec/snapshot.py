@@ -17,6 +17,7 @@ from ssr_rec.checkpoint import read_checkpoint, stored_tensors
 from ssr_rec.data.reader import Reader
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import running_statistics
+from ssr_rec.saver import Contents
 from ssr_rec.trainer import Fitted
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
@@ -73,9 +74,22 @@ def position(train: Reader) -> dict[str, Any]:
     }
 
 
-def snapshot_info(fitted: Fitted, train: Reader, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a training checkpoint that is no tensor."""
-    return {
+def weights_now(model: nn.Module, fitted: Fitted) -> Contents:
+    """A checkpoint of the weights alone; its tensors are the model's own."""
+    return model_tensors(model), {"kind": "weights", "step": fitted.steps, "world_size": dist.get_world_size()}
+
+
+def training_now(
+    model: nn.Module,
+    optimizer: CombinedOptimizer,
+    running: RunningAUC,
+    fitted: Fitted,
+    train: Reader,
+    config: Mapping[str, Any],
+) -> Contents:
+    """A training checkpoint; its tensors are the run's own, ``config`` is the run's as JSON values."""
+    tensors = {**model_tensors(model), **optimizer_tensors(optimizer), **rank_tensors(model, running)}
+    return tensors, {
         "kind": "training",
         "step": fitted.steps,
         "world_size": dist.get_world_size(),

@@ -35,11 +35,11 @@ from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.over_archs import OVER_ARCHS, AutoFISConfig, OverArch, OverArchConfig
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
 from ssr_rec.resume import Start, finished_report, recover_best
-from ssr_rec.saver import Contents, Saver
+from ssr_rec.saver import Saver
 from ssr_rec.schema import SPLITS, Schema
 from ssr_rec.sharding import build_topology, plan_sharding, shard
 from ssr_rec.skipping import SkippingPipeline
-from ssr_rec.snapshot import model_tensors, optimizer_tensors, rank_tensors, restore, snapshot_info
+from ssr_rec.snapshot import restore, training_now, weights_now
 from ssr_rec.trainer import PROGRESS_ROWS, Fitted, Loop, TrainConfig, evaluate, fit
 from ssr_rec.warm_start import load_weights, warm_start
 from ssr_rec.watch import PREEMPTED, Preempted, StallWatch, stop_on_sigterm
@@ -127,12 +127,7 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         log.discard()
         raise
     watch = StallWatch(config.train.stall_timeout_s)
-    plain_config = config.model_dump(mode="json")
-
-    def state() -> Contents:
-        tensors = {**model_tensors(model), **optimizer_tensors(optimizer), **rank_tensors(model, running)}
-        return tensors, snapshot_info(fitted, readers["train"], plain_config)
-
+    values = config.model_dump(mode="json")
     loop = Loop(
         pipeline=pipeline,
         model=model,
@@ -144,8 +139,8 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         log=log,
         note=log.progress.note,
         saver=saver,
-        weights=lambda: (model_tensors(model), {"kind": "weights", "step": fitted.steps, "world_size": world_size}),
-        state=state,
+        weights=lambda: weights_now(model, fitted),
+        state=lambda: training_now(model, optimizer, running, fitted, readers["train"], values),
         beat=watch.beat,
         fitted=fitted,
     )

@@ -17,12 +17,12 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.config import RunConfig, load_config
@@ -31,31 +31,51 @@ from ssr_rec.data.reader import Reader
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.run_folder import hardware, versions
+from ssr_rec.saver import CheckpointConfig, Saver
 from ssr_rec.schema import Schema
-from ssr_rec.train import build_model, open_reader, quiet, start_process_group
-from ssr_rec.trainer import PROGRESS_ROWS, Loop, train_segment
+from ssr_rec.snapshot import training_now, weights_now
+from ssr_rec.train import build_model, build_pipeline, open_reader, quiet, start_process_group
+from ssr_rec.trainer import PROGRESS_ROWS, Fitted, Loop, train_segment
 
 Job = Callable[[int], None]
 """Trains for a number of steps and may be called again."""
 
 
-def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: Reader) -> Job:
-    """What ssr_rec/train.py does between two evaluations: reader, pipeline, running AUC, progress rows."""
+def make_loop(config: RunConfig, schema: Schema, device: torch.device, reader: Reader, folder: Path) -> Loop:
+    """The loop of ssr_rec/train.py on one rank, without a log; checkpoints, when asked for, go to ``folder``."""
     model = build_model(config, schema, device, world_size=1, local_world_size=1)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
-    loop = Loop(
-        pipeline=TrainPipelineSparseDist(model, optimizer, device),
+    running, fitted, values = RunningAUC(schema.labels, PROGRESS_ROWS), Fitted(), config.model_dump(mode="json")
+    model.train()
+    return Loop(
+        pipeline=build_pipeline(model, optimizer, device, config.train),
         model=model,
         schedule=Schedule(optimizer, config.optimizer.warmup_steps),
         train=reader,
         validation=reader,
         config=config.train,
+        running=running,
         log=lambda row: None,
-        save_best=lambda: None,
+        note=lambda text: print(text, file=sys.stderr),
+        saver=Saver(config.checkpoint, folder, lambda text: print(text, file=sys.stderr)),
+        weights=lambda: weights_now(model, fitted),
+        state=lambda: training_now(model, optimizer, running, fitted, reader, values),
+        beat=lambda where: None,
+        fitted=fitted,
     )
-    running = RunningAUC(schema.labels, PROGRESS_ROWS)
+
+
+def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: Reader) -> Job:
+    """What ssr_rec/train.py does between two evaluations: reader, pipeline, running AUC, progress rows."""
+    never = CheckpointConfig(every_steps=None, every_minutes=None)
+    with tempfile.TemporaryDirectory() as folder:
+        loop = make_loop(config.model_copy(update={"checkpoint": never}), schema, device, reader, Path(folder))
+    return stepper(loop, reader)
+
+
+def stepper(loop: Loop, reader: Reader) -> Job:
+    """Training of so many further steps, across epochs."""
     epochs = [(0, reader.epoch(0))]
-    model.train()
 
     def run(steps: int) -> None:
         last = loop.fitted.steps + steps
@@ -64,7 +84,7 @@ def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: R
             if epoch != epochs[-1][0]:
                 epochs.append((epoch, reader.epoch(epoch)))
             until = min(last, loop.fitted.steps - step + reader.steps_per_epoch)
-            train_segment(loop, epochs[-1][1], epoch, until, running)
+            train_segment(loop, epochs[-1][1], epoch, until)
 
     return run
 
