@@ -145,7 +145,7 @@ def remove(rng: Rng, checkpoint: Path, state: State) -> bool:
 def swap(rng: Rng, checkpoint: Path, state: State) -> bool:
     """A file of another checkpoint, or another file of this one."""
     path = pick(rng, _files(checkpoint))
-    others = [p for p in sorted(state.checkpoints.glob("*/*")) + sorted(state.checkpoints.glob("*/.metadata"))]
+    others = sorted(p for p in state.checkpoints.glob("*/*")) + sorted(state.checkpoints.glob("*/.metadata"))
     path.write_bytes(pick(rng, others).read_bytes())
     return False
 
