@@ -99,10 +99,8 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged: {first_line(error)}") from None
     if not isinstance(info, dict) or info.pop("crc32", None) != _crc_of(info):
         raise ValueError(f"{path}: damaged: its contents do not have its checksum")
-    if info.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format {info.get('format_version')!r:.80}, this program reads format {FORMAT_VERSION}"
-        )
+    if (version := info.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version!r:.80}, this program reads format {FORMAT_VERSION}")
     try:
         _Info.model_validate(info)
     except ValidationError as error:

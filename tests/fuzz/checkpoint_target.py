@@ -113,7 +113,7 @@ def run(state: State, folder: Path, rng: Rng) -> str:
         else:
             fitted = load(state, checkpoint)
     except Exception as error:
-        return f"{kind} {refusal(error, str(checkpoint))}"
+        return refusal(error, str(checkpoint))
     finally:
         assert (Path.exists, Path.open, Path.__truediv__, os.path.join) == real, "the process was changed"
         assert not (folder / SENTINEL).exists(), "code from the file was executed"
@@ -124,7 +124,7 @@ def run(state: State, folder: Path, rng: Rng) -> str:
         assert not (value == MARK).any() or name.startswith("rank"), f"{name}: not all of it was read"
         same &= torch.equal(value, state.expected[name])
     assert same or resealed, f"{kind}: silently another state"
-    return f"{kind} {'same' if same else 'another state'}"
+    return "same" if same else "taken, other numbers"
 
 
 def _files(checkpoint: Path) -> list[Path]:

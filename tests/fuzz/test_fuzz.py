@@ -9,9 +9,8 @@ import pytest
 from tests.fuzz import checkpoint_target, config_target, schema_target, shard_target
 from tests.fuzz.harness import fuzz
 
-TARGETS = {
-    t.name: t for t in (schema_target.TARGET, config_target.TARGET, shard_target.TARGET, checkpoint_target.TARGET)
-}
+MODULES = (schema_target, config_target, shard_target, checkpoint_target)
+TARGETS = {module.TARGET.name: module.TARGET for module in MODULES}
 CASES = {"schema": 600, "config": 800, "shards": 600, "checkpoint": 500}
 
 
