@@ -64,7 +64,8 @@ def write_checkpoint(
     except dcp.CheckpointException as error:
         if dist.get_rank(process_group) == 0:
             shutil.rmtree(writer.path, ignore_errors=True)
-        raise OSError(f"{folder}: not saved: {first_line(error)}") from None
+        free = shutil.disk_usage(folder.parent).free
+        raise OSError(f"{folder}: not saved: {first_line(error)} ({free / 2**20:.1f} MiB free there)") from None
 
 
 def staged(tensors: Tensors) -> dict[str, Tensor | ShardedTensor]:
@@ -202,7 +203,14 @@ class _Writer(FileSystemWriter):
         self.folder, self.info = folder, info
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        future = super().write_data(plan, planner)
+        try:
+            future = super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save hides the disk's own error behind one about its file format.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
         for name in {result.storage_data.relative_path for result in future.value()}:
             path = Path(self.path) / name
             path.with_name(name + SUM_SUFFIX).write_text(json.dumps(_sum_file(path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import socket
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -39,7 +40,6 @@ class StallWatch:
         if timeout_s is not None:
             self._every = min(10.0, timeout_s / 4)
             self._store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
-            self._store.set_timeout(timedelta(seconds=max(1.0, 2 * self._every)))
             self._thread = threading.Thread(target=self._run, daemon=True, name="ssr_rec-watch")
             self._thread.start()
 
@@ -58,14 +58,14 @@ class StallWatch:
             still_s = time.monotonic() - self._moved_at
             report = {"tick": tick, "where": self._where, "host": socket.gethostname(), "pid": os.getpid()}
             try:
-                self._store.set(self._key(self.rank), json.dumps(report))
+                _in_time(partial(self._store.set, self._key(self.rank), json.dumps(report)), 2 * self._every)
                 if still_s < self.timeout_s:
                     continue
                 said = self._who_stalled()
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError):
                 if still_s < self.timeout_s:
                     continue
-                said = f"the process that hosts the job's store does not answer ({type(error).__name__})"
+                said = "the process that hosts the job's store does not answer: rank 0, or torchrun on the first host"
             if not self._ended.is_set():
                 print(
                     f"error: no progress for {still_s:.0f} s (train.stall_timeout_s={self.timeout_s:g}), "
@@ -90,6 +90,9 @@ class StallWatch:
         return "all ranks answer: " + "; ".join(f"rank {rank} at {now[rank]['where']}" for rank in now)
 
     def _reports(self) -> dict[int, dict[str, Any]]:
+        return cast(dict[int, dict[str, Any]], _in_time(self._read_reports, 2 * self._every))
+
+    def _read_reports(self) -> dict[int, dict[str, Any]]:
         reports = {}
         for rank in range(self.world_size):
             key = self._key(rank)
@@ -100,6 +103,30 @@ class StallWatch:
     @staticmethod
     def _key(rank: int) -> str:
         return f"ssr_rec/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+def _in_time(function: Callable[[], Any], seconds: float) -> Any:
+    """What ``function`` returns; the store's own time limit does not cover a server that has stopped.
+
+    Raises:
+        TimeoutError: it has not returned in time.
+    """
+    done: queue.Queue[Any] = queue.Queue(1)
+
+    def call() -> None:
+        try:
+            done.put(function())
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=call, daemon=True, name="ssr_rec-store").start()
+    try:
+        value = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
 @contextmanager

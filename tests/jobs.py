@@ -3,7 +3,7 @@
 import hashlib
 import os
 import signal
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from ssr_rec.checkpoint import write_checkpoint
 from ssr_rec.config import load_config
+from ssr_rec.model import WeightedCrossEntropy
 from ssr_rec.optim import build_optimizer
 from ssr_rec.report import RunLog
 from ssr_rec.schema import Schema
 from ssr_rec.snapshot import model_tensors
 from ssr_rec.train import build_model, open_reader, start_process_group, train
-from ssr_rec.warm_start import load_weights
+from ssr_rec.warm_start import load_weights, warm_start
 from ssr_rec.watch import Preempted
 
 
@@ -163,3 +164,35 @@ def read_rows_job(overrides: list[str], dataset: str, start: int, stop: int | No
         columns = [[tuple(ids.tolist()) for ids in batch.sparse[name].to_dense()] for name in schema.feature_names]
         rows += zip(*columns, map(tuple, batch.labels.tolist()), strict=True)
     return rows
+
+
+def bad_loss_job(overrides: list[str], step: int, value: float, times: int = 1) -> Any:
+    """Training in which the loss of rank 1 has ``value`` nats a row at ``times`` steps from ``step`` on.
+
+    Returns:
+        the report, or the message with which the run ended.
+    """
+    plain, calls = WeightedCrossEntropy.forward, count(1)
+
+    def bad(self: WeightedCrossEntropy, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = plain(self, logits, labels)
+        if torch.is_grad_enabled() and dist.get_rank() == 1 and step <= next(calls) < step + times:
+            return loss * 0 + value * 64
+        return loss
+
+    WeightedCrossEntropy.forward = bad  # type: ignore[method-assign]
+    try:
+        return train(load_config(None, overrides))
+    except ValueError as error:
+        return str(error)
+    finally:
+        WeightedCrossEntropy.forward = plain  # type: ignore[method-assign]
+
+
+def warm_started_job(
+    overrides: list[str], dataset: str, source: str | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The report of a warm start (of none: {}) and every whole table by feature; rank 0's are complete."""
+    model = built_model(overrides, dataset)
+    report = warm_start(model, Path(source), print) if source else {}
+    return report, {key.split(".")[-2]: t for key, t in whole_tables(model).items() if "embedding_bags" in key}

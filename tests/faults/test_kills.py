@@ -1,0 +1,52 @@
+"""A two-process run is killed at random moments; what goes on from there ends as if nothing had happened."""
+
+import random
+
+import pytest
+
+from tests.faults.harness import STEPS, Job, hurt_at_random, options
+from tests.jobs import train_job
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.faults
+
+KILLS = (
+    [("start", None)] * 4
+    + [("step", None)] * 8
+    + [("save", None)] * 12
+    + [("step", [0])] * 3
+    + [("step", [1])] * 3
+    + [("save", [0])] * 2
+    + [("save", [1])] * 2
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory) -> dict:
+    return run_ranks(train_job, 2, options(dataset, tmp_path_factory.mktemp("undisturbed")))[0]
+
+
+@pytest.mark.parametrize(("number", "moment", "ranks"), [(n, *kill) for n, kill in enumerate(KILLS)])
+def test_killed_and_resumed_ends_as_if_undisturbed(dataset, tmp_path, undisturbed, number, moment, ranks):
+    rng = random.Random(number)
+    arguments = options(dataset, tmp_path / "runs", f"--checkpoint.asynchronous={'true' if number % 2 else 'false'}")
+    job = Job(arguments, 2, tmp_path)
+    hurt_at_random(job, tmp_path / "runs", rng, moment, ranks)
+    codes = job.wait(60)  # where one rank was killed, the other must end by itself
+    assert any(code == -9 for code in codes), f"killed too late: {codes}"
+    report = run_ranks(train_job, 2, arguments)[0]
+    assert report["steps"] == STEPS
+    for key in ("test", "validation", "best_step"):
+        assert report[key] == undisturbed[key]
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    assert not [path for path in checkpoints.iterdir() if path.name.startswith(".")]
+
+
+def test_killed_again_and_again(dataset, tmp_path, undisturbed):
+    """Every start gets some steps further; the last one is left alone."""
+    arguments = options(dataset, tmp_path / "runs")
+    for attempt in range(4):
+        job = Job(arguments, 2, tmp_path)
+        hurt_at_random(job, tmp_path / "runs", random.Random(100 + attempt), "step", None)
+        job.wait(60)
+    assert run_ranks(train_job, 2, arguments)[0]["test"] == undisturbed["test"]
