@@ -36,6 +36,12 @@ def edit_metadata(folder, edit) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def halved_and_doubled(chunks) -> None:
+    """As many numbers as before, but only those of the first half."""
+    chunks[0].sizes = torch.Size([25, 8])
+    chunks.append(chunks[0])
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -47,6 +53,7 @@ def edit_metadata(folder, edit) -> None:
         (lambda m, i, c, p: m.storage_data.pop(i), "is in none of the checkpoint's files"),
         (lambda m, i, c, p: m.state_dict_metadata[i.fqn].chunks.clear(), "are not the whole of it"),
         (lambda m, i, c, p: m.state_dict_metadata[i.fqn].chunks.append(c), "are not the whole of it"),
+        (lambda m, i, c, p: halved_and_doubled(m.state_dict_metadata[i.fqn].chunks), "are not the whole of it"),
         (lambda m, i, c, p: setattr(c, "sizes", torch.Size([50, 7])), "are not the whole of it"),
         (lambda m, i, c, p: setattr(c, "sizes", torch.Size([51, 8])), "are not the whole of it"),
         (lambda m, i, c, p: setattr(c, "offsets", torch.Size([1, 0])), "are not the whole of it"),
