@@ -39,7 +39,7 @@ def ddp(
         name: {experiment}/{run} name of the job
         image: container image, for schedulers that use one
         env: environment variables of the processes, as A=1,B=2
-        max_retries: restarts after a failure
+        max_retries: restarts after a failure, by torchrun on its hosts and by the scheduler; each resumes by itself
         rdzv_port: port of the first node at which the nodes find each other
         mounts: mounts of a container, as TorchX describes them
         debug: set PyTorch's debugging variables
@@ -48,6 +48,8 @@ def ddp(
         if not script_args:
             raise ValueError("no script given; for example: torchx run dist.ddp -j 1x2 ssr_rec/train.py")
         script, script_args = script_args[0], script_args[1:]
+    # TorchX hands max_retries to the scheduler only; torchrun takes its arguments' defaults from PET_<NAME>.
+    env = {"PET_MAX_RESTARTS": str(max_retries), **(env or {})}
     return torchx_dist.ddp(
         *script_args,
         script=script,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +34,9 @@ from ssr_rec.run_folder import (
 from ssr_rec.schema import Schema
 from ssr_rec.trainer import Fitted, Tasks
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class RunLog:
     """The run folder (contract 5 of docs/architecture.md) while the run is on: rank 0 writes, the others agree.
@@ -43,7 +47,8 @@ class RunLog:
     def __init__(self, rank: int, world_size: int) -> None:
         self.is_root, self.world_size = rank == 0, world_size
         self.progress = Progress(total_steps=None, rank=rank)
-        self.folder = Path()
+        self.folder, self.is_new = Path(), False
+        self.tensorboard: SummaryWriter | None = None
 
     def drawing(self, rows_done: int, rows_total: int) -> None:
         """Progress of drawing the synthetic log."""
@@ -68,6 +73,7 @@ class RunLog:
         if isinstance(opened[0], ValueError):
             raise ValueError(str(opened[0]))
         self.folder, goes_on = opened[0]
+        self.is_new = not goes_on
         start = find_start(values, self.folder, goes_on, self.progress.note)
         steps = config.train.epochs * train.steps_per_epoch
         steps = min(steps, config.train.max_steps or steps)
@@ -84,6 +90,13 @@ class RunLog:
             self.progress.note(f"{self.folder} has no checkpoint yet: from the beginning")
         return start
 
+    def discard(self) -> None:
+        """Remove the run folder of a run that could not begin; one that was there before stays."""
+        if self.is_root and self.is_new:
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            shutil.rmtree(self.folder)
+
     def _introduce(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Reader) -> None:
         table_parameters = short_number(num_embedding_parameters(config, schema, over_arch))
         self.progress.note(
@@ -98,6 +111,7 @@ class RunLog:
         if not self.is_root:
             return
         append_jsonl(self.folder / "metrics.jsonl", row)
+        assert self.tensorboard is not None
         write_scalars(self.tensorboard, row)
         if row["split"] == "train":
             self.progress.show(row)
@@ -174,7 +188,8 @@ def finish_report(log: RunLog, report: dict[str, Any]) -> None:
     report["name"] = log.folder.name
     write_json(log.folder / "report.json", report)
     draw_curves(read_metrics(log.folder / "metrics.jsonl"), report, log.folder / "curves.png")
-    log.tensorboard.close()
+    if log.tensorboard is not None:
+        log.tensorboard.close()
     log.progress.close()
     for task, values in report["test"].items():
         print(f"{report['over_arch']['kind']}  test {task}: {_figures(values, report['ceiling'].get(task))}")

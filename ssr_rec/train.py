@@ -119,9 +119,13 @@ def _train_stage(config: RunConfig, asked_to_stop: Callable[[], bool]) -> tuple[
     over_arch: OverArch = model.module.model.dense.over_arch
     running = RunningAUC(schema.labels, window=PROGRESS_ROWS)
 
-    start = log.open(config, schema, over_arch, readers["train"])
-    saver = Saver(config.checkpoint, log.folder, log.progress.note)
-    fitted, warm_started = begin(config, start, saver, log, model, optimizer, running, readers["train"])
+    try:
+        start = log.open(config, schema, over_arch, readers["train"])
+        saver = Saver(config.checkpoint, log.folder, log.progress.note)
+        fitted, warm_started = begin(config, start, saver, log, model, optimizer, running, readers["train"])
+    except ValueError:
+        log.discard()
+        raise
     watch = StallWatch(config.train.stall_timeout_s)
     plain_config = config.model_dump(mode="json")
 

@@ -191,8 +191,8 @@ def bad_loss_job(overrides: list[str], step: int, value: float, times: int = 1) 
 
 def warm_started_job(
     overrides: list[str], dataset: str, source: str | None
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The report of a warm start (of none: {}) and every whole table by feature; rank 0's are complete."""
     model = built_model(overrides, dataset)
     report = warm_start(model, Path(source), print) if source else {}
-    return report, {key.split(".")[-2]: t for key, t in whole_tables(model).items() if "embedding_bags" in key}
+    return report, {key.split(".")[-2]: t.numpy() for key, t in whole_tables(model).items() if "embedding_bags" in key}

@@ -39,6 +39,8 @@ def test_component_in_python():
     role = ddp("ssr_rec/train.py", "--seed=1", j="4x8", max_retries=3, memMB=1000, gpu=8).roles[0]
     assert (role.num_replicas, role.max_retries, role.resource.gpu, role.resource.memMB) == (4, 3, 8, 1000)
     assert role.args[1].endswith("ssr_rec/train.py --seed=1")
+    assert role.env["PET_MAX_RESTARTS"] == "3"
+    assert ddp("ssr_rec/train.py", env={"PET_MAX_RESTARTS": "1", "A": "b"}).roles[0].env["PET_MAX_RESTARTS"] == "1"
 
 
 def test_no_script_is_refused():
