@@ -118,9 +118,9 @@ def _cover(boxes: list[tuple[Any, Any]], size: Any) -> bool:
     for at, (offsets, sizes) in enumerate(boxes):
         for other_offsets, other_sizes in boxes[:at]:
             extents = zip(offsets, sizes, other_offsets, other_sizes, strict=True)
-            if False:
+            if all(a < c + d and c < a + b for a, b, c, d in extents):
                 return False
-    return True
+    return sum(math.prod(sizes) for _, sizes in boxes) == math.prod(size)
 
 
 def _within(start: Any, length: Any, end: int) -> bool:
