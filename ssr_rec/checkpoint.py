@@ -12,24 +12,31 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import shutil
+import stat
 import zlib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from ssr_rec.checkpoint_metadata import METADATA_FILE, read_metadata
+from ssr_rec.plain import parse_json, read_text
+from ssr_rec.schema import first_problem
+
 INFO_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
+MAX_INFO_BYTES = 2**26
+"""Some 500,000 files."""
 PARTIAL = ".partial"
 SUM_SUFFIX = ".sum"
 """A rank leaves size and CRC of its data file in a small file beside it; the coordinator collects them."""
@@ -84,17 +91,47 @@ def read_info(folder: Path) -> dict[str, Any]:
         ValueError: no complete checkpoint, or its checkpoint.json is damaged or of another format.
     """
     path = folder / INFO_FILE
+    if not os.path.lexists(path):
+        raise ValueError(f"{folder}: no complete checkpoint (no {INFO_FILE}); name another one")
+    text = read_text(path, MAX_INFO_BYTES, "the checkpoint is damaged")
     try:
-        info = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no complete checkpoint (no {INFO_FILE}); name another one") from None
-    except (OSError, ValueError, RecursionError) as error:
+        info = parse_json(text, nan=True)  # a measure that is not defined
+    except ValueError as error:
         raise ValueError(f"{path}: damaged: {first_line(error)}") from None
     if not isinstance(info, dict) or info.pop("crc32", None) != _crc_of(info):
         raise ValueError(f"{path}: damaged: its contents do not have its checksum")
-    if info["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {info['format_version']}, this program reads format {FORMAT_VERSION}")
+    if (version := info.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version!r:.80}, this program reads format {FORMAT_VERSION}")
+    try:
+        _Info.model_validate(info)
+    except ValidationError as error:
+        raise ValueError(f"{path}: damaged: {first_problem(error)}") from None
     return info
+
+
+class _Info(BaseModel):
+    """What every checkpoint.json holds, and what a training checkpoint's holds besides."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["weights", "training"]
+    step: int = Field(ge=0)
+    files: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
+    world_size: int = Field(1, ge=1)
+    position: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    fitted: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Info:
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"the file {name!r} is not within the checkpoint")
+        if METADATA_FILE not in self.files:
+            raise ValueError(f"the list of files lacks {METADATA_FILE}")
+        if self.kind == "training" and None in (self.position, self.config, self.fitted):
+            raise ValueError("a training checkpoint needs position, config and fitted")
+        return self
 
 
 def verify(folder: Path) -> None:
@@ -107,10 +144,13 @@ def verify(folder: Path) -> None:
     try:
         files = sorted(read_info(folder)["files"].items())
         for name, (size, crc) in files[dist.get_rank() :: dist.get_world_size()]:
-            found = _sum_file(folder / name)
-            if found != [size, crc]:
-                what = f"{found[0]} of {size} bytes" if found[0] != size else "its contents changed"
-                raise ValueError(f"{folder / name}: damaged: {what}")
+            path = folder / name
+            there = path.stat()
+            if not stat.S_ISREG(there.st_mode):
+                raise ValueError(f"{path}: damaged: not a regular file")
+            if there.st_size != size or _sum_file(path) != [size, crc]:
+                what = f"{there.st_size} of {size} bytes" if there.st_size != size else "its contents changed"
+                raise ValueError(f"{path}: damaged: {what}")
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}; the checkpoint is damaged"
     except ValueError as error:
@@ -128,7 +168,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     Raises:
         ValueError: damaged or hostile metadata.
     """
-    stored = _metadata(folder).state_dict_metadata
+    stored = read_metadata(folder, read_info(folder)["files"]).state_dict_metadata
     return {
         name: (value.size, value.properties.dtype)
         for name, value in stored.items()
@@ -144,12 +184,14 @@ def read_checkpoint(tensors: Tensors, folder: Path) -> None:
     """
     stored = stored_tensors(folder)
     for name, tensor in tensors.items():
-        if name not in stored or stored[name][0] != tensor.size():
-            found = "not there" if name not in stored else f"{tuple(stored[name][0])} there"
-            raise ValueError(f"{folder}: does not fit this model: {name} is {tuple(tensor.size())} here, {found}")
+        size, dtype = stored.get(name, (None, None))
+        if size != tensor.size() or dtype != tensor.dtype:
+            found = "not there" if size is None else f"{tuple(size)} {dtype} there"
+            here = f"{tuple(tensor.size())} {tensor.dtype}"
+            raise ValueError(f"{folder}: does not fit this model: {name} is {here} here, {found}")
     try:
         dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorPlanner(flatten_state_dict=False))
-    except (dcp.CheckpointException, RuntimeError, OSError, pickle.UnpicklingError) as error:
+    except (dcp.CheckpointException, Exception) as error:  # a damaged file may raise anything in DCP and torch.load
         raise ValueError(f"{folder}: damaged: {first_line(error)}") from None
 
 
@@ -200,49 +242,14 @@ class _TensorPlanner(DefaultLoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """``FileSystemReader`` whose metadata, a pickle, may only name the classes that a checkpoint consists of."""
+    """``FileSystemReader`` that does not trust the metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _metadata(Path(self.path))
+        folder = Path(self.path)
+        metadata = read_metadata(folder, read_info(folder)["files"])
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-ALLOWED = {
-    "torch": ("Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "pathlib": ("Path", "PosixPath"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"checkpoint metadata names {module}.{name}, which no checkpoint of ours does")
-        return super().find_class(module, name)
-
-
-def _metadata(folder: Path) -> Metadata:
-    path = folder / ".metadata"
-    try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{path}: damaged: {first_line(error)}") from None
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path}: damaged: holds a {type(metadata).__name__}, not a checkpoint's metadata")
-    return metadata
 
 
 def _sum_file(path: Path) -> list[int]:

@@ -42,8 +42,8 @@ def read_text(path: str | Path, most_bytes: int, fix: str) -> str:
         raise ValueError(f"{path}: not UTF-8 text: {error}; {fix}") from None
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text, checked by ``check_plain``.
+def parse_json(text: str, nan: bool = False) -> Any:
+    """The value of a JSON text, checked by ``check_plain``; ``nan`` allows NaN and the infinities.
 
     Raises:
         ValueError: not JSON, a key given twice, or not plain.
@@ -52,7 +52,7 @@ def parse_json(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_mapping, parse_int=_integer)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    check_plain(value)
+    check_plain(value, nan)
     return value
 
 
@@ -71,7 +71,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def check_plain(value: Any) -> None:
+def check_plain(value: Any, nan: bool = False) -> None:
     """Refuse what is not nested mappings and lists of text, finite numbers, dates, booleans and nulls.
 
     Raises:
@@ -81,7 +81,7 @@ def check_plain(value: Any) -> None:
     left: list[tuple[tuple[Any, ...], Any]] = [((), value)]
     while left:
         keys, inner = left.pop()
-        problem = _problem(inner) if len(keys) <= MAX_DEPTH else f"nested more than {MAX_DEPTH} deep"
+        problem = _problem(inner, nan) if len(keys) <= MAX_DEPTH else f"nested more than {MAX_DEPTH} deep"
         if problem:
             raise ValueError(f"{'.'.join(map(str, keys))[:80] or 'top level'}: {problem}")
         if isinstance(inner, dict):
@@ -90,7 +90,7 @@ def check_plain(value: Any) -> None:
             left += [((*keys, index), item) for index, item in enumerate(inner)]
 
 
-def _problem(value: Any) -> str | None:
+def _problem(value: Any, nan: bool = False) -> str | None:
     """What is wrong with a value itself, its items apart."""
     if isinstance(value, dict):
         for key in value:
@@ -102,7 +102,7 @@ def _problem(value: Any) -> str | None:
     if isinstance(value, int):
         return None if -(2**63) <= value < 2**63 else "an integer beyond 64 bits"
     if isinstance(value, float):
-        return None if math.isfinite(value) else f"{value} is not a finite number"
+        return None if nan or math.isfinite(value) else f"{value} is not a finite number"
     if isinstance(value, str):
         wrong = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
         return f"the character {wrong!r} is not text" if wrong else None

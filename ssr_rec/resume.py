@@ -164,8 +164,9 @@ def check_same_run(config: Mapping[str, Any], other: Mapping[str, Any], where: s
     for key in sorted({*mine, *theirs}):
         allowed = any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
         if not allowed and mine.get(key) != theirs.get(key):
+            there, here = (" ".join(str(values.get(key)).split())[:200] for values in (theirs, mine))
             raise ValueError(
-                f"{where}: that run had {key}={theirs.get(key)}, this one has {mine.get(key)}; give the new "
+                f"{where}: that run had {key}={there}, this one has {here}; give the new "
                 "run another --name (and --warm_start to begin with the old weights), or use the old config"
             )
 

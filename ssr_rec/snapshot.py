@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ssr_rec.checkpoint import read_checkpoint, stored_tensors
+from ssr_rec.checkpoint import INFO_FILE, first_line, read_checkpoint, stored_tensors
 from ssr_rec.data.reader import Reader
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import running_statistics
@@ -118,12 +118,13 @@ def restore(
     """
     here = position(train)
     for key, value in here.items():
-        if info["position"][key] != value:
+        if (there := info["position"].get(key)) != value:
             raise ValueError(
-                f"{folder}: stopped in the middle of {key}={info['position'][key]}, this run has {value}: the "
+                f"{folder}: stopped in the middle of {key}={there}, this run has {value}: the "
                 "same step would mean other rows. Resume with the same data, batch size, seed and data.num_lanes, or "
                 "start from its weights alone with --warm_start"
             )
+    fitted = _fitted(info, folder)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     initialise_optimizer(optimizer)
     tensors = {**model_tensors(model), **optimizer_tensors(optimizer)}
@@ -135,15 +136,39 @@ def restore(
     model.load_state_dict({name.removeprefix(MODEL): v for name, v in tensors.items() if name.startswith(MODEL)})
     optimizer.set_optimizer_step(info["step"])
     if own:
-        for name, buffer in running_statistics(model).items():
-            buffer.copy_(own[f"rank{rank}/{name}"])
-        torch.set_rng_state(own[f"rank{rank}/rng"])
-        if torch.cuda.is_available() and f"rank{rank}/rng_cuda" in own:
-            torch.cuda.set_rng_state(own[f"rank{rank}/rng_cuda"])
-        if f"rank{rank}/logits" in own:
-            device = next(model.parameters()).device
-            running.update(own[f"rank{rank}/logits"].to(device), own[f"rank{rank}/labels"].to(device))
+        try:
+            _restore_own({name.removeprefix(f"rank{rank}/"): value for name, value in own.items()}, model, running)
+        except Exception as error:  # torch raises what it likes about a state that is none
+            raise ValueError(f"{folder}: damaged: the state of rank {rank}: {first_line(error)}") from None
     else:
         # Other ranks than those that drew before: any draws do, as long as no two ranks' are the same.
         torch.manual_seed(seed * 1_000_003 + rank + 7919 * info["step"])
-    return Fitted(**info["fitted"])
+    return fitted
+
+
+def _restore_own(own: Mapping[str, Tensor], model: nn.Module, running: RunningAUC) -> None:
+    """The reverse of ``rank_tensors``."""
+    for name, buffer in running_statistics(model).items():
+        buffer.copy_(own[name])
+    torch.set_rng_state(own["rng"])
+    if torch.cuda.is_available() and "rng_cuda" in own:
+        torch.cuda.set_rng_state(own["rng_cuda"])
+    if "logits" in own:
+        device = next(model.parameters()).device
+        running.update(own["logits"].to(device), own["labels"].to(device))
+
+
+def _fitted(info: Mapping[str, Any], folder: Path) -> Fitted:
+    values, problem = info["fitted"], None
+    known = asdict(Fitted())
+    for name, value in values.items():
+        kind = (int, float) if isinstance(known.get(name), float) else type(known.get(name))
+        if name not in known or not isinstance(value, kind):
+            problem = f"fitted.{name}={value}"
+    if values.get("best") and not isinstance(values["best"].get("step"), int):
+        problem = f"fitted.best.step={values['best'].get('step')}"
+    if problem is None and values.get("steps") != info["step"]:
+        problem = f"fitted.steps={values.get('steps')} at step {info['step']}"
+    if problem is not None:
+        raise ValueError(f"{folder / INFO_FILE}: damaged: {problem[:300]} is not what a run writes")
+    return Fitted(**values)

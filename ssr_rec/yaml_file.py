@@ -70,8 +70,7 @@ def parse_yaml(text: str) -> Any:
         value = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    # Besides its own errors PyYAML lets those of numbers and dates through, such as month 13.
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     check_plain(value)
     return value

@@ -67,6 +67,7 @@ def test_json_that_is_not_taken(text, message):
 def test_json_that_is_taken():
     text = '{"a": [1, -9223372036854775808, 9223372036854775807, 0.5, true, null, "\\ud83d\\ude00"], "b": {"a": 1}}'
     assert parse_json(text) == {"a": [1, -(2**63), 2**63 - 1, 0.5, True, None, "\U0001f600"], "b": {"a": 1}}
+    assert str(parse_json('[NaN, Infinity, {"a": -Infinity}]', nan=True)) == "[nan, inf, {'a': -inf}]"
     deep = "[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH
     assert parse_json(deep)
     with pytest.raises(ValueError, match=r"nested more than 32 deep"):

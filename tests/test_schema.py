@@ -65,6 +65,7 @@ def test_written_and_read_it_is_the_same(folder, tmp_path):
         (lambda s: s["labels"].append("__group_id__"), "names used more than once: __group_id__"),
         (lambda s: s["splits"]["train"].update(num_rows=-1), "train.num_rows"),
         (lambda s: s["features"][0].update(num_embeddings=2**63), "features.0.num_embeddings: .*64 bits"),
+        (lambda s: s["features"][0].update(num_embeddings=2**40 + 1), "num_embeddings: .* equal to 1099511627776"),
         (lambda s: s["preparation"].update(x=float("nan")), "preparation.x: nan"),
         (lambda s: s.update(name="a\0"), "name: the character"),
         (lambda s: s.update(name="a\nb", labels=["user"]), "more than once: user"),

@@ -247,6 +247,41 @@ def test_footer_that_contradicts_itself(copy):
         read_all(copy)
 
 
+def edit_group_rows(path, group, rows):
+    """Let the footer give a row group other rows, and nothing else; thrift writes n < 64 as the byte 2 n."""
+    intact = path.read_bytes()
+
+    def all_rows(data):
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+    wanted = all_rows(intact)
+    old, wanted[group] = wanted[group], rows
+    for at in range(len(intact) - 8 - int.from_bytes(intact[-8:-4], "little"), len(intact) - 8):
+        if intact[at] == 2 * old:
+            data = intact[:at] + bytes([2 * rows]) + intact[at + 1 :]
+            try:
+                if all_rows(data) == wanted:
+                    return path.write_bytes(data)
+            except (OSError, pa.ArrowInvalid):
+                continue
+    raise AssertionError("no such place in the footer")
+
+
+def test_footer_whose_row_groups_have_other_rows_than_it_says(tmp_path):
+    folder = write_dataset(tmp_path / "d", {"train": 50}, rows_in_group=20)
+    path = folder / "train" / "00000.parquet"
+    edit_group_rows(path, 2, 9)
+    reseal(folder)
+    with pytest.raises(ValueError, match=r"00000.parquet: .*rows, the schema says 50"):
+        SplitFiles(folder, Schema.read(folder), "train")
+    edit_group_rows(path, 0, 21)
+    reseal(folder)
+    files = SplitFiles(folder, Schema.read(folder), "train")
+    with pytest.raises(ValueError, match=r"row group 0 .*damaged"):
+        files.read(Piece(0, 0, 21), None)
+
+
 def test_shards_of_the_time_before_checksums_are_read(copy):
     expected = [batch.labels.tolist() for batch in read_all(copy)]
     values = json.loads((copy / "schema.json").read_text())

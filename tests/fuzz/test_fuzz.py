@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import config_target, schema_target, shard_target
+from tests.fuzz import checkpoint_target, config_target, schema_target, shard_target
 from tests.fuzz.harness import fuzz
 
-TARGETS = {t.name: t for t in (schema_target.TARGET, config_target.TARGET, shard_target.TARGET)}
-CASES = {"schema": 600, "config": 800, "shards": 600}
+MODULES = (schema_target, config_target, shard_target, checkpoint_target)
+TARGETS = {module.TARGET.name: module.TARGET for module in MODULES}
+CASES = {"schema": 600, "config": 800, "shards": 600, "checkpoint": 500}
 
 
 @pytest.mark.parametrize("name", TARGETS)
