@@ -10,10 +10,6 @@ The last line is JSON.
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
-
-require_stack()
-
 import argparse
 import json
 import statistics
@@ -25,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_training import make_loop, stepper
+from bench_training import make_loop, stepper  # it also checks the stack, before torchrec is imported
 
 from ssr_rec.config import load_config
 from ssr_rec.run_folder import hardware
