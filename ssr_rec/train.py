@@ -148,11 +148,15 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         with stop_on_sigterm() as loop.asked_to_stop:
             fit(loop)
         saver.finish()
+        watch.beat("the test")
         following = over_arch.following_config()
         if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
             load_weights(model, saver.best_folder)
         with capture_inputs(over_arch) as inputs:
             test = evaluate(pipeline, model, readers["test"], watch.beat)
+    except ValueError:
+        saver.finish()  # a checkpoint from before a bad step is still being written
+        raise
     finally:
         watch.close()
     log(loop.row("test", fitted.best["epoch"], **test))
