@@ -15,9 +15,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     context = multiprocessing.get_context("forkserver")
     # Importing torchrec takes seconds; the fork server does it once for all ranks of all tests.
     context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         context.Process(target=_rank, args=(function, rank, world_size, port, pipes[rank][1], args), daemon=True)
@@ -40,9 +38,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return results
 
 
-def _rank(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, pipe: Any, args: tuple[Any, ...]
-) -> None:
+def be_rank(rank: int, world_size: int, port: int) -> None:
+    """Set what a launcher would, for this process."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -51,6 +48,18 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, pipe: Any, args: tuple[Any, ...]
+) -> None:
+    be_rank(rank, world_size, port)
     import torch
     import torch.distributed as dist
 

@@ -10,7 +10,6 @@ The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -21,34 +20,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_training import make_loop, stepper  # it also checks the stack, before torchrec is imported
+from bench_training import (  # it also checks the stack, before torchrec is imported
+    make_loop,
+    open_data,
+    stepper,
+    turns_parser,
+)
 
-from ssr_rec.config import load_config
 from ssr_rec.run_folder import hardware
 from ssr_rec.saver import CheckpointConfig
-from ssr_rec.schema import Schema
-from ssr_rec.train import open_reader, quiet, start_process_group
+from ssr_rec.train import quiet
 
 MODES = ("none", "background", "foreground")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="prepared dataset")
-    parser.add_argument("--config", help="run config; default: SSR-S")
-    parser.add_argument("--steps", type=int, default=400, help="steps of one turn")
-    parser.add_argument("--turns", type=int, default=7, help="turns of each, after one that does not count")
+    parser = turns_parser(str(__doc__), steps=400, turns=7)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between checkpoints")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; default: all cores")
     arguments, overrides = parser.parse_known_args()
     quiet()
     try:
-        config = load_config(arguments.config, [*overrides, f"--data.path={arguments.data}"])
-        schema = Schema.read(arguments.data).select(config.data.features, config.data.labels)
-        device = start_process_group(config.device)
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        reader = open_reader(config, Path(arguments.data), schema, "train", rank=0, world_size=1)
+        config, schema, device, reader = open_data(arguments, overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -121,22 +121,40 @@ def random_batch(schema: Schema, rows: int, seed: int) -> Batch:
     return Batch(sparse, labels, None, rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def turns_parser(description: str, steps: int, turns: int) -> argparse.ArgumentParser:
+    """The arguments of a benchmark whose jobs take turns of training on one dataset."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="prepared dataset")
     parser.add_argument("--config", help="run config; default: SSR-S")
-    parser.add_argument("--steps", type=int, default=200, help="steps of one turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each, after one that does not count")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of one turn")
+    parser.add_argument("--turns", type=int, default=turns, help="turns of each, after one that does not count")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; default: all cores")
+    return parser
+
+
+def open_data(
+    arguments: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[RunConfig, Schema, torch.device, Reader]:
+    """What those arguments name, opened on one rank.
+
+    Raises:
+        ValueError: a config or dataset that cannot be.
+    """
+    config = load_config(arguments.config, [*overrides, f"--data.path={arguments.data}"])
+    schema = Schema.read(arguments.data).select(config.data.features, config.data.labels)
+    device = start_process_group(config.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    reader = open_reader(config, Path(arguments.data), schema, "train", rank=0, world_size=1)
+    return config, schema, device, reader
+
+
+def main() -> int:
+    parser = turns_parser(str(__doc__), steps=200, turns=5)
     arguments, overrides = parser.parse_known_args()
     quiet()
     try:
-        config = load_config(arguments.config, [*overrides, f"--data.path={arguments.data}"])
-        schema = Schema.read(arguments.data).select(config.data.features, config.data.labels)
-        device = start_process_group(config.device)
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        reader = open_reader(config, Path(arguments.data), schema, "train", rank=0, world_size=1)
+        config, schema, device, reader = open_data(arguments, overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

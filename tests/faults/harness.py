@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssr_rec.run_folder import read_report
-from tests.ranks import PRELOAD
+from tests.ranks import PRELOAD, be_rank, free_port
 
 MODEL = [
     "--over_arch.num_views=2",
@@ -51,9 +50,7 @@ class Job:
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"rank{rank}.out" for rank in range(world_size)]
         self.processes = [
@@ -102,14 +99,7 @@ def _rank(
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    be_rank(rank, world_size, port)
     import torch
 
     from ssr_rec.train import main
