@@ -15,8 +15,10 @@ view's dense layer sees, ``A`` the type the arithmetic is done in: float64 for f
         -> y (B,V,d), pre (V,B,d): h W before the bias, stats (V,B,2): mean and 1 / deviation of each row
            x is (B, width) with indices, (B,V,N) without; scale and shift come together or not at all.
            save=False: nothing follows that needs pre and stats, and they are (0,); stats is (0,) without scale too.
-    view_fusion_backward(grad (B,V,d), x, indices | None, weight, bias, residual | None, scale | None, pre, stats)
-        -> grad_x like x, grad_weight, grad_bias, grad_residual, grad_scale, grad_shift; (0,) for what is None
+    view_fusion_backward(grad (B,V,d), x, indices | None, weight, bias, residual | None, scale | None, pre, stats,
+                         need_x: bool)
+        -> grad_x like x, grad_weight, grad_bias, grad_residual, grad_scale, grad_shift; (0,) for what is None,
+           and for grad_x with need_x=False
 
 From ``means`` the thresholds follow: theta_0 = 0, theta_{t+1} = theta_t + alpha_t * means_t. On the CPU they are C++
 (``extension.py``); a GPU's are registered for the same operators: ``torch.library.impl("ssr_rec::ics_forward",
@@ -24,6 +26,7 @@ From ``means`` the thresholds follow: theta_0 = 0, theta_{t+1} = theta_t + alpha
 """
 
 from ssr_rec.kernels.ics import ics
-from ssr_rec.kernels.reference import ics_reference, view_fusion_reference
+from ssr_rec.kernels.reference import gather_views, ics_reference, view_fusion_reference
+from ssr_rec.kernels.view_fusion import view_fusion
 
-__all__ = ["ics", "ics_reference", "view_fusion_reference"]
+__all__ = ["gather_views", "ics", "ics_reference", "view_fusion", "view_fusion_reference"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -16,8 +17,10 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 SOURCES = Path(__file__).parent / "cpu"
 CAPABILITY_FLAGS = {
@@ -47,7 +50,22 @@ def _load() -> bool:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             warnings.warn(f"ssr_rec runs its plain, slower operators: {error}", RuntimeWarning, stacklevel=3)
         return False
+    count_flops()
     return True
+
+
+def count_flops() -> None:
+    """Tell torch's FLOP counter what the operators with matrix products cost: it cannot look into them."""
+
+    def forward(x: list[int], indices: list[int] | None, weight: list[int], *rest: Any, **kwargs: Any) -> int:
+        return 2 * x[0] * math.prod(weight)
+
+    def backward(grad: list[int], *rest: Any, out_shape: list[Any], **kwargs: Any) -> int:
+        grad_x, grad_weight = out_shape[:2]
+        return (4 if len(grad_x) > 1 else 2) * grad[0] * math.prod(grad_weight)
+
+    register_flop_formula(torch.ops.ssr_rec.view_fusion_forward)(forward)
+    register_flop_formula(torch.ops.ssr_rec.view_fusion_backward)(backward)
 
 
 def build() -> Path:

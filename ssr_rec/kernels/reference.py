@@ -14,6 +14,11 @@ def ics_reference(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else gamma * x
 
 
+def gather_views(x: Tensor, indices: Tensor) -> Tensor:
+    """For each view the dims of x that indices (V, N) name: (B, width) -> (B, V, N)."""
+    return x.index_select(1, indices.flatten()).unflatten(1, indices.shape)
+
+
 def view_fusion_reference(
     x: Tensor,
     indices: Tensor | None,
@@ -25,7 +30,7 @@ def view_fusion_reference(
     eps: float,
 ) -> Tensor:
     """Equations 3, 5 and 6, step by step; ``ssr_rec.kernels.view_fusion`` says what it computes."""
-    h = x if indices is None else x.index_select(1, indices.flatten()).unflatten(1, indices.shape)
+    h = x if indices is None else gather_views(x, indices)
     z = F.gelu(torch.baddbmm(bias.unsqueeze(1), h.transpose(0, 1), weight))
     if residual is not None:
         z = residual.transpose(0, 1) + z

@@ -1,0 +1,538 @@
+// Filter-and-fuse on the CPU: ssr_rec/kernels/__init__.py has the signatures, reference.py the plain form.
+//
+// Both directions go through blocks of rows that fit into the second-level cache, and through the views of a block one
+// after another: what a view gathers, multiplies and normalises is still near when the next step reads it. Only x,
+// the products before the bias and two figures a row are kept for the backward pass, which gathers again.
+
+#include "ops.h"
+#include "rows.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <cmath>
+
+namespace ssr_rec {
+namespace {
+
+template <typename T>
+using Vec = Vectorized<T>;
+
+// Whether oneDNN's small-block product runs here; it needs x86 with AVX-512.
+bool has_brgemm() {
+  static const bool works = [] {
+    try {
+      float one = 1, product = 0;
+      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
+      return product == 1;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return works;
+}
+
+// c (M, N) = or += a (M, K) b (K, N), all row after row.
+template <typename T>
+void product(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (has_brgemm()) {
+      at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
+      return;
+    }
+  }
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  const auto left = at::from_blob(const_cast<T*>(a), {M, K}, {lda, 1}, options);
+  const auto right = at::from_blob(const_cast<T*>(b), {K, N}, {ldb, 1}, options);
+  auto out = at::from_blob(c, {M, N}, {ldc, 1}, options);
+  at::addmm_out(out, out, left, right, add ? 1 : 0);
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// at::vec has a transpose too, but it goes through memory, which makes it four times as slow.
+template <typename From, typename To>
+inline void transpose_tile(const From& from, const To& to, bool add) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    a[i] = _mm512_loadu_ps(from(i));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  const auto pairs = [](__m512 x) { return _mm512_castps_pd(x); };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i]), pairs(b[i + 2])));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i]), pairs(b[i + 2])));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i + 1]), pairs(b[i + 3])));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i + 1]), pairs(b[i + 3])));
+  }
+  const auto put = [&](int i, __m512 value) {
+    float* out = to(i);
+    _mm512_storeu_ps(out, add ? _mm512_add_ps(value, _mm512_loadu_ps(out)) : value);
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    put(i, _mm512_shuffle_f32x4(even, even2, 0x88));
+    put(i + 4, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+    put(i + 8, _mm512_shuffle_f32x4(even, even2, 0xdd));
+    put(i + 12, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+  }
+}
+#endif
+
+// to(c)[r] = (add: +=) from(r)[c] for r < rows and c < columns; from and to say where a row begins.
+template <typename T, typename From, typename To>
+void transpose(int64_t rows, int64_t columns, const From& from, const To& to, bool add = false) {
+  constexpr int64_t tile = 16;
+  for (int64_t r = 0; r < rows; r += tile) {
+    for (int64_t c = 0; c < columns; c += tile) {
+      const int64_t m = std::min(tile, rows - r), n = std::min(tile, columns - c);
+#if defined(CPU_CAPABILITY_AVX512)
+      if (std::is_same_v<T, float> && m == tile && n == tile) {
+        transpose_tile(
+            [&](int i) { return reinterpret_cast<const float*>(from(r + i) + c); },
+            [&](int i) { return reinterpret_cast<float*>(to(c + i) + r); }, add);
+        continue;
+      }
+#endif
+      for (int64_t j = 0; j < n; ++j) {
+        T* out = to(c + j) + r;
+        for (int64_t i = 0; i < m; ++i) {
+          const T value = from(r + i)[c + j];
+          out[i] = add ? out[i] + value : value;
+        }
+      }
+    }
+  }
+}
+
+// The function of r that says where row r begins.
+template <typename T>
+auto rows_of(T* start, int64_t stride) {
+  return [=](int64_t r) { return start + r * stride; };
+}
+
+template <typename T>
+auto chosen_rows_of(T* start, int64_t stride, const int32_t* indices) {
+  return [=](int64_t r) { return start + indices[r] * stride; };
+}
+
+// erf(z / sqrt(2)).
+inline Vec<double> erf_scaled(const Vec<double>& z) {
+  return (z * Vec<double>(M_SQRT1_2)).erf();
+}
+
+// 1 / x to float precision.
+inline Vec<float> reciprocal(const Vec<float>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec<float> rough = _mm512_rcp14_ps(x);
+  return rough * at::vec::fnmadd(x, rough, Vec<float>(2.f));
+#else
+  return Vec<float>(1.f) / x;
+#endif
+}
+
+// The rational approximation of erf of Eigen and XLA, 1e-7 of the exact one: half the operations of an exponential.
+inline Vec<float> erf_scaled(const Vec<float>& z) {
+  using at::vec::fmadd;
+  // A NaN passes clamp_min and clamp_max as it is.
+  const Vec<float> x = at::vec::clamp_max(
+      at::vec::clamp_min(z * Vec<float>(static_cast<float>(M_SQRT1_2)), Vec<float>(-4.f)), Vec<float>(4.f));
+  const Vec<float> y = x * x;
+  Vec<float> p = fmadd(y, Vec<float>(-2.72614225801306e-10f), Vec<float>(2.77068142495902e-08f));
+  p = fmadd(y, p, Vec<float>(-2.10102402082508e-06f));
+  p = fmadd(y, p, Vec<float>(-5.69250639462346e-05f));
+  p = fmadd(y, p, Vec<float>(-7.34990630326855e-04f));
+  p = fmadd(y, p, Vec<float>(-2.95459980854025e-03f));
+  p = fmadd(y, p, Vec<float>(-1.60960333262415e-02f));
+  Vec<float> q = fmadd(y, Vec<float>(-1.45660718464996e-05f), Vec<float>(-2.13374055278905e-04f));
+  q = fmadd(y, q, Vec<float>(-1.68282697438203e-03f));
+  q = fmadd(y, q, Vec<float>(-7.37332916720468e-03f));
+  q = fmadd(y, q, Vec<float>(-1.42647390514189e-02f));
+  return x * p * reciprocal(q);
+}
+
+// For x <= 0; 2e-7 of the exact one.
+inline Vec<float> exponential(const Vec<float>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  using at::vec::fmadd;
+  // 2^-125 is the least power that leaves every result a normal number.
+  const Vec<float> power = at::vec::clamp_min(x * Vec<float>(static_cast<float>(M_LOG2E)), Vec<float>(-125.f));
+  const Vec<float> whole = power.round(), part = power - whole;
+  Vec<float> p = fmadd(part, Vec<float>(0.0013274478f), Vec<float>(0.009681024f));
+  p = fmadd(part, p, Vec<float>(0.055507693f));
+  p = fmadd(part, p, Vec<float>(0.24021997f));
+  p = fmadd(part, p, Vec<float>(0.6931469f));
+  p = fmadd(part, p, Vec<float>(1.0000001f));
+  return _mm512_scalef_ps(p, whole);
+#else
+  return x.exp_u20();
+#endif
+}
+
+inline Vec<double> exponential(const Vec<double>& x) {
+  return x.exp();
+}
+
+// The share of a standard normal below z; gelu(z) = z * normal_below(z).
+template <typename T>
+inline Vec<T> normal_below(const Vec<T>& z) {
+  return at::vec::fmadd(erf_scaled(z), Vec<T>(T(0.5)), Vec<T>(T(0.5)));
+}
+
+template <typename T>
+inline Vec<T> normal_density(const Vec<T>& z) {
+  return exponential(z * z * Vec<T>(T(-0.5))) * Vec<T>(T(M_2_SQRTPI * M_SQRT1_2 / 2));
+}
+
+// What a view adds to its products, and does to the result; residual is one row, and all but bias may be null.
+template <typename T>
+struct Epilogue {
+  const T* bias;
+  const T* residual;
+  const T* scale;
+  const T* shift;
+};
+
+// y = LN(gelu(z + bias) + residual) * scale + shift for one row; a has room for d.
+template <typename T>
+void fuse_row(const T* z, const Epilogue<T>& view, T* y, T* stats, T* a, int64_t d, T eps) {
+  Vec<T> sum(T(0));
+  T* to = view.scale ? a : y;
+  for_vectors<T>(d, [&](int64_t i, auto count) {
+    const Vec<T> zi = load(z + i, count) + load(view.bias + i, count);
+    Vec<T> ai = zi * normal_below(zi);
+    if (view.residual) {
+      ai = ai + load(view.residual + i, count);
+    }
+    store(to + i, ai, count);
+    sum = sum + ai;
+  });
+  if (!view.scale) {
+    return;
+  }
+  const T mean = sum_lanes(sum) / static_cast<T>(d);
+  Vec<T> squares(T(0));
+  for_vectors<T>(d, [&](int64_t i, auto count) {
+    const Vec<T> centred = only(load(a + i, count) - Vec<T>(mean), count);
+    squares = at::vec::fmadd(centred, centred, squares);
+  });
+  const T rstd = T(1) / std::sqrt(sum_lanes(squares) / static_cast<T>(d) + eps);
+  stats[0] = mean;
+  stats[1] = rstd;
+  for_vectors<T>(d, [&](int64_t i, auto count) {
+    const Vec<T> normal = (load(a + i, count) - Vec<T>(mean)) * Vec<T>(rstd);
+    store(y + i, at::vec::fmadd(normal, load(view.scale + i, count), load(view.shift + i, count)), count);
+  });
+}
+
+// Sums over rows for one view.
+template <typename T>
+struct EpilogueGrad {
+  T* bias;
+  T* scale; // null without, as is shift
+  T* shift;
+};
+
+template <typename T, typename Count>
+inline void add_to(T* sum, const Vec<T>& value, Count count) {
+  store(sum, load(sum, count) + value, count);
+}
+
+// grad_z of one row, and grad_residual where that is not null; scratch has room for 2 d.
+template <typename T>
+void fuse_row_backward(
+    const T* grad, const T* z, const Epilogue<T>& view, const T* stats, T* grad_z, T* grad_residual,
+    const EpilogueGrad<T>& sums, T* scratch, int64_t d) {
+  T *normals = scratch, *slopes = scratch + d;
+  Vec<T> pull(T(0)), turn(T(0));
+  const T mean = view.scale ? stats[0] : T(0), rstd = view.scale ? stats[1] : T(1);
+  for_vectors<T>(d, [&](int64_t i, auto count) {
+    const Vec<T> zi = load(z + i, count) + load(view.bias + i, count), below = normal_below(zi);
+    store(slopes + i, at::vec::fmadd(zi, normal_density(zi), below), count);
+    if (view.scale) {
+      Vec<T> ai = zi * below;
+      if (view.residual) {
+        ai = ai + load(view.residual + i, count);
+      }
+      const Vec<T> normal = (ai - Vec<T>(mean)) * Vec<T>(rstd), gi = load(grad + i, count);
+      store(normals + i, normal, count);
+      add_to(sums.scale + i, gi * normal, count);
+      add_to(sums.shift + i, gi, count);
+      const Vec<T> scaled = gi * load(view.scale + i, count);
+      pull = pull + scaled;
+      turn = at::vec::fmadd(scaled, normal, turn);
+    }
+  });
+  const Vec<T> mean_pull(sum_lanes(pull) / static_cast<T>(d)), mean_turn(sum_lanes(turn) / static_cast<T>(d));
+  for_vectors<T>(d, [&](int64_t i, auto count) {
+    Vec<T> ga = load(grad + i, count);
+    if (view.scale) {
+      const Vec<T> tangent = ga * load(view.scale + i, count) - mean_pull - load(normals + i, count) * mean_turn;
+      ga = tangent * Vec<T>(rstd);
+    }
+    if (grad_residual) {
+      store(grad_residual + i, ga, count);
+    }
+    const Vec<T> gz = ga * load(slopes + i, count);
+    add_to(sums.bias + i, gz, count);
+    store(grad_z + i, gz, count);
+  });
+}
+
+// Raw pointers to everything, and how it lies.
+template <typename T>
+struct Problem {
+  int64_t B, V, N, d, width;
+  const T* x;
+  int64_t x_row, x_view; // strides of x; x_view only without indices
+  const int32_t* indices; // (V, N), or null
+  const T *weight, *bias, *residual, *scale, *shift;
+  T eps;
+
+  Epilogue<T> epilogue(int64_t v, int64_t b) const {
+    return {bias + v * d, residual ? residual + (b * V + v) * d : nullptr, scale ? scale + v * d : nullptr,
+            shift ? shift + v * d : nullptr};
+  }
+};
+
+// Rows of a block: few enough that its pieces fit the second-level cache and that small batches keep two cores busy.
+int64_t block_rows(int64_t B) {
+  return B >= 512 ? 128 : B >= 128 ? 64 : 32;
+}
+
+template <typename T>
+void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
+  const int64_t block = block_rows(p.B), blocks = (p.B + block - 1) / block;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t gathers = p.indices ? block : 0;
+    std::vector<T> x_columns(gathers * p.width), gathered(gathers * p.N);
+    std::vector<T> products(pre ? 0 : block * p.d), row(p.d);
+    T unsaved[2];
+    for (int64_t b0 = begin * block; b0 < std::min(end * block, p.B); b0 += block) {
+      const int64_t rows = std::min(block, p.B - b0);
+      if (p.indices) {
+        transpose<T>(rows, p.width, rows_of(p.x + b0 * p.x_row, p.x_row), rows_of(x_columns.data(), block));
+      }
+      for (int64_t v = 0; v < p.V; ++v) {
+        const T* h = p.x + b0 * p.x_row + v * p.x_view;
+        int64_t ld = p.x_row;
+        if (p.indices) {
+          const auto seen = chosen_rows_of(x_columns.data(), block, p.indices + v * p.N);
+          transpose<T>(p.N, rows, seen, rows_of(gathered.data(), p.N));
+          h = gathered.data();
+          ld = p.N;
+        }
+        T* z = pre ? pre + (v * p.B + b0) * p.d : products.data();
+        product(rows, p.d, p.N, h, ld, p.weight + v * p.N * p.d, p.d, z, p.d, false);
+        for (int64_t r = 0; r < rows; ++r) {
+          T* kept = stats ? stats + (v * p.B + b0 + r) * 2 : unsaved;
+          fuse_row(z + r * p.d, p.epilogue(v, b0 + r), y + ((b0 + r) * p.V + v) * p.d, kept, row.data(), p.d, p.eps);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+struct Grads {
+  const T *grad, *pre, *stats;
+  T *x; // null where nobody asks
+  T *residual; // null without
+  T *weight, *more_weight; // (V, N, d) of the first chunk, and (chunks - 1, V, N, d)
+  T *rest; // (chunks, V, 3, d): bias, scale, shift
+};
+
+// The rows b0 .. b0 + rows of one view.
+template <typename T>
+struct Scratch {
+  std::vector<T> grad_z, h_columns, grad_h, rows, x_columns, grad_x_columns;
+  Scratch(const Problem<T>& p, int64_t block, bool need_x)
+      : grad_z(block * p.d), h_columns(block * p.N), grad_h(p.indices && need_x ? block * p.N : 0), rows(2 * p.d),
+        x_columns(p.indices ? block * p.width : 0), grad_x_columns(p.indices && need_x ? block * p.width : 0) {}
+};
+
+template <typename T>
+void backward_block(
+    const Problem<T>& p, const Grads<T>& g, const T* weight_t, int64_t chunk, int64_t v, int64_t b0,
+    int64_t rows, int64_t block, bool first, Scratch<T>& s) {
+  T* rest = g.rest + (chunk * p.V + v) * 3 * p.d;
+  const EpilogueGrad<T> sums{rest, rest + p.d, rest + 2 * p.d};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t own = ((b0 + r) * p.V + v) * p.d, kept = v * p.B + b0 + r;
+    fuse_row_backward(
+        g.grad + own, g.pre + kept * p.d, p.epilogue(v, b0 + r), g.stats ? g.stats + kept * 2 : nullptr,
+        s.grad_z.data() + r * p.d, g.residual ? g.residual + own : nullptr, sums, s.rows.data(), p.d);
+  }
+  const int32_t* indices = p.indices ? p.indices + v * p.N : nullptr;
+  if (indices) {
+    const auto seen = chosen_rows_of(s.x_columns.data(), block, indices);
+    for (int64_t j = 0; j < p.N; ++j) {
+      std::copy_n(seen(j), rows, s.h_columns.data() + j * block);
+    }
+  } else {
+    const T* h = p.x + b0 * p.x_row + v * p.x_view;
+    transpose<T>(rows, p.N, rows_of(h, p.x_row), rows_of(s.h_columns.data(), block));
+  }
+  T* grad_weight = (chunk ? g.more_weight + (chunk - 1) * p.V * p.N * p.d : g.weight) + v * p.N * p.d;
+  product(p.N, p.d, rows, s.h_columns.data(), block, s.grad_z.data(), p.d, grad_weight, p.d, !first);
+  if (!g.x) {
+    return;
+  }
+  if (!indices) {
+    T* to = g.x + (b0 * p.V + v) * p.N;
+    product(rows, p.N, p.d, s.grad_z.data(), p.d, weight_t, p.N, to, p.V * p.N, false);
+    return;
+  }
+  product(rows, p.N, p.d, s.grad_z.data(), p.d, weight_t, p.N, s.grad_h.data(), p.N, false);
+  const auto to = chosen_rows_of(s.grad_x_columns.data(), block, indices);
+  transpose<T>(rows, p.N, rows_of(s.grad_h.data(), p.N), to, true);
+}
+
+// Runs of blocks whose sums over rows are kept apart and added in order: the number of threads does not decide the result.
+int64_t chunk_count(int64_t B) {
+  const int64_t blocks = (B + block_rows(B) - 1) / block_rows(B);
+  return std::clamp<int64_t>(blocks / 2, std::min<int64_t>(2, blocks), 16);
+}
+
+template <typename T>
+void backward_kernel(const Problem<T>& p, const Grads<T>& g, const T* weight_t, int64_t chunks) {
+  const int64_t block = block_rows(p.B), blocks = (p.B + block - 1) / block;
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(p, block, g.x != nullptr);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t from = blocks * c / chunks, to = blocks * (c + 1) / chunks;
+      for (int64_t k = from; k < to; ++k) {
+        const int64_t b0 = k * block, rows = std::min(block, p.B - b0);
+        if (p.indices) {
+          transpose<T>(rows, p.width, rows_of(p.x + b0 * p.x_row, p.x_row), rows_of(scratch.x_columns.data(), block));
+          std::fill(scratch.grad_x_columns.begin(), scratch.grad_x_columns.end(), T(0));
+        }
+        for (int64_t v = 0; v < p.V; ++v) {
+          backward_block(
+              p, g, weight_t + v * p.N * p.d, c, v, b0, rows, block, k == from, scratch);
+        }
+        if (p.indices && g.x) {
+          const auto columns = rows_of(scratch.grad_x_columns.data(), block);
+          transpose<T>(p.width, rows, columns, rows_of(g.x + b0 * p.width, p.width));
+        }
+      }
+    }
+  });
+}
+
+// sum (n) += each of the parts, first to last.
+template <typename T>
+void add_parts(T* sum, const T* parts, int64_t count, int64_t n) {
+  at::parallel_for(0, n, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < count; ++c) {
+      for_vectors<T>(end - begin, [&](int64_t i, auto lanes) {
+        add_to(sum + begin + i, load(parts + c * n + begin + i, lanes), lanes);
+      });
+    }
+  });
+}
+
+// Contiguous inputs of a problem, kept alive with it.
+template <typename T>
+struct Inputs {
+  at::Tensor x, weight, bias, residual, scale, shift;
+  std::vector<int32_t> indices;
+  Problem<T> problem;
+};
+
+// Checked, because a checkpoint brings them.
+std::vector<int32_t> checked(const std::optional<at::Tensor>& indices, int64_t width) {
+  if (!indices) {
+    return {};
+  }
+  const auto all = indices->contiguous();
+  const int64_t* from = all.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < all.numel(); ++i) {
+    TORCH_CHECK_VALUE(from[i] >= 0 && from[i] < width, "view_fusion: index ", from[i], " of an input of ", width, " dims");
+  }
+  return std::vector<int32_t>(from, from + all.numel());
+}
+
+at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->contiguous() : at::Tensor();
+}
+
+template <typename T>
+const T* pointer(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+Inputs<T> inputs(
+    const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, double eps) {
+  Inputs<T> in{x.stride(-1) == 1 ? x : x.contiguous(), weight.contiguous(), bias.contiguous(), contiguous(residual),
+               contiguous(scale), contiguous(shift), checked(indices, x.size(-1)), {}};
+  in.problem = {
+      x.size(0), weight.size(0), weight.size(1), weight.size(2), x.size(-1), pointer<T>(in.x), in.x.stride(0),
+      indices ? 0 : in.x.stride(1), indices ? in.indices.data() : nullptr, pointer<T>(in.weight), pointer<T>(in.bias),
+      pointer<T>(in.residual), pointer<T>(in.scale), pointer<T>(in.shift), static_cast<T>(eps)};
+  return in;
+}
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> view_fusion_forward(
+    const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, double eps, bool save) {
+  const int64_t B = x.size(0), V = weight.size(0), d = weight.size(2);
+  auto y = at::empty({B, V, d}, x.options());
+  auto pre = save ? at::empty({V, B, d}, x.options()) : at::empty({0}, x.options());
+  auto stats = save && scale ? at::empty({V, B, 2}, x.options()) : at::empty({0}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_forward", [&] {
+    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, shift, eps);
+    forward_kernel(
+        in.problem, y.mutable_data_ptr<scalar_t>(), save ? pre.mutable_data_ptr<scalar_t>() : nullptr,
+        save && scale ? stats.mutable_data_ptr<scalar_t>() : nullptr);
+  });
+  return {y, pre, stats};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> view_fusion_backward(
+    const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight,
+    const at::Tensor& bias, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
+    const at::Tensor& pre, const at::Tensor& stats, bool need_x) {
+  const int64_t B = x.size(0), V = weight.size(0), N = weight.size(1), d = weight.size(2), chunks = chunk_count(B);
+  const auto none = at::empty({0}, x.options());
+  const auto grads = grad.contiguous(), saved = pre.contiguous(), figures = stats.contiguous();
+  auto grad_x = need_x ? at::empty(x.sizes(), x.options()) : none;
+  auto grad_residual = residual ? at::empty({B, V, d}, x.options()) : none;
+  auto grad_weight = chunks ? at::empty({V, N, d}, x.options()) : at::zeros({V, N, d}, x.options());
+  auto more_weight = at::empty({std::max<int64_t>(chunks - 1, 0), V, N, d}, x.options());
+  auto rest = at::zeros({chunks, V, 3, d}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_backward", [&] {
+    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, std::nullopt, 0);
+    std::vector<scalar_t> weight_t(weight.numel());
+    for (int64_t v = 0; v < V; ++v) {
+      transpose<scalar_t>(N, d, rows_of(in.problem.weight + v * N * d, d), rows_of(weight_t.data() + v * N * d, N));
+    }
+    const Grads<scalar_t> out{
+        grads.const_data_ptr<scalar_t>(), saved.const_data_ptr<scalar_t>(),
+        scale ? figures.const_data_ptr<scalar_t>() : nullptr, need_x ? grad_x.mutable_data_ptr<scalar_t>() : nullptr,
+        residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr, grad_weight.mutable_data_ptr<scalar_t>(),
+        more_weight.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>()};
+    backward_kernel(in.problem, out, weight_t.data(), chunks);
+    add_parts(out.weight, out.more_weight, more_weight.size(0), grad_weight.numel());
+  });
+  const auto sums = rest.sum(0);
+  return {grad_x, grad_weight, sums.select(1, 0).contiguous(), grad_residual,
+          scale ? sums.select(1, 1).contiguous() : none, scale ? sums.select(1, 2).contiguous() : none};
+}
+
+} // namespace ssr_rec

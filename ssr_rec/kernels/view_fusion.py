@@ -1,0 +1,74 @@
+"""Filter-and-fuse: the view-wise dense layer of SSR with what stands before and behind it."""
+
+import torch
+from torch import Tensor
+
+from ssr_rec.kernels import extension
+from ssr_rec.kernels.reference import view_fusion_reference
+
+FAST_TYPES = (torch.float32, torch.float64)
+
+
+def view_fusion(
+    x: Tensor,
+    indices: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """One dense layer per view: ``LN(gelu(h W + bias) + residual) * scale + shift`` (eq. 3, 5 and 6).
+
+    ``h`` is ``x``, or, with ``indices``, for each view the dims of ``x`` that they name. GELU is the exact one; LN goes
+    over the d dims of a view. The fast form computes it block by block of rows, gathers again in the backward pass, and
+    its sums over the batch are the same in every run and for any number of threads.
+
+    Args:
+        x: (B, width) with ``indices``, else (B, V, N).
+        indices: (V, N) int64, dims below ``width``.
+        weight: (V, N, d).
+        bias: (V, d).
+        residual: (B, V, d), added before LN; None for none.
+        scale: (V, d); None for no LN at all.
+        shift: (V, d), None exactly where ``scale`` is.
+        eps: added to the variance of LN.
+
+    Returns:
+        (B, V, d)
+
+    Raises:
+        ValueError: the shapes do not belong together, or an index is not a dim of x.
+    """
+    check_shapes(x, indices, weight, bias, residual, scale, shift)
+    types = {t.dtype for t in (x, weight, bias, residual, scale, shift) if t is not None}
+    is_fast = len(types) == 1 and x.dtype in FAST_TYPES and not torch.is_autocast_enabled("cpu")
+    if x.device.type == "cpu" and is_fast and extension.load():
+        return torch.ops.ssr_rec.view_fusion(x, indices, weight, bias, residual, scale, shift, eps)
+    return view_fusion_reference(x, indices, weight, bias, residual, scale, shift, eps)
+
+
+def check_shapes(
+    x: Tensor,
+    indices: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    views, seen, dim = weight.shape
+    if indices is None and x.shape[1:] != (views, seen):
+        raise ValueError(f"x {tuple(x.shape)} must be (B, V, N) of weight {tuple(weight.shape)} = (V, N, d)")
+    if indices is not None and (x.dim() != 2 or indices.shape != (views, seen)):
+        raise ValueError(
+            f"x {tuple(x.shape)} must be (B, width), indices {tuple(indices.shape)} (V, N) of {tuple(weight.shape)}"
+        )
+    for name, tensor in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if tensor is not None and tensor.shape != (views, dim):
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be (V, d) = {(views, dim)}")
+    if residual is not None and residual.shape != (x.shape[0], views, dim):
+        raise ValueError(f"residual {tuple(residual.shape)} must be (B, V, d) = {(x.shape[0], views, dim)}")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift come together: give both, or neither for no LayerNorm")
