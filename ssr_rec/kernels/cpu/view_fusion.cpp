@@ -4,20 +4,19 @@
 // after another: what a view gathers, multiplies and normalises is still near when the next step reads it. Only x,
 // the products before the bias and two figures a row are kept for the backward pass, which gathers again.
 
+#include "fuse_row.h"
 #include "ops.h"
-#include "rows.h"
+#include "transpose.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
 #include <ATen/native/CPUBlas.h>
-
-#include <cmath>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 
 namespace ssr_rec {
 namespace {
-
-template <typename T>
-using Vec = Vectorized<T>;
 
 // Whether oneDNN's small-block product runs here; it needs x86 with AVX-512.
 bool has_brgemm() {
@@ -49,245 +48,6 @@ void product(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* 
   at::addmm_out(out, out, left, right, add ? 1 : 0);
 }
 
-#if defined(CPU_CAPABILITY_AVX512)
-// at::vec has a transpose too, but it goes through memory, which makes it four times as slow.
-template <typename From, typename To>
-inline void transpose_tile(const From& from, const To& to, bool add) {
-  __m512 a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    a[i] = _mm512_loadu_ps(from(i));
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-  const auto pairs = [](__m512 x) { return _mm512_castps_pd(x); };
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i]), pairs(b[i + 2])));
-    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i]), pairs(b[i + 2])));
-    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i + 1]), pairs(b[i + 3])));
-    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i + 1]), pairs(b[i + 3])));
-  }
-  const auto put = [&](int i, __m512 value) {
-    float* out = to(i);
-    _mm512_storeu_ps(out, add ? _mm512_add_ps(value, _mm512_loadu_ps(out)) : value);
-  };
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512 even = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-    const __m512 even2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
-    const __m512 odd2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
-    put(i, _mm512_shuffle_f32x4(even, even2, 0x88));
-    put(i + 4, _mm512_shuffle_f32x4(odd, odd2, 0x88));
-    put(i + 8, _mm512_shuffle_f32x4(even, even2, 0xdd));
-    put(i + 12, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
-  }
-}
-#endif
-
-// to(c)[r] = (add: +=) from(r)[c] for r < rows and c < columns; from and to say where a row begins.
-template <typename T, typename From, typename To>
-void transpose(int64_t rows, int64_t columns, const From& from, const To& to, bool add = false) {
-  constexpr int64_t tile = 16;
-  for (int64_t r = 0; r < rows; r += tile) {
-    for (int64_t c = 0; c < columns; c += tile) {
-      const int64_t m = std::min(tile, rows - r), n = std::min(tile, columns - c);
-#if defined(CPU_CAPABILITY_AVX512)
-      if (std::is_same_v<T, float> && m == tile && n == tile) {
-        transpose_tile(
-            [&](int i) { return reinterpret_cast<const float*>(from(r + i) + c); },
-            [&](int i) { return reinterpret_cast<float*>(to(c + i) + r); }, add);
-        continue;
-      }
-#endif
-      for (int64_t j = 0; j < n; ++j) {
-        T* out = to(c + j) + r;
-        for (int64_t i = 0; i < m; ++i) {
-          const T value = from(r + i)[c + j];
-          out[i] = add ? out[i] + value : value;
-        }
-      }
-    }
-  }
-}
-
-// The function of r that says where row r begins.
-template <typename T>
-auto rows_of(T* start, int64_t stride) {
-  return [=](int64_t r) { return start + r * stride; };
-}
-
-template <typename T>
-auto chosen_rows_of(T* start, int64_t stride, const int32_t* indices) {
-  return [=](int64_t r) { return start + indices[r] * stride; };
-}
-
-// erf(z / sqrt(2)).
-inline Vec<double> erf_scaled(const Vec<double>& z) {
-  return (z * Vec<double>(M_SQRT1_2)).erf();
-}
-
-// 1 / x to float precision.
-inline Vec<float> reciprocal(const Vec<float>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const Vec<float> rough = _mm512_rcp14_ps(x);
-  return rough * at::vec::fnmadd(x, rough, Vec<float>(2.f));
-#else
-  return Vec<float>(1.f) / x;
-#endif
-}
-
-// The rational approximation of erf of Eigen and XLA, 1e-7 of the exact one: half the operations of an exponential.
-inline Vec<float> erf_scaled(const Vec<float>& z) {
-  using at::vec::fmadd;
-  // A NaN passes clamp_min and clamp_max as it is.
-  const Vec<float> x = at::vec::clamp_max(
-      at::vec::clamp_min(z * Vec<float>(static_cast<float>(M_SQRT1_2)), Vec<float>(-4.f)), Vec<float>(4.f));
-  const Vec<float> y = x * x;
-  Vec<float> p = fmadd(y, Vec<float>(-2.72614225801306e-10f), Vec<float>(2.77068142495902e-08f));
-  p = fmadd(y, p, Vec<float>(-2.10102402082508e-06f));
-  p = fmadd(y, p, Vec<float>(-5.69250639462346e-05f));
-  p = fmadd(y, p, Vec<float>(-7.34990630326855e-04f));
-  p = fmadd(y, p, Vec<float>(-2.95459980854025e-03f));
-  p = fmadd(y, p, Vec<float>(-1.60960333262415e-02f));
-  Vec<float> q = fmadd(y, Vec<float>(-1.45660718464996e-05f), Vec<float>(-2.13374055278905e-04f));
-  q = fmadd(y, q, Vec<float>(-1.68282697438203e-03f));
-  q = fmadd(y, q, Vec<float>(-7.37332916720468e-03f));
-  q = fmadd(y, q, Vec<float>(-1.42647390514189e-02f));
-  return x * p * reciprocal(q);
-}
-
-// For x <= 0; 2e-7 of the exact one.
-inline Vec<float> exponential(const Vec<float>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  using at::vec::fmadd;
-  // 2^-125 is the least power that leaves every result a normal number.
-  const Vec<float> power = at::vec::clamp_min(x * Vec<float>(static_cast<float>(M_LOG2E)), Vec<float>(-125.f));
-  const Vec<float> whole = power.round(), part = power - whole;
-  Vec<float> p = fmadd(part, Vec<float>(0.0013274478f), Vec<float>(0.009681024f));
-  p = fmadd(part, p, Vec<float>(0.055507693f));
-  p = fmadd(part, p, Vec<float>(0.24021997f));
-  p = fmadd(part, p, Vec<float>(0.6931469f));
-  p = fmadd(part, p, Vec<float>(1.0000001f));
-  return _mm512_scalef_ps(p, whole);
-#else
-  return x.exp_u20();
-#endif
-}
-
-inline Vec<double> exponential(const Vec<double>& x) {
-  return x.exp();
-}
-
-// The share of a standard normal below z; gelu(z) = z * normal_below(z).
-template <typename T>
-inline Vec<T> normal_below(const Vec<T>& z) {
-  return at::vec::fmadd(erf_scaled(z), Vec<T>(T(0.5)), Vec<T>(T(0.5)));
-}
-
-template <typename T>
-inline Vec<T> normal_density(const Vec<T>& z) {
-  return exponential(z * z * Vec<T>(T(-0.5))) * Vec<T>(T(M_2_SQRTPI * M_SQRT1_2 / 2));
-}
-
-// What a view adds to its products, and does to the result; residual is one row, and all but bias may be null.
-template <typename T>
-struct Epilogue {
-  const T* bias;
-  const T* residual;
-  const T* scale;
-  const T* shift;
-};
-
-// y = LN(gelu(z + bias) + residual) * scale + shift for one row; a has room for d.
-template <typename T>
-void fuse_row(const T* z, const Epilogue<T>& view, T* y, T* stats, T* a, int64_t d, T eps) {
-  Vec<T> sum(T(0));
-  T* to = view.scale ? a : y;
-  for_vectors<T>(d, [&](int64_t i, auto count) {
-    const Vec<T> zi = load(z + i, count) + load(view.bias + i, count);
-    Vec<T> ai = zi * normal_below(zi);
-    if (view.residual) {
-      ai = ai + load(view.residual + i, count);
-    }
-    store(to + i, ai, count);
-    sum = sum + ai;
-  });
-  if (!view.scale) {
-    return;
-  }
-  const T mean = sum_lanes(sum) / static_cast<T>(d);
-  Vec<T> squares(T(0));
-  for_vectors<T>(d, [&](int64_t i, auto count) {
-    const Vec<T> centred = only(load(a + i, count) - Vec<T>(mean), count);
-    squares = at::vec::fmadd(centred, centred, squares);
-  });
-  const T rstd = T(1) / std::sqrt(sum_lanes(squares) / static_cast<T>(d) + eps);
-  stats[0] = mean;
-  stats[1] = rstd;
-  for_vectors<T>(d, [&](int64_t i, auto count) {
-    const Vec<T> normal = (load(a + i, count) - Vec<T>(mean)) * Vec<T>(rstd);
-    store(y + i, at::vec::fmadd(normal, load(view.scale + i, count), load(view.shift + i, count)), count);
-  });
-}
-
-// Sums over rows for one view.
-template <typename T>
-struct EpilogueGrad {
-  T* bias;
-  T* scale; // null without, as is shift
-  T* shift;
-};
-
-template <typename T, typename Count>
-inline void add_to(T* sum, const Vec<T>& value, Count count) {
-  store(sum, load(sum, count) + value, count);
-}
-
-// grad_z of one row, and grad_residual where that is not null; scratch has room for 2 d.
-template <typename T>
-void fuse_row_backward(
-    const T* grad, const T* z, const Epilogue<T>& view, const T* stats, T* grad_z, T* grad_residual,
-    const EpilogueGrad<T>& sums, T* scratch, int64_t d) {
-  T *normals = scratch, *slopes = scratch + d;
-  Vec<T> pull(T(0)), turn(T(0));
-  const T mean = view.scale ? stats[0] : T(0), rstd = view.scale ? stats[1] : T(1);
-  for_vectors<T>(d, [&](int64_t i, auto count) {
-    const Vec<T> zi = load(z + i, count) + load(view.bias + i, count), below = normal_below(zi);
-    store(slopes + i, at::vec::fmadd(zi, normal_density(zi), below), count);
-    if (view.scale) {
-      Vec<T> ai = zi * below;
-      if (view.residual) {
-        ai = ai + load(view.residual + i, count);
-      }
-      const Vec<T> normal = (ai - Vec<T>(mean)) * Vec<T>(rstd), gi = load(grad + i, count);
-      store(normals + i, normal, count);
-      add_to(sums.scale + i, gi * normal, count);
-      add_to(sums.shift + i, gi, count);
-      const Vec<T> scaled = gi * load(view.scale + i, count);
-      pull = pull + scaled;
-      turn = at::vec::fmadd(scaled, normal, turn);
-    }
-  });
-  const Vec<T> mean_pull(sum_lanes(pull) / static_cast<T>(d)), mean_turn(sum_lanes(turn) / static_cast<T>(d));
-  for_vectors<T>(d, [&](int64_t i, auto count) {
-    Vec<T> ga = load(grad + i, count);
-    if (view.scale) {
-      const Vec<T> tangent = ga * load(view.scale + i, count) - mean_pull - load(normals + i, count) * mean_turn;
-      ga = tangent * Vec<T>(rstd);
-    }
-    if (grad_residual) {
-      store(grad_residual + i, ga, count);
-    }
-    const Vec<T> gz = ga * load(slopes + i, count);
-    add_to(sums.bias + i, gz, count);
-    store(grad_z + i, gz, count);
-  });
-}
-
 // Raw pointers to everything, and how it lies.
 template <typename T>
 struct Problem {
@@ -309,10 +69,15 @@ int64_t block_rows(int64_t B) {
   return B >= 512 ? 128 : B >= 128 ? 64 : 32;
 }
 
+// How many tasks of so many multiplications a thread must at least get, lest waking it costs more than it saves.
+int64_t grain(int64_t multiplications) {
+  return std::max<int64_t>(1, (int64_t(1) << 19) / std::max<int64_t>(1, multiplications));
+}
+
 template <typename T>
 void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
   const int64_t block = block_rows(p.B), blocks = (p.B + block - 1) / block;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks, grain(block * p.V * p.N * p.d), [&](int64_t begin, int64_t end) {
     const int64_t gathers = p.indices ? block : 0;
     std::vector<T> x_columns(gathers * p.width), gathered(gathers * p.N);
     std::vector<T> products(pre ? 0 : block * p.d), row(p.d);
@@ -406,7 +171,7 @@ int64_t chunk_count(int64_t B) {
 template <typename T>
 void backward_kernel(const Problem<T>& p, const Grads<T>& g, const T* weight_t, int64_t chunks) {
   const int64_t block = block_rows(p.B), blocks = (p.B + block - 1) / block;
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, chunks, grain(2 * p.B * p.V * p.N * p.d / std::max<int64_t>(1, chunks)), [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(p, block, g.x != nullptr);
     for (int64_t c = begin; c < end; ++c) {
       const int64_t from = blocks * c / chunks, to = blocks * (c + 1) / chunks;
