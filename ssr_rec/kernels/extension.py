@@ -102,7 +102,7 @@ def compile_flags() -> list[str]:
     name = capability if vectors else "DEFAULT"
     include = Path(torch.__file__).parent / "include"
     return [
-        *"-O3 -std=c++20 -fPIC -fopenmp -w".split(),
+        *["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"],
         # A product and sum are one operation where the source says so: forward and backward must round alike.
         "-ffp-contract=off",
         *vectors.split(),
@@ -136,7 +136,9 @@ def compile_to(target: Path, compiler: list[str], flags: list[str]) -> None:
         errors = run_together(commands)
         library = Path(folder) / target.name
         if not errors:
-            errors = run_together([[*compiler, "-shared", *map(str, units.values()), *link_flags(), "-o", str(library)]])
+            errors = run_together(
+                [[*compiler, "-shared", *map(str, units.values()), *link_flags(), "-o", str(library)]]
+            )
         if errors:
             log.write_text(errors)
             return compile_to(target, compiler, flags)

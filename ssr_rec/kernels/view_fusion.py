@@ -20,9 +20,9 @@ def view_fusion(
     """One dense layer per view: ``LN(gelu(h W + bias) + residual) * scale + shift`` (eq. 3, 5 and 6).
 
     ``h`` is ``x``, or, with ``indices``, for each view the dims of ``x`` that they name. GELU is the exact one; LN goes
-    over the d dims of a view. The fast form computes it block by block of rows, gathers again in the backward pass, and
-    its sums over the batch are the same in every run and for any number of threads. On the CPU autocast leaves it in the
-    type of its weights, in which it is faster than the plain form in bfloat16.
+    over the d dims of a view. The fast form computes it block by block of rows and gathers again in the backward pass;
+    its sums over the batch are the same in every run and for any number of threads. On the CPU, autocast leaves it in
+    the type of its weights, in which it is faster than the plain form in bfloat16.
 
     Args:
         x: (B, width) with ``indices``, else (B, V, N).

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssr_rec.kernels import gather_views, view_fusion
-from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
+from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch, OverArchSettings
 from ssr_rec.over_archs.filters import FILTERS, FilterName, StaticRandomFilter
 from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
@@ -21,10 +21,9 @@ from ssr_rec.over_archs.layers import (
     ViewLinear,
     make_input_norm,
 )
-from ssr_rec.settings import Settings
 
 
-class SSRConfig(Settings):
+class SSRConfig(OverArchSettings):
     """SSR-S (``filter: static``) and SSR-D (``filter: dynamic``).
 
     The defaults are the paper's text (eq. 3-11). Keys marked "released" switch to what the authors'

@@ -13,9 +13,7 @@ Array = NDArray[np.float64]
 needs_compiler = pytest.mark.skipif(not extension.load(), reason="the C++ operators cannot be built here")
 
 
-def ics_by_loops(
-    z: Array, alpha: Array, gamma: Array, grad: Array
-) -> tuple[Array, tuple[Array, Array, Array]]:
+def ics_by_loops(z: Array, alpha: Array, gamma: Array, grad: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     """Algorithm 1 and the gradients of ``(y * grad).sum()`` with respect to z (B, V, d), alpha (V, T), gamma (V, d)."""
     y, grad_z = np.zeros_like(z), np.zeros_like(z)
     grad_alpha, grad_gamma = np.zeros_like(alpha), np.zeros_like(gamma)

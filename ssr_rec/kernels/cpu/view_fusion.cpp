@@ -274,10 +274,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& bias, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
     const at::Tensor& pre, const at::Tensor& stats, bool need_x) {
   const int64_t B = x.size(0), V = weight.size(0), N = weight.size(1), d = weight.size(2), chunks = chunk_count(B);
-  const auto none = at::empty({0}, x.options());
+  const auto none = [&] { return at::empty({0}, x.options()); };
   const auto grads = grad.contiguous(), saved = pre.contiguous(), figures = stats.contiguous();
-  auto grad_x = need_x ? at::empty(x.sizes(), x.options()) : none;
-  auto grad_residual = residual ? at::empty({B, V, d}, x.options()) : none;
+  auto grad_x = need_x ? at::empty(x.sizes(), x.options()) : none();
+  auto grad_residual = residual ? at::empty({B, V, d}, x.options()) : none();
   auto grad_weight = chunks ? at::empty({V, N, d}, x.options()) : at::zeros({V, N, d}, x.options());
   auto more_weight = at::empty({std::max<int64_t>(chunks - 1, 0), V, N, d}, x.options());
   auto rest = at::zeros({chunks, V, 3, d}, x.options());
@@ -297,7 +297,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   });
   const auto sums = rest.sum(0);
   return {grad_x, grad_weight, sums.select(1, 0).contiguous(), grad_residual,
-          scale ? sums.select(1, 1).contiguous() : none, scale ? sums.select(1, 2).contiguous() : none};
+          scale ? sums.select(1, 1).contiguous() : none(), scale ? sums.select(1, 2).contiguous() : none()};
 }
 
 } // namespace ssr_rec
