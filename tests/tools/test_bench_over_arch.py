@@ -170,6 +170,13 @@ def test_bf16_is_autocast(bench, cases):
         assert {g.dtype for g in cases.over_arch_case(config, F, D, 7, True, setting).step()} == {torch.float32}
 
 
+def test_the_forward_alone_is_that_of_evaluation(bench, cases, plain):
+    config = bench.parse_over_arch("mlp:hidden=[50],dropout=0.5")
+    forward, both = (cases.over_arch_case(config, F, D, 7, train, plain).step for train in (False, True))
+    assert torch.equal(*forward(), *forward()) and not torch.equal(both()[0], both()[0])
+    assert not forward()[0].requires_grad
+
+
 def test_operators_and_the_products_of_their_layers(cases, plain):
     found = {case.name: case for case in cases.operator_cases(5, 3, 8, 2, plain)}
     z, parameters = 4 * 5 * 3 * 8, 4 * (3 * 2 + 3 * 8)
@@ -309,6 +316,7 @@ def test_cuda_without_a_gpu(bench, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(bench, capsys):
     arguments = ["--over-archs", "mlp:hidden=[64]", "--device", "cuda", "--repetitions", "3", "--batch", "256"]
     assert bench.main(arguments) == 0
