@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssr_rec.kernels import extension
+from ssr_rec.kernels.devices import has_operators
 from ssr_rec.kernels.reference import ics_reference
 
 FAST_TYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -38,7 +38,7 @@ def ics(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
         ValueError: the shapes do not belong together.
     """
     check_shapes(z, alpha, gamma)
-    if z.device.type == "cpu" and z.dtype in FAST_TYPES and extension.load():
+    if z.dtype in FAST_TYPES and has_operators(z.device.type):
         return torch.ops.ssr_rec.ics(z, alpha, gamma)
     return ics_reference(z, alpha, gamma).to(z.dtype)
 

@@ -77,6 +77,10 @@ def ics_backward(
     return grad_z, grad_alpha.sum(0).to(alpha.dtype), grad_gamma.sum(0).to(gamma_type)
 
 
+OPERATORS = {"ics_forward": ics_forward, "ics_backward": ics_backward}
+"""Of ``torch.ops.ssr_rec``."""
+
+
 def tile_of(dim: int) -> tuple[int, int]:
     """Rows and columns of a tile; the columns are all of a view, filled up to a power of two."""
     block = triton.next_power_of_2(dim)
@@ -90,6 +94,8 @@ def _constants(alpha: Tensor, rows: int, block: int, accumulate: torch.dtype) ->
         "BLOCK_T": triton.next_power_of_2(max(1, iterations)),
         "ROWS": rows,
         "BLOCK": block,
+        # Forward and backward must round a threshold alike.
+        "enable_fp_fusion": False,
         "A": tl.float64 if accumulate == torch.float64 else tl.float32,
         "num_warps": min(16, rows * block // 256) if block > TILE else 4,
     }

@@ -19,6 +19,8 @@ WIDEST_FUSED = 256
 """Dims of a view whose products one program holds."""
 FUSED_TYPES = (torch.bfloat16, torch.float16)
 FUSED_ROWS, FUSED_INNER = 64, 32
+FUSION = {"enable_fp_fusion": True}
+"""Multiply-add as one operation: stated, since Triton's default is about to change."""
 SEGMENT_TILE = 32
 """Columns, and rows, of the tile in which the gradients of gathered dims are summed and turned."""
 
@@ -59,6 +61,7 @@ def view_fusion_forward(
                 ROWS=rows,
                 BLOCK=block,
                 A=_type_of(x),
+                **FUSION,
             )
     return y, pre if save else x.new_empty(0), stats
 
@@ -101,12 +104,17 @@ def view_fusion_backward(
                 ROWS=rows,
                 BLOCK=block,
                 A=_type_of(x),
+                **FUSION,
             )
     of_bias, of_scale, of_shift = (part.to(bias.dtype) for part in sums.sum(1))
     grad_weight = torch.bmm(_views(x, indices).mT, grad_pre).to(weight.dtype)
     grad_x = _grad_x(grad_pre, x, indices, weight.to(x.dtype)) if need_x else nothing
     none = bias.new_empty(0)
     return grad_x, grad_weight, of_bias, grad_residual, *((none, none) if scale is None else (of_scale, of_shift))
+
+
+OPERATORS = {"view_fusion_forward": view_fusion_forward, "view_fusion_backward": view_fusion_backward}
+"""Of ``torch.ops.ssr_rec``."""
 
 
 def _grad_x(grad_pre: Tensor, x: Tensor, indices: Tensor | None, weight: Tensor) -> Tensor:
@@ -123,7 +131,9 @@ def _grad_x(grad_pre: Tensor, x: Tensor, indices: Tensor | None, weight: Tensor)
     if grad_x.numel():
         grid = (triton.cdiv(width, SEGMENT_TILE), triton.cdiv(batch, SEGMENT_TILE))
         with torch.cuda.device_of(x):
-            sum_segments[grid](copies, order, ends, grad_x, batch, width, TILE=SEGMENT_TILE, A=_type_of(x))
+            sum_segments[grid](
+                copies, order, ends, grad_x, batch, width, TILE=SEGMENT_TILE, A=_type_of(x), enable_fp_fusion=True
+            )
     return grad_x
 
 
@@ -137,7 +147,16 @@ def _views(x: Tensor, indices: Tensor | None) -> Tensor:
         rows, block = tile_of(inner)
         with torch.cuda.device_of(x):
             gather[(triton.cdiv(x.shape[0], rows) * views,)](
-                x, indices.contiguous(), h, x.shape[0], views, inner, *x.stride(), ROWS=rows, BLOCK=block
+                x,
+                indices.contiguous(),
+                h,
+                x.shape[0],
+                views,
+                inner,
+                *x.stride(),
+                ROWS=rows,
+                BLOCK=block,
+                **FUSION,
             )
     return h
 
@@ -181,6 +200,7 @@ def launch_fused(
             ROWS=FUSED_ROWS,
             BLOCK=block,
             INNER=FUSED_INNER,
+            **FUSION,
             num_warps=4 if block <= 128 else 8,
         )
 
