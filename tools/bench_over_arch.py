@@ -66,6 +66,7 @@ TOLERANCE = 0.05
 """Share by which the nearest size may miss --equal's value; integer sizes of small over-archs are coarse."""
 COSTS = {"flops": "flops_per_sample", "parameters": "num_parameters"}
 EQUAL_HELP = f"{' or '.join(COSTS)}, and its value for each over-arch (FLOPs of one sample's forward): scales one size"
+CACHE_HELP = "what a timed step finds: cold, what another left; warm, what an untimed one of its own left just before"
 OVER_ARCH_OPTIONS = {"equal": None, "fields": 39, "dim": 16, "mode": "train"}
 OPERATOR_OPTIONS = {"views": 8, "view_dim": 128, "iterations": 5}
 """Options of one part alone, with their defaults: without that part they would have no effect."""
@@ -130,7 +131,7 @@ def resize(config: OverArchConfig, cost: str, target: float, fields: int, dim: i
 
 def measure(cases: Sequence[Case], options: argparse.Namespace, setting: Setting) -> list[Record]:
     """Times and other figures of each case, in their order."""
-    seconds = interleave(cases, options.repetitions, options.warmup, setting.device)
+    seconds = interleave(cases, options.repetitions, options.warmup, setting.device, options.cache == "warm")
     records = []
     for case, taken in zip(cases, seconds, strict=True):
         p10, median, p90 = (float(value) for value in np.percentile(taken, [10, 50, 90]))
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--threads", type=int, default=1, help="torch threads")
     both.add_argument("--repetitions", type=int, default=30, help="timed turns")
     both.add_argument("--warmup", type=int, default=5, help="turns before them, not timed")
+    both.add_argument("--cache", choices=["cold", "warm"], default="cold", help=CACHE_HELP)
     both.add_argument("--plot", type=Path, help="a PNG of the figures")
     part = parser.add_argument_group("over-archs")
     part.add_argument("--over-archs", nargs="+", default=[], metavar="SPEC", help="name:key=value,...; the first is 1x")

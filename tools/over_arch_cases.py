@@ -215,16 +215,20 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     )
 
 
-def interleave(cases: Sequence[Case], repetitions: int, warmup: int, device: torch.device) -> list[list[float]]:
+def interleave(
+    cases: Sequence[Case], repetitions: int, warmup: int, device: torch.device, warm: bool = False
+) -> list[list[float]]:
     """Seconds of each repetition of each case.
 
     The cases take turns, so that a drift of the machine meets all of them, each turn in another order: what runs
-    after a large case finds its data gone from the caches.
+    after a large case finds its data gone from the caches. With ``warm``, each is run once more before it is timed.
     """
     order = np.random.default_rng(0)
     seconds: list[list[float]] = [[] for _ in cases]
     for turn in range(warmup + repetitions):
         for index in order.permutation(len(cases)):
+            if warm:
+                cases[index].step()
             elapsed = _seconds(cases[index].step, device)
             if turn >= warmup:
                 seconds[index].append(elapsed)

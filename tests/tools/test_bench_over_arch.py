@@ -14,6 +14,7 @@ from ssr_rec.over_archs import OVER_ARCHS
 
 TOOLS = Path(__file__).parents[2] / "tools"
 F, D = 6, 4
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 SMALL = {
     "ssr": "ssr:num_views=3,view_dim=8",
     "mlp": "mlp:hidden=[12,12]",
@@ -216,11 +217,33 @@ def test_cases_take_turns_and_warm_up(cases, monkeypatch):
     assert {first != second for first, second in pairwise(log)} == {True, False}
 
 
+def test_warm_steps_follow_themselves(cases):
+    log = []
+    twins = [cases.Case(name, lambda name=name: log.append(name), 0, 0) for name in "abc"]
+    taken = cases.interleave(twins, 20, 1, torch.device("cpu"), warm=True)
+    assert [len(seconds) for seconds in taken] == [20] * 3 and len(log) == 2 * 3 * 21
+    assert all(first == second for first, second in zip(log[::2], log[1::2], strict=True))
+
+
 def test_json_table_and_picture(bench, tmp_path, capsys):
     png = tmp_path / "p.png"
     specs = ["mlp:hidden=[12,12]", "ssr:num_views=3,view_dim=8", "ssr:num_views=3,view_dim=8,residual=true"]
     more = ["--operators", "--views", "3", "--view-dim", "8", "--iterations", "2"]
-    small = ["--fields", "6", "--dim", "4", "--repetitions", "2", "--warmup", "1", "--batch", "5", "9"]
+    small = [
+        "--fields",
+        "6",
+        "--dim",
+        "4",
+        "--repetitions",
+        "2",
+        "--warmup",
+        "1",
+        "--batch",
+        "5",
+        "9",
+        "--cache",
+        "warm",
+    ]
     assert bench.main(["--over-archs", *specs, *more, *small, "--plot", str(png)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     figures = json.loads(last)
@@ -272,9 +295,7 @@ def test_equal_and_forward_are_stated(bench, capsys):
     assert second == "SSR-S 3x10x2: view_dim=10 has 1,980 flops, -1.0%"
     figures = json.loads(last)
     assert [sum(r["flops_per_sample"].values()) for r in figures["over_archs"]] == [1974, 1980]
-    assert [r["flops"] / 3 for r in figures["over_archs"]] == [
-        sum(r["flops_per_sample"].values()) for r in figures["over_archs"]
-    ]
+    assert [r["flops"] for r in figures["over_archs"]] == [3 * 1974, 3 * 1980]
     assert figures["operators"] == []
 
 
@@ -300,6 +321,7 @@ def test_equal_and_forward_are_stated(bench, capsys):
         (["--operators", "--warmup", "0"], "--warmup 0: must be at least 1"),
         (["--operators", "--view-dim", "-3"], "--view-dim -3: must be at least 1"),
         (["--operators", "--plot", "no/such/p.png"], "there is no folder no/such"),
+        pytest.param(["--operators", "--device", "cuda"], "torch sees no GPU here", marks=no_gpu),
     ],
 )
 def test_refusals(bench, capsys, arguments, message):
@@ -307,12 +329,6 @@ def test_refusals(bench, capsys, arguments, message):
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ") and message in line and not captured.out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu(bench, capsys):
-    assert bench.main(["--operators", "--device", "cuda"]) == 2
-    assert "torch sees no GPU here" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
