@@ -2,7 +2,7 @@
 
 The functions have the signatures of ``ssr_rec.kernels``. Views whose alphas are all at least zero take the closed form:
 ``x_t = relu(z - theta_t)`` with a threshold per row, so that any ``x_t`` is one subtraction from z; a view with a
-negative (or nan) alpha takes Algorithm 1 as it stands, and its backward repeats the iterations before each step.
+negative alpha takes Algorithm 1 as it stands, and its backward repeats the iterations before each step.
 Each view decides for itself, inside the kernel. The order of every sum is fixed by the shapes, so that equal inputs
 give equal bits.
 """
@@ -112,7 +112,7 @@ def _is_literal(alpha, T: tl.constexpr, BLOCK_T: tl.constexpr):
     """Whether a view has an alpha for which the closed form does not hold."""
     t = tl.arange(0, BLOCK_T)
     rates = tl.load(alpha + t, mask=t < T, other=0.0)
-    return tl.max(tl.where(rates >= 0, 0, 1), 0) > 0
+    return tl.min(rates, 0) < 0
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def view_fusion_forward(
     batch, (views, _, dim) = x.shape[0], weight.shape
     y = x.new_empty(batch, views, dim)
     keep = save and scale is not None
-    stats = torch.empty((views, batch, 2) if keep else 0, device=x.device, dtype=_accumulate(x))
+    stats = x.new_empty(views, batch, 2, dtype=_accumulate(x)) if keep else x.new_empty(0)
     if x.dtype in FUSED_TYPES and dim <= WIDEST_FUSED:
         pre = x.new_empty((views, batch, dim) if save else 0)
         launch_fused(x, indices, weight, bias, residual, scale, shift, eps, save, y, pre, stats)
@@ -109,8 +109,8 @@ def view_fusion_backward(
     of_bias, of_scale, of_shift = (part.to(bias.dtype) for part in sums.sum(1))
     grad_weight = torch.bmm(_views(x, indices).mT, grad_pre).to(weight.dtype)
     grad_x = _grad_x(grad_pre, x, indices, weight.to(x.dtype)) if need_x else nothing
-    none = bias.new_empty(0)
-    return grad_x, grad_weight, of_bias, grad_residual, *((none, none) if scale is None else (of_scale, of_shift))
+    of_norm = (nothing, nothing) if scale is None else (of_scale, of_shift)
+    return grad_x, grad_weight, of_bias, grad_residual, *of_norm
 
 
 OPERATORS = {"view_fusion_forward": view_fusion_forward, "view_fusion_backward": view_fusion_backward}
