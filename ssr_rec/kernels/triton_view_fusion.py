@@ -80,9 +80,8 @@ def view_fusion_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, residual, scale and shift; (0,) for what is None, or for x when not needed."""
     batch, (views, _, dim) = x.shape[0], weight.shape
-    nothing = x.new_empty(0)
     grad_pre = torch.empty_like(pre)
-    grad_residual = nothing if residual is None else grad.new_empty(grad.shape)
+    grad_residual = x.new_empty(0) if residual is None else grad.new_empty(grad.shape)
     rows, block = tile_of(dim)
     programs = max(1, min(triton.cdiv(batch, rows), PROGRAMS // views))
     sums = torch.zeros(3, programs, views, dim, device=x.device, dtype=_accumulate(x))
@@ -106,10 +105,11 @@ def view_fusion_backward(
                 A=_type_of(x),
                 **FUSION,
             )
-    of_bias, of_scale, of_shift = (part.to(bias.dtype) for part in sums.sum(1))
+    # Each a tensor of its own: an operator's results may not share memory.
+    of_bias, of_scale, of_shift = (part.sum(0).to(bias.dtype) for part in sums)
     grad_weight = torch.bmm(_views(x, indices).mT, grad_pre).to(weight.dtype)
-    grad_x = _grad_x(grad_pre, x, indices, weight.to(x.dtype)) if need_x else nothing
-    of_norm = (nothing, nothing) if scale is None else (of_scale, of_shift)
+    grad_x = _grad_x(grad_pre, x, indices, weight.to(x.dtype)) if need_x else x.new_empty(0)
+    of_norm = (x.new_empty(0), x.new_empty(0)) if scale is None else (of_scale, of_shift)
     return grad_x, grad_weight, of_bias, grad_residual, *of_norm
 
 

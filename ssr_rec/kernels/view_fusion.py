@@ -3,8 +3,13 @@
 import torch
 from torch import Tensor
 
-from ssr_rec.kernels import extension
+from ssr_rec.kernels.devices import has_operators
 from ssr_rec.kernels.reference import view_fusion_reference
+
+FAST_TYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
 
 
 def view_fusion(
@@ -41,13 +46,23 @@ def view_fusion(
         ValueError: the shapes do not belong together, or an index is not a dim of x.
     """
     check_shapes(x, indices, weight, bias, residual, scale, shift)
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        x = x.to(weight.dtype)
-        residual = None if residual is None else residual.to(weight.dtype)
-    types = {t.dtype for t in (x, weight, bias, residual, scale, shift) if t is not None}
-    if x.device.type == "cpu" and types in ({torch.float32}, {torch.float64}) and extension.load():
+    device = x.device.type
+    if device in FAST_TYPES and torch.is_autocast_enabled(device):
+        # A GPU's form has products of 16 bits, as autocast wants them; the CPU's has none.
+        dtype = weight.dtype if device == "cpu" else torch.get_autocast_dtype(device)
+        x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+    parameters = {t.dtype for t in (weight, bias, scale, shift) if t is not None}
+    if _has_form(x, residual, parameters) and has_operators(device):
         return torch.ops.ssr_rec.view_fusion(x, indices, weight, bias, residual, scale, shift, eps)
     return view_fusion_reference(x, indices, weight, bias, residual, scale, shift, eps)
+
+
+def _has_form(x: Tensor, residual: Tensor | None, parameters: set[torch.dtype]) -> bool:
+    """Whether there is a fast form for these types; on a GPU, parameters of float32 go with 16-bit activations."""
+    if x.dtype not in FAST_TYPES.get(x.device.type, ()) or (residual is not None and residual.dtype != x.dtype):
+        return False
+    mixed = x.device.type == "cuda" and x.dtype.itemsize == 2
+    return parameters == {x.dtype} or (mixed and parameters == {torch.float32})
 
 
 def check_shapes(

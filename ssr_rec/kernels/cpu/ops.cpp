@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> view_fusion_forward_meta(
     const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps, bool save) {
   const auto B = x.sym_size(0), V = weight.sym_size(0), d = weight.sym_size(2);
   return {x.new_empty_symint({B, V, d}), save ? x.new_empty_symint({V, B, d}) : x.new_empty({0}),
-          save && scale ? x.new_empty_symint({V, B, 2}) : x.new_empty({0})};
+          save && scale ? x.new_empty_symint({V, B, 2}, x.options().dtype(accumulate_type(x))) : x.new_empty({0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> view_fusion_backward_meta(
