@@ -194,9 +194,10 @@ def operator_records(options: argparse.Namespace, setting: Setting) -> list[Reco
         )
         times = {record["name"]: record["seconds"]["median"] for record in measured}
         for record in measured:
-            gemms = f"{record['name']}: GEMMs"
-            against = [gemms] if gemms in times else ["relu fwd", "copy"] if record["name"].startswith("ICS") else []
-            record |= {"batch": batch, "ratio": {name: times[record["name"]] / times[name] for name in against}}
+            name = record["name"]
+            against = [other for other in times if other.startswith((f"{name},", f"{name}:"))]
+            against += ["relu fwd", "copy"] if name.startswith("ICS") else []
+            record |= {"batch": batch, "ratio": {other: times[name] / times[other] for other in against}}
         records += measured
     return records
 
@@ -226,7 +227,8 @@ def table(records: Sequence[Record]) -> str:
             line += [short_number(record["parameters"]), short_number(sum(record["flops_per_sample"].values()))]
             line += [f"{record['ratio'][key]:.2f}x" for key in ("seconds", "flops_per_s")]
         else:
-            line.append(", ".join(f"{v:.2f}x {k.rpartition(': ')[2]}" for k, v in record["ratio"].items()) or "-")
+            short = {other.removeprefix(record["name"]).strip(",: "): r for other, r in record["ratio"].items()}
+            line.append(", ".join(f"{ratio:.2f}x {other}" for other, ratio in short.items()) or "-")
         lines.append(line)
     return markdown_table(header, lines)
 
@@ -250,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--dim", type=int, help="dims of a field (default 16)")
     part.add_argument("--mode", choices=["forward", "train"], help="train, the default: forward and backward")
     part = parser.add_argument_group("operators, each forward, and forward and backward")
-    part.add_argument("--operators", action="store_true", help="ICS, ReLU, copy, SSR layers and their GEMMs")
+    part.add_argument("--operators", action="store_true", help="ICS, ReLU, copy, SSR layers, plain forms, GEMMs")
     part.add_argument("--views", type=int, help="views (default 8)")
     part.add_argument("--view-dim", type=int, help="dims of a view (default 128)")
     part.add_argument("--iterations", type=int, help="T of ICS (default 5)")

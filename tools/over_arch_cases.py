@@ -7,12 +7,14 @@ A step's figures, beside its time:
 - least bytes: forward, every input, weight and output once; the backward reads inputs, weights and the gradient of the
   output once more and writes the gradients of inputs and weights. Index buffers and what a cache keeps are left out.
 - bytes moved: what the step's operators read and write one by one, views free, each argument and result once per
-  operator: the traffic to memory of operators that share no cache. Unknown for what ``torch.compile`` fuses.
+  operator: the traffic to memory of operators that share no cache. Unknown for what ``torch.compile`` fuses, and blind
+  to what an operator of ours does inside.
 - saved bytes: storages kept for the backward, inputs among them; parameters and buffers, there anyway, left out.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -26,8 +28,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssr_rec.kernels import ics
+from ssr_rec.kernels import ics, ics_reference, view_fusion_reference
 from ssr_rec.over_archs import OVER_ARCHS, OverArch, OverArchConfig, SSRConfig
+from ssr_rec.over_archs.filters import IcsFilter
 from ssr_rec.over_archs.ssr import SSRLayer
 
 WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_"}
@@ -109,7 +112,10 @@ def make_step(
     def both() -> object:
         y = outputs()
         if not upstream:
-            upstream.extend(torch.randn_like(part) for part in y)
+            # The same for every form of an operator.
+            same = torch.Generator(setting.device).manual_seed(0)
+            like = {"device": setting.device, "dtype": y[0].dtype}
+            upstream.extend(torch.randn(part.shape, generator=same, **like) for part in y)
         return torch.autograd.grad(y, wanted, upstream)
 
     return both if train else torch.no_grad()(outputs)
@@ -128,9 +134,10 @@ def least_bytes(
 def operator_cases(batch: int, views: int, dim: int, iterations: int, setting: Setting) -> list[Case]:
     """ICS on (batch, views, dim) beside ReLU and a copy of the same tensor; SSR layers beside their GEMMs alone.
 
-    A layer's input is as wide as its output, as from the second layer of a stack on. Names end in ``fwd`` or
-    ``fwd+bwd``; the GEMMs' backward is the two products of each. In bf16, z and the GEMMs' operands are bfloat16, a
-    layer's input and weights and the parameters of ICS float32, as autocast has them.
+    A layer's input is as wide as its output, as from the second layer of a stack on. A name has ``fwd`` or ``fwd+bwd``,
+    then the form: none, ours; ``plain``, torch's own operators; ``plain compiled``, with ``compile`` alone; ``GEMMs``,
+    with the two products of each for the backward. In bf16, z and the GEMMs' operands are bfloat16, a layer's input and
+    weights and the parameters of ICS float32, as autocast has them.
     """
     torch.manual_seed(0)
     dtype = torch.bfloat16 if setting.bf16 else torch.float32
@@ -142,52 +149,83 @@ def operator_cases(batch: int, views: int, dim: int, iterations: int, setting: S
     ]
     alpha = torch.full((views, iterations), 0.1, device=setting.device, requires_grad=True)
     gamma = torch.ones(views, dim, device=setting.device, requires_grad=True)
-    operator = torch.compile(ics, fullgraph=True, dynamic=False) if setting.compile else ics
     for train in (False, True):
         leaf = z.detach().requires_grad_(train)
-        step = make_step(_bound(operator, leaf, alpha, gamma), [leaf, alpha, gamma], train, setting)
-        least = least_bytes(_bound(ics, leaf, alpha, gamma), [leaf], [alpha, gamma], train, setting)
-        cases.append(Case(f"ICS {_way(train)}", step, 0, least, (alpha, gamma), setting.compile))
+        cases += _forms(f"ICS {_way(train)}", ics, ics_reference, [leaf], [alpha, gamma], 0, train, setting)
     for kind, train in product(("static", "dynamic"), (False, True)):
-        cases += _layer_cases(kind, train, batch, views, dim, iterations, dtype, setting)
+        config = SSRConfig.model_validate(
+            {"filter": kind, "num_views": views, "view_dim": dim}
+            | ({"iterations": iterations} if kind == "dynamic" else {})
+        )
+        torch.manual_seed(0)
+        layer = SSRLayer(views * dim, 1, config).to(setting.device).train(train)
+        x = torch.randn(batch, views * dim, device=setting.device, requires_grad=train)
+        name, flops = f"{config.label.split()[0]} layer {_way(train)}", layer.flops()
+        steps = batch * (3 if train else 1)
+        cases += _forms(name, layer, plain_layer, [x], [], steps * flops.total, train, setting, layer)
+        cases.append(_gemms(name, kind == "dynamic", train, batch, views, dim, steps * flops.matmul, dtype, setting))
     return cases
 
 
-def _layer_cases(
-    kind: str,
+def plain_layer(x: Tensor, layer: SSRLayer) -> Tensor:
+    """An SSR layer of torch's own operators alone: (B, width) -> (B, V, d)."""
+    indices = None
+    if isinstance(layer.filter, IcsFilter):
+        z = layer.filter.proj(x).unflatten(1, (layer.filter.num_views, layer.filter.view_dim))
+        x = ics_reference(z, layer.filter.alpha, layer.filter.gamma)
+    else:
+        indices = layer.filter.indices
+    dense, norm = layer.fusion.dense, layer.fusion.norm
+    return view_fusion_reference(x, indices, dense.weight, dense.bias, None, norm.weight, norm.bias, norm.eps)
+
+
+def _forms(
+    name: str,
+    ours: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    flops: int,
+    train: bool,
+    setting: Setting,
+    layer: SSRLayer | None = None,
+) -> list[Case]:
+    """Ours, plain and, with ``compile``, plain compiled; the plain form of a layer is given the layer."""
+    weights = parameters if layer is None else list(layer.parameters())
+    own, given = [*inputs, *parameters], [*inputs, *(parameters if layer is None else [layer])]
+    least = least_bytes(lambda: plain(*given), inputs, weights, train, setting)
+    resident = (*weights, *(() if layer is None else layer.buffers()))
+    forms = [(name, ours, own, setting.compile), (f"{name}, plain", plain, given, False)]
+    if setting.compile:
+        forms.append((f"{name}, plain compiled", plain, given, True))
+    cases = []
+    for form, function, arguments, compiled in forms:
+        forward = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
+        step = make_step(functools.partial(forward, *arguments), [*inputs, *weights], train, setting)
+        cases.append(Case(form, step, flops, least, resident, compiled))
+    return cases
+
+
+def _gemms(
+    name: str,
+    projected: bool,
     train: bool,
     batch: int,
     views: int,
     dim: int,
-    iterations: int,
+    flops: int,
     dtype: torch.dtype,
     setting: Setting,
-) -> list[Case]:
-    """An SSR layer, and its matrix products alone in the layouts that they have in the plain layer."""
-    settings = {"iterations": iterations} if kind == "dynamic" else {}
-    config = SSRConfig.model_validate({"filter": kind, "num_views": views, "view_dim": dim, **settings})
-    torch.manual_seed(0)
-    wide = views * dim
-    layer = SSRLayer(wide, 1, config).to(setting.device).train(train)
-    x = torch.randn(batch, wide, device=setting.device, requires_grad=train)
-    weights = list(layer.parameters())
-    forward = torch.compile(layer, fullgraph=True, dynamic=False) if setting.compile else layer
-    flops = batch * (3 if train else 1)
-    whole = Case(
-        name=f"{config.label.split()[0]} layer {_way(train)}",
-        step=make_step(_bound(forward, x), [x, *weights], train, setting),
-        flops=flops * layer.flops().total,
-        least_bytes=least_bytes(_bound(layer, x), [x], weights, train, setting),
-        resident=(*weights, *layer.buffers()),
-        fused=setting.compile,
-    )
-    like = {"device": setting.device, "dtype": dtype}
+) -> Case:
+    """The matrix products of a layer alone, in the layouts that they have in the plain layer."""
+    like: Any = {"device": setting.device, "dtype": dtype}
     pairs = [(torch.randn(views, batch, dim, **like), torch.randn(views, dim, dim, **like))]
-    if kind == "dynamic":
+    if projected:
+        wide = views * dim
         pairs.append((torch.randn(batch, wide, **like), torch.randn(wide, wide, **like).t()))
     grads = [a @ w for a, w in pairs]
 
-    def gemms() -> None:
+    def step() -> None:
         for (a, w), g in zip(pairs, grads, strict=True):
             torch.matmul(a, w)
             if train:
@@ -196,15 +234,11 @@ def _layer_cases(
 
     operands = size_of(tensor for pair in pairs for tensor in pair)
     least = 3 * operands + 2 * size_of(grads) if train else operands + size_of(grads)
-    return [whole, Case(f"{whole.name}: GEMMs", gemms, flops * layer.flops().matmul, least)]
+    return Case(f"{name}: GEMMs", step, flops, least)
 
 
 def _way(train: bool) -> str:
     return "fwd+bwd" if train else "fwd"
-
-
-def _bound(function: Callable[..., Any], *arguments: Tensor) -> Callable[[], Any]:
-    return lambda: function(*arguments)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
