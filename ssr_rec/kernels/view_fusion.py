@@ -40,7 +40,7 @@ def view_fusion(
         eps: added to the variance of LN.
 
     Returns:
-        (B, V, d), of the type of the weights.
+        (B, V, d), of the type of the weights; on a GPU under autocast, of autocast's.
 
     Raises:
         ValueError: the shapes do not belong together, or an index is not a dim of x.

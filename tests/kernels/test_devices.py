@@ -90,10 +90,3 @@ def test_types_that_have_a_form(device, x, residual, parameters, has):
         return kind and SimpleNamespace(dtype=getattr(torch, kind), device=SimpleNamespace(type=device))
 
     assert FORMS._has_form(tensor(x), tensor(residual), {getattr(torch, kind) for kind in parameters}) is has
-
-
-def test_autocast_on_a_cpu_takes_the_plain_form():
-    x = torch.randn(3)
-    assert FORMS._has_form(x, None, {torch.float32})
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not FORMS._has_form(x, None, {torch.float32})
