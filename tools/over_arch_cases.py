@@ -82,14 +82,15 @@ def over_arch_case(config: OverArchConfig, fields: int, dim: int, batch: int, tr
     widths = [over_arch.in_features, *map(sum, over_arch.extra_tables.values())]
     inputs = tuple(torch.randn(batch, width, device=setting.device, requires_grad=train) for width in widths)
     weights = [p for p in over_arch.parameters() if p.requires_grad]
-    forward = torch.compile(over_arch, fullgraph=True, dynamic=False) if setting.compile else over_arch
+    fused = setting.compile or config.compile
+    forward = torch.compile(over_arch, fullgraph=True, dynamic=False) if fused else over_arch
     return Case(
         name=config.label,
         step=make_step(lambda: forward(*inputs), [*inputs, *weights], train, setting),
         flops=over_arch.flops_per_sample * batch * (3 if train else 1),
         least_bytes=least_bytes(lambda: over_arch(*inputs), inputs, weights, train, setting),
         resident=(*over_arch.parameters(), *over_arch.buffers()),
-        fused=setting.compile,
+        fused=fused,
     )
 
 
