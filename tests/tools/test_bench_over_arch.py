@@ -66,7 +66,7 @@ def plain(cases):
 
 
 @pytest.fixture(autouse=True)
-def one_thread_before_and_after():
+def keep_the_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -77,7 +77,6 @@ def test_an_over_arch_is_its_name_and_its_keys(bench):
     mlp = bench.parse_over_arch("mlp:hidden=[3,4,5],dropout=0.5")
     assert (mlp.hidden, mlp.dropout) == ([3, 4, 5], 0.5)
     assert bench.parse_over_arch(SMALL["autofis"]).pairs == [(0, 1), (2, 5)]
-    assert bench.parse_over_arch("ssr:filter=dynamic,gamma=false").label == "SSR-D 8x128x2"
 
 
 @pytest.mark.parametrize(("name", "cost"), product(SMALL, ["flops", "parameters"]))
@@ -176,6 +175,14 @@ def test_the_forward_alone_is_that_of_evaluation(bench, cases, plain):
     assert not forward()[0].requires_grad
 
 
+def test_the_option_or_the_config_compiles(bench, cases, plain, monkeypatch):
+    monkeypatch.setattr(cases.torch, "compile", lambda module, **_: module)
+    for option, key in ((False, "false"), (False, "true"), (True, "false")):
+        config = bench.parse_over_arch(f"mlp:hidden=[5],compile={key}")
+        setting = cases.Setting(plain.device, bf16=False, compile=option)
+        assert cases.over_arch_case(config, F, D, 3, False, setting).fused is (option or key == "true")
+
+
 def test_operators_and_the_products_of_their_layers(cases, plain):
     found = {case.name: case for case in cases.operator_cases(5, 3, 8, 2, plain)}
     z, parameters = 4 * 5 * 3 * 8, 4 * (3 * 2 + 3 * 8)
@@ -213,8 +220,8 @@ def test_cases_take_turns_and_warm_up(cases, monkeypatch):
     taken = cases.interleave([case("a", 1), case("b", 2), case("c", 4)], 40, 2, torch.device("cpu"))
     assert taken == [[1.0] * 40, [2.0] * 40, [4.0] * 40]
     turns = [log[i : i + 3] for i in range(0, len(log), 3)]
-    assert len(turns) == 42 and all(sorted(turn) == ["a", "b", "c"] for turn in turns)
-    assert len({tuple(turn) for turn in turns}) == 6
+    assert len(turns) == 42 and len({tuple(turn) for turn in turns}) == 6
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
 
 
 def test_warm_steps_follow_themselves(cases):
@@ -293,9 +300,7 @@ def test_equal_and_forward_are_stated(bench, capsys):
     # Two layers of 3 views: 2 n n, and 13 n for the bias, GELU and LayerNorm: 12 n^2 + 78 n.
     assert second == "SSR-S 3x10x2: view_dim=10 has 1,980 flops, -1.0%"
     figures = json.loads(last)
-    assert not figures["operators"]
-    assert [sum(r["flops_per_sample"].values()) for r in figures["over_archs"]] == [1974, 1980]
-    assert [r["flops"] for r in figures["over_archs"]] == [3 * 1974, 3 * 1980]
+    assert [r["flops"] for r in figures["over_archs"]] == [3 * 1974, 3 * 1980] and not figures["operators"]
 
 
 @pytest.mark.parametrize(
@@ -305,17 +310,13 @@ def test_equal_and_forward_are_stated(bench, capsys):
         (["--over-archs", "mpl"], "over-arch 'mpl': over_arch: "),
         (["--over-archs", "mlp:hiden=[3]"], "did you mean 'hidden'?"),
         (["--over-archs", "mlp:hidden"], "over-arch 'mlp:hidden' is not name:key=value"),
-        (["--over-archs", ":hidden=[3]"], "is not name:key=value"),
         (["--over-archs", "mlp:hidden=[0]"], "hidden"),
         (["--over-archs", "ssr", "--fields", "2", "--dim", "3"], "view_dim=128"),
         (["--over-archs", "mlp", "--equal", "watts", "3"], "--equal watts: must be flops or parameters"),
-        (["--over-archs", "mlp", "--equal", "flops", "many"], "--equal flops many: the value must be"),
         (["--over-archs", "mlp", "--equal", "flops", "nan"], "--equal flops nan: the value must be"),
-        (["--over-archs", "mlp", "--equal", "parameters", "-1"], "--equal parameters -1: the value must be"),
         (["--operators", "--equal", "flops", "3"], "--equal has no effect without --over-archs"),
         (["--over-archs", "mlp", "--view-dim", "3"], "--view-dim has no effect without --operators"),
         (["--operators", "--batch", "4", "0"], "--batch [4, 0]: must be at least 1"),
-        (["--operators", "--warmup", "0"], "--warmup 0: must be at least 1"),
         (["--operators", "--plot", "no/such/p.png"], "there is no folder no/such"),
         pytest.param(["--operators", "--device", "cuda"], "torch sees no GPU here", marks=no_gpu),
     ],
@@ -344,7 +345,6 @@ def test_compiled(bench, capsys):
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(r["bytes_moved"], r["saved_bytes"] > 0) for r in figures["over_archs"]] == [(None, True)] * 2
     operators = {r["name"]: r for r in figures["operators"]}
-    assert set(operators["SSR-D layer fwd+bwd"]["ratio"]) == {
-        f"SSR-D layer fwd+bwd{form}" for form in (", plain", ", plain compiled", ": GEMMs")
-    }
+    layer = "SSR-D layer fwd+bwd"
+    assert set(operators[layer]["ratio"]) == {layer + form for form in (", plain", ", plain compiled", ": GEMMs")}
     assert operators["ICS fwd, plain"]["bytes_moved"] and not operators["ICS fwd, plain compiled"]["bytes_moved"]
