@@ -269,6 +269,7 @@ def build_model(
     plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank)
     model = shard(task, plan, device)
     initialise_tables(model, config.seed, config.embeddings.init_scale)
+    compile_over_arch(over_arch, config.over_arch)
     # Dropout draws of the ranks must differ; everything drawn before must not.
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank())
     return model
@@ -277,6 +278,16 @@ def build_model(
 def lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank ended; that rank says why."""
     return any(text in str(error) for text in ("gloo/transport", "ncclRemoteError", "Connection closed by peer"))
+
+
+def compile_over_arch(over_arch: OverArch, config: OverArchConfig) -> None:
+    """Does what its config's ``compile`` asks for.
+
+    To the method, not to the module: parameters keep their names, and hooks, such as the report's, still run. Dynamic,
+    because the last batch of an epoch and those of the evaluation have other rows than the rest.
+    """
+    if config.compile:
+        over_arch.forward = torch.compile(over_arch.forward, dynamic=True)
 
 
 def is_library_error(error: ValueError) -> bool:

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from pydantic import TypeAdapter
 
 from ssr_rec.config import load_config
-from ssr_rec.over_archs import OVER_ARCHS
+from ssr_rec.over_archs import OVER_ARCHS, OverArchConfig
 from ssr_rec.run_folder import read_metrics
+from ssr_rec.train import compile_over_arch
 from tests.jobs import own_optimizer_job, train_job
 from tests.ranks import run_ranks
 
@@ -30,6 +33,7 @@ SMALL = {
     "wukong": ["--over_arch.num_layers=1", "--over_arch.hidden=[8]"],
     "rankmixer": ["--over_arch.num_tokens=4", "--over_arch.dim=16", "--over_arch.num_layers=1"],
 }
+CONFIGS = TypeAdapter(OverArchConfig)
 BATCH_NORMS = {"autofis"}
 """Over-archs that always normalise with each rank's own share of the batch, so that losses depend on the world size."""
 
@@ -90,3 +94,36 @@ def test_the_optimizer_an_over_arch_brings_trains_its_parameters_and_no_other(da
     kinds = run_ranks(own_optimizer_job, 1, options("autofis", dataset, "unused"), str(dataset))[0]
     assert kinds.pop("alpha") == "GRDA"
     assert set(kinds.values()) == {"AdamW"} and len(kinds) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssr", "mlp"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_compiled_over_arch_trains_and_reports_as_the_plain_one(dataset, tmp_path, name, world_size):
+    reports = {}
+    for flag in ("true", "false"):
+        run = options(name, dataset, tmp_path, f"--name={flag}", "--train.epochs=1", f"--over_arch.compile={flag}")
+        reports[flag] = run_ranks(train_job, world_size, run)[0]
+    # 16 steps, the last of them on fewer rows; validation and test folds have rows of their own.
+    assert np.abs(losses(tmp_path / "true") - losses(tmp_path / "false")).max() < 1e-5
+    for task in ("click", "like"):
+        assert reports["true"]["test"][task]["auc"] == pytest.approx(reports["false"]["test"][task]["auc"], abs=1e-4)
+    assert reports["true"]["over_arch"].keys() == reports["false"]["over_arch"].keys()
+    weights = [
+        {str(path.relative_to(tmp_path / flag)) for path in (tmp_path / flag / "checkpoints").rglob("*")}
+        for flag in ("true", "false")
+    ]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("name", OVER_ARCHS)
+def test_every_over_arch_can_be_compiled_by_its_config(name, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append((forward, dynamic)) or forward)
+    for flag in (False, True):
+        config = CONFIGS.validate_python({"name": name, "compile": flag})
+        over_arch = OVER_ARCHS[name](10, 16, 1, config)
+        forward, names = over_arch.forward, list(over_arch.state_dict())
+        compile_over_arch(over_arch, config)
+        assert compiled == [(forward, True)] * flag
+        assert list(over_arch.state_dict()) == names

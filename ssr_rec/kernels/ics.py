@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+from ssr_rec.kernels.devices import has_operators
+from ssr_rec.kernels.reference import ics_reference
+
+FAST_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
 
 def ics(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
     """Lets the dims of every view compete: each step lowers all of them by a share of their mean, losers reach zero.
@@ -16,16 +21,30 @@ def ics(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
     A negative ``alpha_t`` is legal and raises every dim, dead ones too: nothing here assumes the
     monotone decay of eq. 10, which needs positive alphas.
 
+    The fast form computes ``gamma * relu(z - theta_T)`` with one threshold a row and view while no alpha of the view is
+    negative. It differs from the steps above by rounding: within rounding of the threshold a dim may live in one and
+    be dead in the other, with a value of that size, and its gradient then goes with its fate. bfloat16 is computed
+    in float32. The sums over the batch, for alpha and gamma, are the same in every run and for any number of threads.
+
     Args:
         z: projected features, (B, V, d).
         alpha: extinction rates, (V, T); with T = 0 the result is ``gamma * relu(z)``.
         gamma: signal recovery, (V, d), or None for none.
 
     Returns:
-        (B, V, d), exact zeros where a dim lost.
+        (B, V, d) of z's type, exact zeros where a dim lost.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
-    x = torch.relu(z)
-    for rate in alpha.unbind(-1):
-        mu = x.mean(-1, keepdim=True)
-        x = torch.relu(x - rate.unsqueeze(-1) * mu)
-    return x if gamma is None else gamma * x
+    check_shapes(z, alpha, gamma)
+    if z.dtype in FAST_TYPES and has_operators(z.device.type):
+        return torch.ops.ssr_rec.ics(z, alpha, gamma)
+    return ics_reference(z, alpha, gamma).to(z.dtype)
+
+
+def check_shapes(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> None:
+    if z.dim() != 3 or alpha.dim() != 2 or alpha.shape[0] != z.shape[1]:
+        raise ValueError(f"z {tuple(z.shape)} must be (B, V, d) and alpha {tuple(alpha.shape)} (V, T)")
+    if gamma is not None and gamma.shape != z.shape[1:]:
+        raise ValueError(f"gamma {tuple(gamma.shape)} must be (V, d) of z {tuple(z.shape)}: {tuple(z.shape[1:])}")

@@ -10,9 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import Flops, OverArch, equal_dim
+from ssr_rec.over_archs.base import Flops, OverArch, OverArchSettings, equal_dim
 from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, make_input_norm, sizes
-from ssr_rec.settings import Settings
 
 NEURON_STD = 0.1
 """Start of the orders, from the authors' code: normal, small enough that exp stays near 1."""
@@ -23,7 +22,7 @@ MAX_EXPONENT = 30.0
 optimizers take."""
 
 
-class AFNConfig(Settings):
+class AFNConfig(OverArchSettings):
     """AFN and, with ``plus``, AFN+ (Cheng, Shen, Huang, AAAI 2020)."""
 
     name: Literal["afn"] = "afn"

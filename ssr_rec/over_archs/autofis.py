@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, Flops, OverArch, equal_dim
+from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, Flops, OverArch, OverArchSettings, equal_dim
 from ssr_rec.over_archs.grda import GRDA, LEARNING_RATE, MU, C
 from ssr_rec.over_archs.layers import (
     BATCH_NORM_EPS,
@@ -23,7 +23,6 @@ from ssr_rec.over_archs.layers import (
     make_input_norm,
     sizes,
 )
-from ssr_rec.settings import Settings
 
 ALPHA_SPREAD = 1e-3
 """Released code: alphas start uniform in ``alpha_init`` plus or minus this."""
@@ -35,7 +34,7 @@ GRDA_KEYS = ("grda_lr", "grda_c", "grda_mu")
 Pair = Annotated[tuple[int, int], Field(strict=False)]
 
 
-class AutoFISConfig(Settings):
+class AutoFISConfig(OverArchSettings):
     """AutoDeepFM. ``pairs`` decides the stage: without it the search, with it the model of these pairs."""
 
     name: Literal["autofis"] = "autofis"

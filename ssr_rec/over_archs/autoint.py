@@ -10,7 +10,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, SOFTMAX_FLOPS, Flops, OverArch, dense_flops, equal_dim
+from ssr_rec.over_archs.base import (
+    LAYER_NORM_FLOPS,
+    SOFTMAX_FLOPS,
+    Flops,
+    OverArch,
+    OverArchSettings,
+    dense_flops,
+    equal_dim,
+)
 from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
@@ -20,10 +28,9 @@ from ssr_rec.over_archs.layers import (
     make_input_norm,
     sizes,
 )
-from ssr_rec.settings import Settings
 
 
-class AutoIntConfig(Settings):
+class AutoIntConfig(OverArchSettings):
     """AutoInt, and AutoInt+ with ``deep_hidden``.
 
     The defaults are the paper's text (4.4, 4.5, 5.1). Keys marked "released" switch to what the authors' code does

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ssr_rec.settings import Settings
 
 SOFTMAX_FLOPS = 5
 """Maximum, subtraction, exp, sum, division."""
@@ -18,6 +21,16 @@ LAYER_NORM_FLOPS = 7
 """Mean, subtraction, square, sum of squares, division by the deviation, scale, shift."""
 FOLDED_NORM_FLOPS = 2
 """Batch norm at inference: one scale, one shift."""
+
+
+class OverArchSettings(Settings):
+    """What the config of every over-arch has."""
+
+    compile: bool = Field(
+        default=False,
+        description="run the over-arch as torch.compile makes it: the first steps of training and of evaluation take "
+        "up to minutes, those after them less time where many small operations follow one another",
+    )
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, dense_flops
+from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, OverArchSettings, dense_flops
 from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, init_dense_, make_input_norm, sizes
-from ssr_rec.settings import Settings
 
 
-class DCNv2Config(Settings):
+class DCNv2Config(OverArchSettings):
     """DCN v2: full rank, low rank (``rank``), or DCN-Mix (``rank`` and ``num_experts`` above 1)."""
 
     name: Literal["dcn_v2"] = "dcn_v2"

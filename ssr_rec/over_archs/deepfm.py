@@ -9,12 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.base import Flops, OverArch, equal_dim
+from ssr_rec.over_archs.base import Flops, OverArch, OverArchSettings, equal_dim
 from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, make_input_norm, sizes
-from ssr_rec.settings import Settings
 
 
-class DeepFMConfig(Settings):
+class DeepFMConfig(OverArchSettings):
     """DeepFM (Guo, Tang, Ye, Li, He, IJCAI 2017)."""
 
     name: Literal["deepfm"] = "deepfm"

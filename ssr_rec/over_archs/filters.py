@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssr_rec.kernels import ics
+from ssr_rec.kernels import gather_views, ics
 from ssr_rec.over_archs.base import Flops, dense_flops
 from ssr_rec.over_archs.layers import init_dense_
 
@@ -71,7 +71,7 @@ class StaticRandomFilter(Filter):
         self.register_buffer("indices", torch.tensor(np.stack(rows)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.indices.flatten()).unflatten(1, self.indices.shape)
+        return gather_views(x, self.indices)
 
     def flops(self) -> Flops:
         return Flops()

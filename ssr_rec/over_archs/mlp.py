@@ -8,12 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from ssr_rec.over_archs.base import Flops, OverArch
+from ssr_rec.over_archs.base import Flops, OverArch, OverArchSettings
 from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, make_input_norm, sizes
-from ssr_rec.settings import Settings
 
 
-class MLPConfig(Settings):
+class MLPConfig(OverArchSettings):
     """Dense MLP."""
 
     name: Literal["mlp"] = "mlp"

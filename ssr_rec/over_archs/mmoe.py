@@ -11,12 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, dense_flops
+from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, OverArchSettings, dense_flops
 from ssr_rec.over_archs.layers import Initializer, InputNormKind, ViewLinear, init_dense_, make_input_norm
-from ssr_rec.settings import Settings
 
 
-class MMoEConfig(Settings):
+class MMoEConfig(OverArchSettings):
     """Multi-gate mixture of experts."""
 
     name: Literal["mmoe"] = "mmoe"

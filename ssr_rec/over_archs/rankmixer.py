@@ -9,12 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import GELU_FLOPS, LAYER_NORM_FLOPS, Flops, OverArch
+from ssr_rec.over_archs.base import GELU_FLOPS, LAYER_NORM_FLOPS, Flops, OverArch, OverArchSettings
 from ssr_rec.over_archs.layers import LAYER_NORM_EPS, Initializer, InputNormKind, ViewLinear, make_input_norm
-from ssr_rec.settings import Settings
 
 
-class RankMixerConfig(Settings):
+class RankMixerConfig(OverArchSettings):
     """RankMixer with dense per-token FFNs (arXiv 2507.15551, section 3)."""
 
     name: Literal["rankmixer"] = "rankmixer"

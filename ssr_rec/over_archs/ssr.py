@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
-from ssr_rec.over_archs.filters import FILTERS, FilterName
+from ssr_rec.kernels import gather_views, view_fusion
+from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch, OverArchSettings
+from ssr_rec.over_archs.filters import FILTERS, FilterName, StaticRandomFilter
 from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
@@ -21,10 +21,9 @@ from ssr_rec.over_archs.layers import (
     ViewLinear,
     make_input_norm,
 )
-from ssr_rec.settings import Settings
 
 
-class SSRConfig(Settings):
+class SSRConfig(OverArchSettings):
     """SSR-S (``filter: static``) and SSR-D (``filter: dynamic``).
 
     The defaults are the paper's text (eq. 3-11). Keys marked "released" switch to what the authors'
@@ -122,16 +121,20 @@ class ViewFusion(nn.Module):
         self.norm = ViewLayerNorm(views, dim, config.layer_norm_eps)
         self.residual = config.residual
 
-    def forward(self, h: Tensor) -> Tensor:
-        """(B, V, fan_in) -> (B, V, d)."""
-        h = h.transpose(0, 1)
-        z = F.gelu(self.dense(h))
-        if self.dense2 is not None:
-            z = F.gelu(self.dense2(z))
-        z = self.dropout(z)
+    def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
+        """(B, V, fan_in), or (B, width) with the dims (V, fan_in) that the views see, to (B, V, d)."""
+        residual = None
         if self.residual:
-            z = h + z
-        return self.norm(z).transpose(0, 1)
+            residual = x = x if indices is None else gather_views(x, indices)
+            indices = None
+        if self.dense2 is not None:
+            x, indices = view_fusion(x, indices, self.dense.weight, self.dense.bias), None
+        last = self.dense if self.dense2 is None else self.dense2
+        if not (self.training and self.dropout.p):
+            norm = (self.norm.weight, self.norm.bias, self.norm.eps)
+            return view_fusion(x, indices, last.weight, last.bias, residual, *norm)
+        z = self.dropout(view_fusion(x, indices, last.weight, last.bias))
+        return self.norm((z if residual is None else residual + z).transpose(0, 1)).transpose(0, 1)
 
     def flops(self) -> Flops:
         dims = self.norm.weight.numel()
@@ -151,6 +154,8 @@ class SSRLayer(nn.Module):
         self.fusion = ViewFusion(self.filter.out_dim, config)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.filter, StaticRandomFilter):
+            return self.fusion(x, self.filter.indices)
         return self.fusion(self.filter(x))
 
     def flops(self) -> Flops:

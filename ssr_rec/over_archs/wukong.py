@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, Flops, OverArch, dense_flops, equal_dim
+from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, Flops, OverArch, OverArchSettings, dense_flops, equal_dim
 from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
@@ -18,10 +18,9 @@ from ssr_rec.over_archs.layers import (
     init_dense_,
     make_input_norm,
 )
-from ssr_rec.settings import Settings
 
 
-class WukongConfig(Settings):
+class WukongConfig(OverArchSettings):
     """Wukong with the optimised FM of a learned projection (section 3)."""
 
     name: Literal["wukong"] = "wukong"

@@ -1,0 +1,303 @@
+// Filter-and-fuse on the CPU: ssr_rec/kernels/__init__.py has the signatures, reference.py the plain form.
+//
+// Both directions go through blocks of rows that fit into the second-level cache, and through the views of a block one
+// after another: what a view gathers, multiplies and normalises is still near when the next step reads it. Only x,
+// the products before the bias and two figures a row are kept for the backward pass, which gathers again.
+
+#include "fuse_row.h"
+#include "ops.h"
+#include "transpose.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+
+namespace ssr_rec {
+namespace {
+
+// Whether oneDNN's small-block product runs here; it needs x86 with AVX-512.
+bool has_brgemm() {
+  static const bool works = [] {
+    try {
+      float one = 1, product = 0;
+      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
+      return product == 1;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return works;
+}
+
+// c (M, N) = or += a (M, K) b (K, N), all row after row.
+template <typename T>
+void product(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (has_brgemm()) {
+      at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
+      return;
+    }
+  }
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  const auto left = at::from_blob(const_cast<T*>(a), {M, K}, {lda, 1}, options);
+  const auto right = at::from_blob(const_cast<T*>(b), {K, N}, {ldb, 1}, options);
+  auto out = at::from_blob(c, {M, N}, {ldc, 1}, options);
+  at::addmm_out(out, out, left, right, add ? 1 : 0);
+}
+
+// Raw pointers to everything, and how it lies.
+template <typename T>
+struct Problem {
+  int64_t B, V, N, d, width;
+  const T* x;
+  int64_t x_row, x_view; // strides of x; x_view only without indices
+  const int32_t* indices; // (V, N), or null
+  const T *weight, *bias, *residual, *scale, *shift;
+  T eps;
+
+  Epilogue<T> epilogue(int64_t v, int64_t b) const {
+    return {bias + v * d, residual ? residual + (b * V + v) * d : nullptr, scale ? scale + v * d : nullptr,
+            shift ? shift + v * d : nullptr};
+  }
+};
+
+// Rows of a block: few enough that its pieces fit the second-level cache and that small batches keep two cores busy.
+int64_t block_rows(int64_t B) {
+  return B >= 512 ? 128 : B >= 128 ? 64 : 32;
+}
+
+// How many tasks of so many multiplications a thread must at least get, lest waking it costs more than it saves.
+int64_t grain(int64_t multiplications) {
+  return std::max<int64_t>(1, (int64_t(1) << 19) / std::max<int64_t>(1, multiplications));
+}
+
+template <typename T>
+void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
+  const int64_t block = block_rows(p.B), blocks = (p.B + block - 1) / block;
+  at::parallel_for(0, blocks, grain(block * p.V * p.N * p.d), [&](int64_t begin, int64_t end) {
+    const int64_t gathers = p.indices ? block : 0;
+    std::vector<T> x_columns(gathers * p.width), gathered(gathers * p.N);
+    std::vector<T> products(pre ? 0 : block * p.d), row(p.d);
+    T unsaved[2];
+    for (int64_t b0 = begin * block; b0 < std::min(end * block, p.B); b0 += block) {
+      const int64_t rows = std::min(block, p.B - b0);
+      if (p.indices) {
+        transpose<T>(rows, p.width, rows_of(p.x + b0 * p.x_row, p.x_row), rows_of(x_columns.data(), block));
+      }
+      for (int64_t v = 0; v < p.V; ++v) {
+        const T* h = p.x + b0 * p.x_row + v * p.x_view;
+        int64_t ld = p.x_row;
+        if (p.indices) {
+          const auto seen = chosen_rows_of(x_columns.data(), block, p.indices + v * p.N);
+          transpose<T>(p.N, rows, seen, rows_of(gathered.data(), p.N));
+          h = gathered.data();
+          ld = p.N;
+        }
+        T* z = pre ? pre + (v * p.B + b0) * p.d : products.data();
+        product(rows, p.d, p.N, h, ld, p.weight + v * p.N * p.d, p.d, z, p.d, false);
+        for (int64_t r = 0; r < rows; ++r) {
+          T* kept = stats ? stats + (v * p.B + b0 + r) * 2 : unsaved;
+          fuse_row(z + r * p.d, p.epilogue(v, b0 + r), y + ((b0 + r) * p.V + v) * p.d, kept, row.data(), p.d, p.eps);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+struct Grads {
+  const T *grad, *pre, *stats;
+  T *x; // null where nobody asks
+  T *residual; // null without
+  T *weight, *more_weight; // (V, N, d) of the first chunk, and (chunks - 1, V, N, d)
+  T *rest; // (chunks, V, 3, d): bias, scale, shift
+};
+
+// The rows b0 .. b0 + rows of one view.
+template <typename T>
+struct Scratch {
+  std::vector<T> grad_z, h_columns, grad_h, rows, x_columns, grad_x_columns;
+  Scratch(const Problem<T>& p, int64_t block, bool need_x)
+      : grad_z(block * p.d), h_columns(block * p.N), grad_h(p.indices && need_x ? block * p.N : 0), rows(2 * p.d),
+        x_columns(p.indices ? block * p.width : 0), grad_x_columns(p.indices && need_x ? block * p.width : 0) {}
+};
+
+template <typename T>
+void backward_block(
+    const Problem<T>& p, const Grads<T>& g, const T* weight_t, int64_t chunk, int64_t v, int64_t b0,
+    int64_t rows, int64_t block, bool first, Scratch<T>& s) {
+  T* rest = g.rest + (chunk * p.V + v) * 3 * p.d;
+  const EpilogueGrad<T> sums{rest, rest + p.d, rest + 2 * p.d};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t own = ((b0 + r) * p.V + v) * p.d, kept = v * p.B + b0 + r;
+    fuse_row_backward(
+        g.grad + own, g.pre + kept * p.d, p.epilogue(v, b0 + r), g.stats ? g.stats + kept * 2 : nullptr,
+        s.grad_z.data() + r * p.d, g.residual ? g.residual + own : nullptr, sums, s.rows.data(), p.d);
+  }
+  const int32_t* indices = p.indices ? p.indices + v * p.N : nullptr;
+  if (indices) {
+    const auto seen = chosen_rows_of(s.x_columns.data(), block, indices);
+    for (int64_t j = 0; j < p.N; ++j) {
+      std::copy_n(seen(j), rows, s.h_columns.data() + j * block);
+    }
+  } else {
+    const T* h = p.x + b0 * p.x_row + v * p.x_view;
+    transpose<T>(rows, p.N, rows_of(h, p.x_row), rows_of(s.h_columns.data(), block));
+  }
+  T* grad_weight = (chunk ? g.more_weight + (chunk - 1) * p.V * p.N * p.d : g.weight) + v * p.N * p.d;
+  product(p.N, p.d, rows, s.h_columns.data(), block, s.grad_z.data(), p.d, grad_weight, p.d, !first);
+  if (!g.x) {
+    return;
+  }
+  if (!indices) {
+    T* to = g.x + (b0 * p.V + v) * p.N;
+    product(rows, p.N, p.d, s.grad_z.data(), p.d, weight_t, p.N, to, p.V * p.N, false);
+    return;
+  }
+  product(rows, p.N, p.d, s.grad_z.data(), p.d, weight_t, p.N, s.grad_h.data(), p.N, false);
+  const auto to = chosen_rows_of(s.grad_x_columns.data(), block, indices);
+  transpose<T>(rows, p.N, rows_of(s.grad_h.data(), p.N), to, true);
+}
+
+// Runs of blocks whose sums over rows are kept apart and added in order: the number of threads does not decide the result.
+int64_t chunk_count(int64_t B) {
+  const int64_t blocks = (B + block_rows(B) - 1) / block_rows(B);
+  return std::clamp<int64_t>(blocks / 2, std::min<int64_t>(2, blocks), 16);
+}
+
+template <typename T>
+void backward_kernel(const Problem<T>& p, const Grads<T>& g, const T* weight_t, int64_t chunks) {
+  const int64_t block = block_rows(p.B), blocks = (p.B + block - 1) / block;
+  at::parallel_for(0, chunks, grain(2 * p.B * p.V * p.N * p.d / std::max<int64_t>(1, chunks)), [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(p, block, g.x != nullptr);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t from = blocks * c / chunks, to = blocks * (c + 1) / chunks;
+      for (int64_t k = from; k < to; ++k) {
+        const int64_t b0 = k * block, rows = std::min(block, p.B - b0);
+        if (p.indices) {
+          transpose<T>(rows, p.width, rows_of(p.x + b0 * p.x_row, p.x_row), rows_of(scratch.x_columns.data(), block));
+          std::fill(scratch.grad_x_columns.begin(), scratch.grad_x_columns.end(), T(0));
+        }
+        for (int64_t v = 0; v < p.V; ++v) {
+          backward_block(
+              p, g, weight_t + v * p.N * p.d, c, v, b0, rows, block, k == from, scratch);
+        }
+        if (p.indices && g.x) {
+          const auto columns = rows_of(scratch.grad_x_columns.data(), block);
+          transpose<T>(p.width, rows, columns, rows_of(g.x + b0 * p.width, p.width));
+        }
+      }
+    }
+  });
+}
+
+// sum (n) += each of the parts, first to last.
+template <typename T>
+void add_parts(T* sum, const T* parts, int64_t count, int64_t n) {
+  at::parallel_for(0, n, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < count; ++c) {
+      for_vectors<T>(end - begin, [&](int64_t i, auto lanes) {
+        add_to(sum + begin + i, load(parts + c * n + begin + i, lanes), lanes);
+      });
+    }
+  });
+}
+
+// Contiguous inputs of a problem, kept alive with it.
+template <typename T>
+struct Inputs {
+  at::Tensor x, weight, bias, residual, scale, shift;
+  std::vector<int32_t> indices;
+  Problem<T> problem;
+};
+
+// Checked, because a checkpoint brings them.
+std::vector<int32_t> checked(const std::optional<at::Tensor>& indices, int64_t width) {
+  if (!indices) {
+    return {};
+  }
+  const auto all = indices->contiguous();
+  const int64_t* from = all.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < all.numel(); ++i) {
+    TORCH_CHECK_VALUE(from[i] >= 0 && from[i] < width, "view_fusion: index ", from[i], " of an input of ", width, " dims");
+  }
+  return std::vector<int32_t>(from, from + all.numel());
+}
+
+at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->contiguous() : at::Tensor();
+}
+
+template <typename T>
+const T* pointer(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+Inputs<T> inputs(
+    const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, double eps) {
+  Inputs<T> in{x.stride(-1) == 1 ? x : x.contiguous(), weight.contiguous(), bias.contiguous(), contiguous(residual),
+               contiguous(scale), contiguous(shift), checked(indices, x.size(-1)), {}};
+  in.problem = {
+      x.size(0), weight.size(0), weight.size(1), weight.size(2), x.size(-1), pointer<T>(in.x), in.x.stride(0),
+      indices ? 0 : in.x.stride(1), indices ? in.indices.data() : nullptr, pointer<T>(in.weight), pointer<T>(in.bias),
+      pointer<T>(in.residual), pointer<T>(in.scale), pointer<T>(in.shift), static_cast<T>(eps)};
+  return in;
+}
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> view_fusion_forward(
+    const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, double eps, bool save) {
+  const int64_t B = x.size(0), V = weight.size(0), d = weight.size(2);
+  auto y = at::empty({B, V, d}, x.options());
+  auto pre = save ? at::empty({V, B, d}, x.options()) : at::empty({0}, x.options());
+  auto stats = save && scale ? at::empty({V, B, 2}, x.options()) : at::empty({0}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_forward", [&] {
+    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, shift, eps);
+    forward_kernel(
+        in.problem, y.mutable_data_ptr<scalar_t>(), save ? pre.mutable_data_ptr<scalar_t>() : nullptr,
+        save && scale ? stats.mutable_data_ptr<scalar_t>() : nullptr);
+  });
+  return {y, pre, stats};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> view_fusion_backward(
+    const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight,
+    const at::Tensor& bias, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
+    const at::Tensor& pre, const at::Tensor& stats, bool need_x) {
+  const int64_t B = x.size(0), V = weight.size(0), N = weight.size(1), d = weight.size(2), chunks = chunk_count(B);
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  const auto grads = grad.contiguous(), saved = pre.contiguous(), figures = stats.contiguous();
+  auto grad_x = need_x ? at::empty(x.sizes(), x.options()) : none();
+  auto grad_residual = residual ? at::empty({B, V, d}, x.options()) : none();
+  auto grad_weight = chunks ? at::empty({V, N, d}, x.options()) : at::zeros({V, N, d}, x.options());
+  auto more_weight = at::empty({std::max<int64_t>(chunks - 1, 0), V, N, d}, x.options());
+  auto rest = at::zeros({chunks, V, 3, d}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_backward", [&] {
+    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, std::nullopt, 0);
+    std::vector<scalar_t> weight_t(weight.numel());
+    for (int64_t v = 0; v < V; ++v) {
+      transpose<scalar_t>(N, d, rows_of(in.problem.weight + v * N * d, d), rows_of(weight_t.data() + v * N * d, N));
+    }
+    const Grads<scalar_t> out{
+        grads.const_data_ptr<scalar_t>(), saved.const_data_ptr<scalar_t>(),
+        scale ? figures.const_data_ptr<scalar_t>() : nullptr, need_x ? grad_x.mutable_data_ptr<scalar_t>() : nullptr,
+        residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr, grad_weight.mutable_data_ptr<scalar_t>(),
+        more_weight.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>()};
+    backward_kernel(in.problem, out, weight_t.data(), chunks);
+    add_parts(out.weight, out.more_weight, more_weight.size(0), grad_weight.numel());
+  });
+  const auto sums = rest.sum(0);
+  return {grad_x, grad_weight, sums.select(1, 0).contiguous(), grad_residual,
+          scale ? sums.select(1, 1).contiguous() : none(), scale ? sums.select(1, 2).contiguous() : none()};
+}
+
+} // namespace ssr_rec

@@ -1,0 +1,90 @@
+"""Filter-and-fuse: the view-wise dense layer of SSR with what stands before and behind it."""
+
+import torch
+from torch import Tensor
+
+from ssr_rec.kernels.devices import has_operators
+from ssr_rec.kernels.reference import view_fusion_reference
+
+FAST_TYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
+
+
+def view_fusion(
+    x: Tensor,
+    indices: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """One dense layer per view: ``LN(gelu(h W + bias) + residual) * scale + shift`` (eq. 3, 5 and 6).
+
+    ``h`` is ``x``, or, with ``indices``, for each view the dims of ``x`` that they name. GELU is the exact one; LN goes
+    over the d dims of a view. The fast form computes it block by block of rows and gathers again in the backward pass;
+    its sums over the batch are the same in every run and for any number of threads. On the CPU, autocast leaves it in
+    the type of its weights, in which it is faster than the plain form in bfloat16.
+
+    Args:
+        x: (B, width) with ``indices``, else (B, V, N).
+        indices: (V, N) int64, dims below ``width``.
+        weight: (V, N, d).
+        bias: (V, d).
+        residual: (B, V, d), added before LN; None for none.
+        scale: (V, d); None for no LN at all.
+        shift: (V, d), None exactly where ``scale`` is.
+        eps: added to the variance of LN.
+
+    Returns:
+        (B, V, d), of the type of the weights; on a GPU under autocast, of autocast's.
+
+    Raises:
+        ValueError: the shapes do not belong together, or an index is not a dim of x.
+    """
+    check_shapes(x, indices, weight, bias, residual, scale, shift)
+    device = x.device.type
+    if device in FAST_TYPES and torch.is_autocast_enabled(device):
+        # A GPU's form has products of 16 bits, as autocast wants them; the CPU's has none.
+        dtype = weight.dtype if device == "cpu" else torch.get_autocast_dtype(device)
+        x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+    parameters = {t.dtype for t in (weight, bias, scale, shift) if t is not None}
+    if _has_form(x, residual, parameters) and has_operators(device):
+        return torch.ops.ssr_rec.view_fusion(x, indices, weight, bias, residual, scale, shift, eps)
+    return view_fusion_reference(x, indices, weight, bias, residual, scale, shift, eps)
+
+
+def _has_form(x: Tensor, residual: Tensor | None, parameters: set[torch.dtype]) -> bool:
+    """Whether there is a fast form for these types; on a GPU, parameters of float32 go with 16-bit activations."""
+    if x.dtype not in FAST_TYPES.get(x.device.type, ()) or (residual is not None and residual.dtype != x.dtype):
+        return False
+    mixed = x.device.type == "cuda" and x.dtype.itemsize == 2
+    return parameters == {x.dtype} or (mixed and parameters == {torch.float32})
+
+
+def check_shapes(
+    x: Tensor,
+    indices: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    views, seen, dim = weight.shape
+    if indices is None and x.shape[1:] != (views, seen):
+        raise ValueError(f"x {tuple(x.shape)} must be (B, V, N) of weight {tuple(weight.shape)} = (V, N, d)")
+    if indices is not None and (x.dim() != 2 or indices.shape != (views, seen)):
+        raise ValueError(
+            f"x {tuple(x.shape)} must be (B, width), indices {tuple(indices.shape)} (V, N) of {tuple(weight.shape)}"
+        )
+    for name, tensor in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if tensor is not None and tensor.shape != (views, dim):
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be (V, d) = {(views, dim)}")
+    if residual is not None and residual.shape != (x.shape[0], views, dim):
+        raise ValueError(f"residual {tuple(residual.shape)} must be (B, V, d) = {(x.shape[0], views, dim)}")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift come together: give both, or neither for no LayerNorm")
