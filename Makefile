@@ -20,6 +20,7 @@ $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/no-deps.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(BIN)/python -c 'from ssr_rec.stack import check_stack; check_stack()'
+	$(BIN)/python -c 'from ssr_rec.kernels.extension import load; load()'
 	touch $@
 
 # The synthetic log, SSR-S and the Dense MLP of the default configs, side by side: about five minutes on two cores.

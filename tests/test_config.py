@@ -35,7 +35,11 @@ def test_numbers_as_people_write_them(tmp_path, number):
         ("train: {batchsize: 3}", [], "unknown key 'train.batchsize'; did you mean 'batch_size'?"),
         ("trian: {}", [], "unknown key 'trian'; did you mean 'train'?"),
         ("", ["--over_arch.num_view=3"], "unknown key 'over_arch.ssr.num_view'; did you mean 'num_views'?"),
-        ("over_arch: {name: mlp, num_views: 3}", [], "unknown key 'over_arch.mlp.num_views'; valid keys: name, hidden"),
+        (
+            "over_arch: {name: mlp, num_views: 3}",
+            [],
+            "unknown key 'over_arch.mlp.num_views'; valid keys: name, compile, hidden",
+        ),
         ("data: {synthetic: {zzz: 3}}", [], "unknown key 'data.synthetic.zzz'; valid keys: seed, train_rows"),
         ("over_arch: {name: transformer}", [], "over_arch"),
         ("train: {batch_size: '3'}", [], "train.batch_size: Input should be a valid integer (got '3')"),

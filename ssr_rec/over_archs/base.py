@@ -26,6 +26,7 @@ FOLDED_NORM_FLOPS = 2
 class OverArchSettings(Settings):
     """What the config of every over-arch has."""
 
+    name: str
     compile: bool = Field(
         default=False,
         description="run the over-arch as torch.compile makes it: the first steps of training and of evaluation take "
