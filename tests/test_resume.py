@@ -117,6 +117,7 @@ def test_resume_names_a_run_or_a_checkpoint(dataset, tmp_path):
         report = run_ranks(train_job, 2, options(dataset, tmp_path / name, *more))[0]
         assert np.abs(losses(tmp_path / name) - losses(tmp_path / "whole")[48:]).max() < 1e-6
         assert report["steps"] == 64
+        assert [row["step"] for row in rows(tmp_path / name, "validation")] == [50, 60, 64], "48 has been evaluated"
         assert (tmp_path / name / "run" / "checkpoints" / f"best-{report['best_step']:09d}").is_dir()
 
 
