@@ -13,6 +13,8 @@ from tests.jobs import bad_loss_job, train_job
 from tests.ranks import run_ranks
 from tests.test_resume import losses, options, rows
 
+pytestmark = pytest.mark.faults
+
 BAD_STEP = 21
 SAVES = ["--checkpoint.every_steps=1", "--checkpoint.keep=100"]
 

@@ -64,6 +64,7 @@ def test_resuming_on_as_many_ranks_continues_bit_for_bit(dataset, tmp_path, case
         assert resumed[key] == whole[key], key
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "more",
     [
