@@ -219,7 +219,7 @@ class _Writer(FileSystemWriter):
     def finish(self, metadata: Metadata, results: Any) -> None:
         super().finish(metadata, results)
         work = Path(self.path)
-        files = {".metadata": _sum_file(work / ".metadata")}
+        files = {METADATA_FILE: _sum_file(work / METADATA_FILE)}
         for path in work.glob("*" + SUM_SUFFIX):
             files[path.name.removesuffix(SUM_SUFFIX)] = json.loads(path.read_text())
             path.unlink()
