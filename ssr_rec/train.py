@@ -31,10 +31,11 @@ from ssr_rec.data.reader import Reader
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.embeddings import build_tables, initialise_tables
 from ssr_rec.metrics import RunningAUC
-from ssr_rec.model import CTRModel, DenseArch, TrainTask
+from ssr_rec.model import CTRModel, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
-from ssr_rec.over_archs import OVER_ARCHS, AutoFISConfig, OverArch, OverArchConfig
+from ssr_rec.over_archs import AutoFISConfig, OverArch, OverArchConfig
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
+from ssr_rec.restore import build_dense
 from ssr_rec.resume import Start, finished_report, recover_best
 from ssr_rec.saver import Saver
 from ssr_rec.schema import SPLITS, Schema
@@ -159,7 +160,7 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
             load_weights(model, saver.best_folder)
         with capture_inputs(over_arch) as inputs:
-            test = evaluate(pipeline, model, readers["test"], watch.beat)
+            test = evaluate(pipeline, model, readers["test"], config.train, watch.beat)
     except ValueError:
         saver.finish()  # a checkpoint from before a bad step is still being written
         raise
@@ -168,7 +169,7 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     log(loop.row("test", fitted.best["epoch"], **test))
     report = build_report(config, schema, model.module.model.dense, fitted, test["tasks"], inputs[0], world_size)
     report |= {"following": following and following.model_dump(mode="json"), "warm_start": warm_started}
-    report["failed_checkpoints"] = saver.failures
+    report |= {"metrics": test["metrics"], "failed_checkpoints": saver.failures}
     finish_report(log, report)
     return report, following
 
@@ -289,10 +290,8 @@ def build_model(
 ) -> DistributedModelParallel:
     """The sharded model, with weights that depend on the seed and not on the world size."""
     torch.manual_seed(config.seed)
-    over_arch_class = OVER_ARCHS[config.over_arch.name]
-    dims = [config.embeddings.dim_of(name) for name in schema.feature_names]
-    over_arch = over_arch_class(len(dims), dims, len(schema.labels), config.over_arch)  # type: ignore[call-arg]
-    dense = DenseArch(schema.feature_names, over_arch, len(schema.labels), config.heads, config.train.bf16)
+    dense = build_dense(config, schema)
+    over_arch = dense.over_arch
     tables = build_tables(schema, config.embeddings, device.type, over_arch.extra_tables)
     weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
     task = TrainTask(CTRModel(tables, dense), weights)

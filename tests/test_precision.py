@@ -1,8 +1,13 @@
 """fp16 tables and fp16 communication: what is halved, what is rounded, and what stays exact."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
+from ssr_rec.data.reader import Reader
+from ssr_rec.restore import restore_model
 from tests.jobs import refused_job, stopped_job, train_job, warm_started_job
 from tests.ranks import run_ranks
 from tests.scale_jobs import exchange_job, table_bytes_job
@@ -44,6 +49,19 @@ def test_resuming_keeps_the_precision_bit_for_bit(dataset, tmp_path):
     assert run_ranks(stopped_job, 2, parts, STOP_AT) == ["preempted"] * 2
     run_ranks(train_job, 2, parts)
     assert np.array_equal(losses(tmp_path / "parts"), losses(tmp_path / "whole"))
+
+
+def test_a_restored_model_scores_as_the_run_did(dataset, tmp_path):
+    """Unsharded, with PyTorch's own kernels, and lists that add up several ids."""
+    more = [FP16, "--train.max_steps=16", "--embeddings.init_scale=1.0"]
+    report = run_ranks(train_job, 2, options(dataset, tmp_path, *more))[0]
+    run = restore_model(tmp_path / "run")
+    reader = Reader(Path(dataset), run.schema, "test", batch_size=1_000)
+    (batch,) = reader.epoch(0)
+    with torch.no_grad():
+        logits = run.model(batch.sparse)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").mean(0)
+    assert loss.tolist() == pytest.approx([report["test"][task]["logloss"] for task in ("click", "like")], abs=1e-6)
 
 
 def test_resuming_with_other_precisions_is_refused(dataset, tmp_path):
