@@ -61,8 +61,34 @@ def export_run(
         ValueError: not a finished run with its dataset, a machine without a C++ compiler, or outputs that differ by
             more than the tolerance.
     """
-    started = time.perf_counter()
     restored = restore_model(run, data)
+    return export_restored(
+        restored,
+        Path(run).name,
+        out,
+        tables=tables,
+        dense=dense,
+        split=split,
+        rows=rows,
+        tolerance=tolerance,
+        note=note,
+    )
+
+
+def export_restored(
+    restored: Restored,
+    name: str,
+    out: str | Path,
+    *,
+    tables: Precision = "fp32",
+    dense: Literal["fp32", "bf16"] = "fp32",
+    split: str = "test",
+    rows: int | None = None,
+    tolerance: float | None = None,
+    note: Note = lambda _: None,
+) -> dict[str, Any]:
+    """``export_run`` of a model in memory, trained or not; the artifact says that it comes from the run ``name``."""
+    started = time.perf_counter()
     reader = Reader(restored.data, restored.schema, split, BATCH_ROWS)
     if not extension.load():
         raise ValueError("export needs a C++ compiler for ssr_rec's operators and the compiled program; see above")
@@ -90,7 +116,7 @@ def export_run(
             ),
             "measures": {},
             "source": {
-                "run": Path(run).name,
+                "run": name,
                 "checkpoint": restored.checkpoint.name,
                 "versions": versions(),
                 "git_commit": git_commit(),
