@@ -122,6 +122,8 @@ def test_replicated_tables_take_no_settings(override):
 def test_prefetching_needs_a_cache():
     with pytest.raises(ValueError, match=r"train\.pipeline: prefetch fetches the rows of fused_uvm_caching tables"):
         plan(prefetch=True)
+    with pytest.raises(ValueError, match=r"train\.pipeline: prefetch has nothing to fetch"):
+        plan("kernels=[fused, fused_uvm_caching]", prefetch=True)
 
 
 @pytest.mark.parametrize(
