@@ -23,7 +23,9 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import CacheParams, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from ssr_rec.plan_file import PlanFile, differences, job_tables, read_plan, sharding_plan
 from ssr_rec.settings import Settings
 
 ShardingType = Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]
@@ -80,6 +82,9 @@ class ShardingConfig(Settings):
     )
     per_table: dict[str, TableConstraint] = Field({}, description="table -> its own constraints")
     qcomms: QCommsSettings = QCommsSettings()
+    plan: str | None = Field(
+        None, description="plan file of tools/plan_sharding.py, followed exactly; None: TorchRec's planner decides"
+    )
 
 
 def build_topology(config: ShardingConfig, device_type: str, world_size: int, local_world_size: int) -> Topology:
@@ -213,6 +218,8 @@ def plan_sharding(
         ValueError: a setting the device does not have, or tables that do not fit these ranks.
     """
     device_type = topology.compute_device
+    if config.plan is not None:
+        return follow_plan(model, config, topology, fused, prefetch)
     constraints = build_constraints(tables, config, device_type, fused, prefetch)
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
     sharder = build_sharder(config, device_type)
@@ -232,6 +239,63 @@ def plan_sharding(
             "more memory"
         )
     return found[0]
+
+
+def follow_plan(
+    model: nn.Module, config: ShardingConfig, topology: Topology, fused: bool, prefetch: bool
+) -> ShardingPlan:
+    """The plan of the file that ``config`` names, for this model and these ranks. Arguments as ``plan_sharding``.
+
+    Raises:
+        ValueError: not a plan file, settings that a plan overrules, or a plan for something else; every difference
+            is named.
+    """
+    assert config.plan is not None
+    overruled = [
+        key for key in ShardingConfig.model_fields if key not in ("plan", "qcomms") and not _is_default(config, key)
+    ]
+    if overruled:
+        raise ValueError(
+            f"sharding.{overruled[0]} has no effect beside sharding.plan, which says all; remove one of them"
+        )
+    # One rank reads, so that a file changed in between cannot give the ranks two plans.
+    found: list[ShardingPlan | str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = [_planned(model, config.plan, topology, fused, prefetch)]
+        except ValueError as error:
+            found = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    return found[0]
+
+
+def _planned(model: nn.Module, path: str, topology: Topology, fused: bool, prefetch: bool) -> ShardingPlan:
+    plan, device = read_plan(path), topology.compute_device
+    module_path, tables = next((n, m) for n, m in model.named_modules() if isinstance(m, EmbeddingBagCollection))
+    job = PlanFile(
+        device=device,
+        world_size=topology.world_size,
+        local_world_size=topology.local_world_size,
+        tables=job_tables(tables.embedding_bag_configs(), fused),
+    )
+    found = differences(plan, job)
+    if plan.device == device:
+        for name, table in plan.tables.items():
+            if table.sharding_type not in [*SUPPORTED[device], "data_parallel"]:
+                found.append(f"table {name}: {table.sharding_type} is not supported on {device}")
+            if table.kernel not in [*KERNELS[device], "dense"]:
+                found.append(f"table {name}: kernel {table.kernel} is not supported on {device}")
+    if prefetch and all(table.kernel != CACHING for table in plan.tables.values()):
+        found.append(f"train.pipeline: prefetch fetches the rows of {CACHING} tables, and the plan has none")
+    if found:
+        shown = "; ".join(found[:20]) + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
+        raise ValueError(
+            f"sharding.plan={path} is not for this job: {shown}. Make it anew with tools/plan_sharding.py --save"
+        )
+    return sharding_plan(plan, module_path, prefetch)
 
 
 def shard(
