@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import stat
+import warnings
 import zlib
 from collections.abc import Mapping
 from io import BytesIO
@@ -135,15 +136,16 @@ class _Info(BaseModel):
 
 
 def verify(folder: Path) -> None:
-    """Read every file and compare size and checksum; the ranks share the files. Collective.
+    """Read every file and compare size and checksum; the ranks, if there are any, share the files. Collective.
 
     Raises:
         ValueError: on every rank, with the first damaged or missing file.
     """
     problem: str | None = None
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
         files = sorted(read_info(folder)["files"].items())
-        for name, (size, crc) in files[dist.get_rank() :: dist.get_world_size()]:
+        for name, (size, crc) in files[rank::ranks]:
             path = folder / name
             there = path.stat()
             if not stat.S_ISREG(there.st_mode):
@@ -155,8 +157,9 @@ def verify(folder: Path) -> None:
         problem = f"{error.filename}: {error.strerror}; the checkpoint is damaged"
     except ValueError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    problems: list[str | None] = [problem] * ranks
+    if dist.is_initialized():
+        dist.all_gather_object(problems, problem)
     for text in problems:
         if text is not None:
             raise ValueError(text)
@@ -177,7 +180,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def read_checkpoint(tensors: Tensors, folder: Path) -> None:
-    """Read a checkpoint into ``tensors``, in place, whatever world size wrote it. Collective.
+    """Read a checkpoint into ``tensors``, in place, whatever world size wrote it. Collective where there are ranks.
 
     Raises:
         ValueError: it lacks one of them, or has it in another size; damaged or hostile files.
@@ -190,7 +193,9 @@ def read_checkpoint(tensors: Tensors, folder: Path) -> None:
             here = f"{tuple(tensor.size())} {tensor.dtype}"
             raise ValueError(f"{folder}: does not fit this model: {name} is {here} here, {found}")
     try:
-        dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorPlanner(flatten_state_dict=False))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which one process may want
+            dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorPlanner(flatten_state_dict=False))
     except (dcp.CheckpointException, Exception) as error:  # a damaged file may raise anything in DCP and torch.load
         raise ValueError(f"{folder}: damaged: {first_line(error)}") from None
 

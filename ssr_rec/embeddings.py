@@ -102,9 +102,26 @@ def build_tables(
     Raises:
         ValueError: as ``table_dims``.
     """
+    tables = plain_tables(schema, config, torch.device("meta"), extra)
+    if config.is_fused(device_type):
+        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        if config.optimizer != "sgd":
+            settings["eps"] = config.eps
+        apply_optimizer_in_backward(OPTIMIZERS[config.optimizer], tables.parameters(), settings)
+    return tables
+
+
+def plain_tables(
+    schema: Schema, config: EmbeddingsConfig, device: torch.device, extra: ExtraTables | None = None
+) -> EmbeddingBagCollection:
+    """The tables of ``build_tables`` on any device and without an optimizer.
+
+    Raises:
+        ValueError: as ``table_dims``.
+    """
     pooling = PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM
-    tables = EmbeddingBagCollection(
-        device=torch.device("meta"),
+    return EmbeddingBagCollection(
+        device=device,
         tables=[
             EmbeddingBagConfig(
                 name=name,
@@ -117,12 +134,6 @@ def build_tables(
             for name, (feature, columns) in table_dims(schema, config, extra or {}).items()
         ],
     )
-    if config.is_fused(device_type):
-        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        if config.optimizer != "sgd":
-            settings["eps"] = config.eps
-        apply_optimizer_in_backward(OPTIMIZERS[config.optimizer], tables.parameters(), settings)
-    return tables
 
 
 class ConcatFields(nn.Module):

@@ -30,10 +30,11 @@ from ssr_rec.data.reader import Reader
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.embeddings import build_tables, initialise_tables
 from ssr_rec.metrics import RunningAUC
-from ssr_rec.model import CTRModel, DenseArch, TrainTask
+from ssr_rec.model import CTRModel, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
-from ssr_rec.over_archs import OVER_ARCHS, AutoFISConfig, OverArch, OverArchConfig
+from ssr_rec.over_archs import AutoFISConfig, OverArch, OverArchConfig
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
+from ssr_rec.restore import build_dense
 from ssr_rec.resume import Start, finished_report, recover_best
 from ssr_rec.saver import Saver
 from ssr_rec.schema import SPLITS, Schema
@@ -255,10 +256,8 @@ def build_model(
 ) -> DistributedModelParallel:
     """The sharded model, with weights that depend on the seed and not on the world size."""
     torch.manual_seed(config.seed)
-    over_arch_class = OVER_ARCHS[config.over_arch.name]
-    dims = [config.embeddings.dim_of(name) for name in schema.feature_names]
-    over_arch = over_arch_class(len(dims), dims, len(schema.labels), config.over_arch)  # type: ignore[call-arg]
-    dense = DenseArch(schema.feature_names, over_arch, len(schema.labels), config.heads, config.train.bf16)
+    dense = build_dense(config, schema)
+    over_arch = dense.over_arch
     tables = build_tables(schema, config.embeddings, device.type, over_arch.extra_tables)
     weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
     task = TrainTask(CTRModel(tables, dense), weights)

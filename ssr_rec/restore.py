@@ -1,0 +1,115 @@
+"""A run's trained model on one process: plain tables and the eager over-arch, whatever ranks trained it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ssr_rec.checkpoint import read_checkpoint, verify
+from ssr_rec.config import RunConfig, load_config
+from ssr_rec.data.synthetic import ensure_synthetic
+from ssr_rec.embeddings import plain_tables
+from ssr_rec.model import CTRModel, DenseArch
+from ssr_rec.over_archs import OVER_ARCHS
+from ssr_rec.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE, read_report
+from ssr_rec.saver import BEST, list_checkpoints
+from ssr_rec.schema import Schema
+from ssr_rec.snapshot import MODEL
+
+TASK = f"{MODEL}model."
+"""Prefix of the names of a ``CTRModel``'s tensors in a checkpoint: that of ``TrainTask`` within a run's."""
+
+
+class Restored(NamedTuple):
+    model: CTRModel
+    """In eval mode, on the CPU: ``model(sparse: KeyedJaggedTensor of B rows) -> (B, T)``."""
+    schema: Schema
+    """The features and labels of the run, in its order."""
+    config: RunConfig
+    data: Path
+    """The prepared dataset."""
+    checkpoint: Path
+
+
+def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
+    """The best weights of a run, finished or not, trained by any number of ranks. Needs no process group.
+
+    Args:
+        run: the run folder.
+        data: where the prepared dataset is now; None: where the run's config says.
+
+    Raises:
+        ValueError: no such run, no good best weights in it, or not the dataset that it was trained on.
+    """
+    run = Path(run)
+    if not (run / CONFIG_FILE).is_file():
+        raise ValueError(f"{run}: not a run folder, it has no {CONFIG_FILE}")
+    config = load_config(run / CONFIG_FILE)
+    checkpoint = best_checkpoint(run)
+    if data is None and config.data.path is None:
+        folder = ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root))
+    else:
+        folder = Path(data or config.data.path or "")
+    schema = Schema.read(folder).select(config.data.features, config.data.labels)
+    if (run / REPORT_FILE).is_file():
+        trained_on = read_report(run)["dataset"].get("dataset_id")
+        if trained_on != schema.dataset_id:
+            raise ValueError(f"{folder}: dataset {schema.dataset_id}, the run {run} was trained on {trained_on}")
+    model = build_plain_model(config, schema)
+    load_plain_weights(model, checkpoint)
+    return Restored(model, schema, config, folder, checkpoint)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The folder of a run's best weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = run / CHECKPOINTS_FOLDER
+    found = list_checkpoints(folder, BEST)
+    if (run / REPORT_FILE).is_file():
+        # An earlier, interrupted part of the run may have left others.
+        named = folder / f"{BEST}{read_report(run)['best_step']:09d}"
+        found = [named] if named in found else []
+    if not found:
+        raise ValueError(f"{folder}: no best weights ({BEST}*); the run has not evaluated yet, or they were deleted")
+    return found[0]
+
+
+def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
+    """Over-arch and heads of a run."""
+    dims = [config.embeddings.dim_of(name) for name in schema.feature_names]
+    over_arch = OVER_ARCHS[config.over_arch.name](
+        len(dims),
+        dims,
+        len(schema.labels),
+        config.over_arch,  # type: ignore[call-arg]
+    )
+    return DenseArch(schema.feature_names, over_arch, len(schema.labels), config.heads, config.train.bf16)
+
+
+def build_plain_model(config: RunConfig, schema: Schema) -> CTRModel:
+    """The unsharded model of a config in eval mode, on the CPU, with fresh over-arch weights by its seed.
+
+    Its tables are drawn by TorchRec, not as a run would begin with.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        dense = build_dense(config, schema)
+        tables = plain_tables(schema, config.embeddings, torch.device("cpu"), dense.over_arch.extra_tables)
+    return CTRModel(tables, dense).eval()
+
+
+def load_plain_weights(model: CTRModel, checkpoint: Path) -> None:
+    """Read all weights of an unsharded model from a checkpoint that any number of ranks wrote.
+
+    Raises:
+        ValueError: not a good checkpoint, or one of another model.
+    """
+    verify(checkpoint)
+    state = model.state_dict()
+    read_checkpoint({TASK + name: value for name, value in state.items()}, checkpoint)
+    model.load_state_dict(state)
