@@ -5,12 +5,12 @@
     python tools/bench_inference.py --config configs/kuairand_ssr_s.yaml --over-archs mlp "ssr:filter=static" rankmixer
         --match params=1e6
 
-A run is measured in the modes eager, compiled and aot, an artifact as it is; a config has untrained weights and random ids:
-latency only. tools/inference_cases.py says what the modes are. Each case has a process of its own; they take turns, in
-another order every time. Closed loop: every client sends its next request when it has its answer. Open loop (--load):
-Poisson arrivals at a share of what the closed loop reached, latency counted from the time a request was due. A percentile
-with fewer than ten requests beyond it is n/a; "turns" is p10-p90 of the turns' medians. The last line is JSON, in seconds
-and bytes.
+A run is measured in the modes eager, compiled and aot, an artifact as it is; a config has untrained weights and random
+ids: latency only. tools/inference_cases.py says what the modes are. Each case has a process of its own; they take turns,
+in another order every time. Closed loop: every client sends its next request when it has its answer. Open loop
+(--load): Poisson arrivals at a share of what the closed loop reached, latency counted from the time a request was due.
+A percentile with fewer than ten requests beyond it is n/a; "turns" is p10-p90 of the turns' medians. The last line is
+JSON, in seconds and bytes.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def open_turns(
 ) -> dict[tuple[Key, float], list[Requests]]:
     """The same with Poisson arrivals at each share of ``rates``, answers a second.
 
-    The arrivals of a repetition and a share are the same for all cases but for the rate, so that no case has the luckier
-    ones.
+    The arrivals of a repetition and a share are the same for all cases but for the rate, so that no case has the
+    luckier ones.
     """
     keys = list(product(rates, options.load))
     turns: dict[tuple[Key, float], list[Requests]] = {key: [] for key in keys}
@@ -156,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--config", type=Path, nargs="+", default=[], help="YAML files of runs: untrained weights")
     part.add_argument("--data", type=Path, help="prepared log to take rows from; default: a run's own, else random ids")
     part.add_argument("--over-archs", nargs="+", default=[], metavar="SPEC", help="with --config, in place of its own")
-    part.add_argument("--match", help="params=N or flops=N: scale one size of each over-arch to it, flops of one sample")
+    part.add_argument(
+        "--match", help="params=N or flops=N: scale one size of each over-arch to it, flops of one sample"
+    )
     part.add_argument("--multiple", type=int, help="of this the sizes found by --match are (default 8)")
     part.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of runs and configs")
     part.add_argument("--tables", nargs="+", choices=TABLES, default=["fp32"], help="of aot")
@@ -200,7 +202,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{key} {value}: must be at least {0 if key == 'warmup' else 1}")
     for key in ("seconds", "open_seconds", "load"):
         value = getattr(options, key)
-        if np.size(value) and not (0 < np.min(value) and np.max(value) < np.inf):
+        if np.size(value) and not (np.min(value) > 0 and np.max(value) < np.inf):
             raise ValueError(f"--{key.replace('_', '-')} {value}: must be a positive number")
     if options.picture is not None and not options.picture.parent.is_dir():
         raise ValueError(f"--picture {options.picture}: there is no folder {options.picture.parent}; make it first")

@@ -2,10 +2,10 @@
 
 All modes get the same thing, prepared ids as a ``KeyedJaggedTensor`` lays them out, ``(values, lengths)``:
 
-- ``eager``: the trainer's model as it is, on one process: ``KeyedJaggedTensor`` through ``EmbeddingBagCollection`` and the
-  eager over-arch. The ``KeyedJaggedTensor`` is made anew for every request, because one keeps what it has computed.
-- ``compiled``: the same with everything but the tables under ``torch.compile``. Compiling the lookups of 44 tables as well
-  took two minutes and made them slower (2026-11-22).
+- ``eager``: the trainer's model as it is, on one process: ``KeyedJaggedTensor`` through ``EmbeddingBagCollection`` and
+  the eager over-arch. The ``KeyedJaggedTensor`` is made anew for every request: one keeps what it has computed.
+- ``compiled``: the same with everything but the tables under ``torch.compile``. To compile the lookups of 44 tables as
+  well took two minutes and made them slower (2026-11-22).
 - ``aot``: the exported artifact.
 """
 
@@ -28,7 +28,6 @@ from ssr_rec.embeddings import initialise_tables
 from ssr_rec.model import CTRModel
 from ssr_rec.restore import build_plain_model, restore_model
 from ssr_rec.schema import Schema
-from ssr_rec.serving import load
 
 MODES = ("eager", "compiled", "aot")
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -66,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows of ids: per feature its ids one row after another, and (N + 1,) offsets into them; labels (N, T) or None."""
+    """N rows: per feature its ids one row after another, and (N + 1,) offsets into them; labels (N, T) or None."""
 
     ids: list[np.ndarray]
     offsets: list[np.ndarray]
@@ -155,6 +154,8 @@ def load_case(case: Case) -> Score:
     """
     if case.mode == "aot":
         assert case.source is not None
+        from ssr_rec.serving import load
+
         scorer = load(case.source)
         return scorer.score
     if case.source is not None:

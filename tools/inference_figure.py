@@ -32,7 +32,9 @@ def draw(records: Mapping[str, Sequence[Record]], path: Path) -> None:
     figure = Figure(figsize=(13, 5.2 + 0.11 * len(names)), dpi=DPI, layout="constrained")
     figure.suptitle(
         f"batch {batch}, {threads} thread{'s' * (threads > 1)}, {clients} client{'s' * (clients > 1)}",
-        fontsize=10, x=0.01, ha="left",
+        fontsize=10,
+        x=0.01,
+        ha="left",
     )
     left, right = figure.subplots(1, 2)
     _draw_load(left, [loop for loop in loops if setting.items() <= loop.items()], styles, bool(records["open"]))
@@ -61,9 +63,7 @@ def _draw_load(ax: Axes, loops: Sequence[Record], styles: Mapping[str, Any], is_
     _dress(ax)
 
 
-def _draw_quality(
-    ax: Axes, cases: Sequence[Record], closed: Mapping[str, Record], styles: Mapping[str, Any]
-) -> None:
+def _draw_quality(ax: Axes, cases: Sequence[Record], closed: Mapping[str, Record], styles: Mapping[str, Any]) -> None:
     ax.set_title("AUC against latency", loc="left", fontsize=10)
     ax.set_xlabel("p50 of the closed loop, ms, with p10-p90 of the turns")
     _dress(ax)

@@ -1,0 +1,173 @@
+"""From the command line of bench_inference.py to its cases."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from inference_cases import Case
+from over_arch_sizes import COSTS, SIZE_KEYS, parse_over_arch, resize
+
+from ssr_rec.config import RunConfig, load_config
+from ssr_rec.data.synthetic import ensure_synthetic
+from ssr_rec.over_archs import OverArch, OverArchConfig
+from ssr_rec.over_archs.base import equal_dim
+from ssr_rec.restore import build_dense, restore_model
+from ssr_rec.schema import Schema
+
+TABLES = ("fp32", "fp16", "int8", "int4")
+DENSE = ("fp32", "bf16")
+MATCHES = {"params": "parameters", "flops": "flops"}
+"""What --match calls the costs of over_arch_sizes."""
+MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model to measure: a run, an artifact, or a config with its dataset's schema."""
+
+    kind: Literal["run", "artifact", "config"]
+    model: str
+    schema: Schema
+    path: Path
+    data: Path | None
+    config: RunConfig | None
+    sizes: dict[str, int | None]
+
+
+def match_of(text: str | None) -> tuple[str, float] | None:
+    """``params=1e6`` as a key of COSTS and its value.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    if text is None:
+        return None
+    name, _, value = text.partition("=")
+    try:
+        target = float(value)
+    except ValueError:
+        target = math.nan
+    if name not in MATCHES or not 0 < target < math.inf:
+        raise ValueError(f"--match {text}: must be {' or '.join(MATCHES)}, = and a positive number, such as params=1e6")
+    return MATCHES[name], target
+
+
+def read_sources(options: argparse.Namespace, match: tuple[str, float] | None) -> list[Source]:
+    """Runs, artifacts and configs in that order, with names that tell them apart.
+
+    Raises:
+        ValueError: one that cannot be read, or an over-arch that cannot be built or matched.
+    """
+    sources = [_run(path, options.data) for path in options.run]
+    sources += [_artifact(path, options.data) for path in options.artifact]
+    for path in options.config:
+        config = load_config(path)
+        schema, _ = dataset(config)
+        specs: Sequence[str | None] = options.over_archs or [None]
+        for spec in specs:
+            over_arch = config.over_arch if spec is None else parse_over_arch(spec)
+            if match is not None:
+                over_arch = matched(over_arch, config, schema, *match, multiple=options.multiple or MULTIPLE)
+            own = config.model_copy(update={"over_arch": over_arch})
+            sources.append(Source("config", over_arch.label, schema, path, options.data, own, sizes_of(own, schema)))
+    names = [source.model for source in sources]
+    return [
+        source if names.count(source.model) == 1 else replace(source, model=f"{source.model} {source.path.stem}")
+        for source in sources
+    ]
+
+
+def dataset(config: RunConfig) -> tuple[Schema, Path]:
+    """The dataset of a config and its folder; the synthetic log is drawn if it is not there."""
+    folder = Path(config.data.path or ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root)))
+    return Schema.read(folder).select(config.data.features, config.data.labels), folder
+
+
+def matched(
+    over_arch: OverArchConfig, config: RunConfig, schema: Schema, cost: str, target: float, multiple: int
+) -> OverArchConfig:
+    """The over-arch with the size that costs nearest to the target; says what it reached.
+
+    Raises:
+        ValueError: no size comes near, or the fields differ in dim.
+    """
+    own = build_over_arch(config.model_copy(update={"over_arch": over_arch}), schema)
+    dim = equal_dim(own, "--match")
+    found = resize(over_arch, cost, target, len(schema.features), dim, multiple)
+    reached = build_over_arch(config.model_copy(update={"over_arch": found}), schema)
+    value, size = getattr(reached, COSTS[cost]), SIZE_KEYS[found.name]
+    print(f"{found.label}: {size}={getattr(found, size)} has {value:,} {cost}, {value / target - 1:+.1%}")
+    return found
+
+
+def build_over_arch(config: RunConfig, schema: Schema) -> OverArch:
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        return build_dense(config, schema).over_arch
+
+
+def sizes_of(config: RunConfig, schema: Schema) -> dict[str, int | None]:
+    over_arch = build_over_arch(config, schema)
+    return {"parameters": over_arch.num_parameters, "flops_per_sample": over_arch.flops_per_sample}
+
+
+def _run(path: Path, data: Path | None) -> Source:
+    restored = restore_model(path, data)
+    sizes = sizes_of(restored.config, restored.schema)
+    return Source("run", restored.config.over_arch.label, restored.schema, path, restored.data, restored.config, sizes)
+
+
+def _artifact(path: Path, data: Path | None) -> Source:
+    from ssr_rec.serving import load
+
+    scorer = load(path)
+    return Source("artifact", path.name, scorer.schema, path, data, None, {})
+
+
+def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path) -> list[Case]:
+    """Every source in every mode, number of threads and, exported, precision; artifacts are made under ``keep``."""
+    cases = []
+    for number, source in enumerate(sources):
+        for threads in options.threads:
+            common: dict[str, Any] = {"model": source.model, "threads": threads, "schema": source.schema}
+            common["data"] = source.data
+            more = f", {threads} threads" if len(options.threads) > 1 else ""
+            if source.kind == "artifact":
+                cases.append(_aot_case(source, source.path, common, more))
+                continue
+            for mode in (mode for mode in options.modes if mode != "aot"):
+                own = source.path if source.kind == "run" else None
+                fixed = {**source.sizes, "tables": "fp32", "dense": "fp32", "artifact_bytes": None}
+                cases.append(
+                    Case(label=mode + more, mode=mode, source=own, config=source.config, fixed=fixed, **common)
+                )
+            for tables, dense in product(options.tables, options.dense) if "aot" in options.modes else ():
+                folder = keep / f"{number}-{tables}-{dense}-{threads}"
+                export(source, folder, tables, dense, threads, max(options.batch))
+                cases.append(_aot_case(source, folder, common, more))
+    return cases
+
+
+def _aot_case(source: Source, folder: Path, common: dict[str, Any], more: str) -> Case:
+    from ssr_rec.serving import load
+
+    scorer = load(folder)
+    label = f"aot {scorer.tables} tables, {scorer.dense} dense{more}"
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    fixed = {"parameters": None, "flops_per_sample": None, **source.sizes, "tables": scorer.tables}
+    fixed |= {"dense": scorer.dense, "artifact_bytes": size}
+    return Case(label=label, mode="aot", source=folder, fixed=fixed, **common)
+
+
+def export(source: Source, folder: Path, tables: str, dense: str, threads: int, max_batch: int) -> None:
+    """The artifact of a run, or of a config's untrained weights."""
+    from ssr_rec.export import export_run
+
+    export_run(source.path, folder, tables=tables, dense=dense, max_batch=max_batch)
