@@ -68,21 +68,29 @@ def gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> GroupAUC
     Raises:
         ValueError: shapes differ, or a label is neither 0 nor 1.
     """
+    of_groups, rows = auc_of_groups(scores, labels, groups)
+    counts = ~np.isnan(of_groups)
+    num_rows = int(rows[counts].sum())
+    value = float((of_groups[counts] * rows[counts]).sum() / num_rows) if num_rows else math.nan
+    return GroupAUC(value, int(counts.sum()), num_rows)
+
+
+def auc_of_groups(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(G,)`` AUC, nan without both classes, and ``(G,)`` rows of every group; none at all if a score is nan.
+
+    Arguments and errors as in ``gauc``.
+    """
     scores, positive = _checked(scores, labels)
     groups = np.asarray(groups)
     if groups.shape != scores.shape:
         raise ValueError(f"groups have shape {groups.shape}, scores {scores.shape}; give each row its group")
     if not len(scores) or np.isnan(scores).any():
-        return GroupAUC(math.nan, 0, 0)
+        return np.empty(0), np.empty(0, np.int64)
     order = np.lexsort((scores, groups))
     groups = groups[order]
     group_start = np.flatnonzero(np.concatenate(([True], groups[1:] != groups[:-1])))
-    group_auc = _auc_of_sorted_groups(scores[order], positive[order], group_start)
     rows = np.diff(group_start, append=len(groups))
-    counts = ~np.isnan(group_auc)
-    num_rows = int(rows[counts].sum())
-    value = float((group_auc[counts] * rows[counts]).sum() / num_rows) if num_rows else math.nan
-    return GroupAUC(value, int(counts.sum()), num_rows)
+    return _auc_of_sorted_groups(scores[order], positive[order], group_start), rows
 
 
 def _auc_of_sorted_groups(scores: np.ndarray, positive: np.ndarray, group_start: np.ndarray) -> np.ndarray:

@@ -207,7 +207,15 @@ def _interactions(found: Mapping[str, Any], most: int = 8) -> str:
 
 def _figures(values: Mapping[str, float], ceiling: Mapping[str, float] | None) -> str:
     names = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "ne": "NE"}
-    parts = [f"{label} {decimal(values[key])}" for key, label in names.items() if key in values]
+    parts = [
+        f"{label} {decimal(values[key])}{_plus_minus(values, key)}" for key, label in names.items() if key in values
+    ]
     if ceiling:
         parts.append(f"(ceiling of the log: AUC {decimal(ceiling['auc'])}, logloss {decimal(ceiling['logloss'])})")
     return "  ".join(parts)
+
+
+def _plus_minus(values: Mapping[str, float], key: str) -> str:
+    """What a measure of a bounded evaluation may be off by."""
+    bound = values.get(f"{key}_bound")
+    return "" if bound is None else f" +-{bound:.1e}"

@@ -154,7 +154,7 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
             load_weights(model, saver.best_folder)
         with capture_inputs(over_arch) as inputs:
-            test = evaluate(pipeline, model, readers["test"], watch.beat)
+            test = evaluate(pipeline, model, readers["test"], config.train, watch.beat)
     except ValueError:
         saver.finish()  # a checkpoint from before a bad step is still being written
         raise
@@ -163,7 +163,7 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     log(loop.row("test", fitted.best["epoch"], **test))
     report = build_report(config, schema, model.module.model.dense, fitted, test["tasks"], inputs[0], world_size)
     report |= {"following": following and following.model_dump(mode="json"), "warm_start": warm_started}
-    report["failed_checkpoints"] = saver.failures
+    report |= {"metrics": test["metrics"], "failed_checkpoints": saver.failures}
     finish_report(log, report)
     return report, following
 

@@ -16,7 +16,8 @@ from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ssr_rec.data.reader import Prefetcher, Reader
-from ssr_rec.metrics import RunningAUC, evaluate_predictions, gather_predictions
+from ssr_rec.fold_metrics import fold_metrics
+from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import average_running_statistics
 from ssr_rec.optim import Schedule
 from ssr_rec.saver import Contents, Saver
@@ -34,6 +35,12 @@ class TrainConfig(Settings):
     epochs: int = Field(1, ge=1, description="at most this many passes over the training split")
     max_steps: int | None = Field(None, ge=1, description="at most this many steps; None: epochs alone decide")
     eval_every: int | None = Field(500, ge=1, description="steps between evaluations; None: one after each epoch")
+    metrics: Literal["auto", "exact", "bounded"] = Field(
+        "auto", description="exact keeps every prediction; bounded does not grow, with error bounds; auto: by the rows"
+    )
+    metrics_rows: int = Field(
+        2**22, ge=1, description="rows of a fold up to which auto is exact, and that bounded keeps for GAUC"
+    )
     monitor: Literal["auc", "gauc", "logloss", "ne"] = Field("auc", description="validation metric that picks the best")
     monitor_task: str | None = Field(None, description="label whose metric counts; None: mean over the labels")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before stopping")
@@ -92,34 +99,35 @@ def run_steps(pipeline: TrainPipelineSparseDist, batches: Iterator[Any]) -> Iter
 
 
 def evaluate(
-    pipeline: TrainPipelineSparseDist, model: nn.Module, reader: Reader, beat: Callable[[str], None]
+    pipeline: TrainPipelineSparseDist,
+    model: nn.Module,
+    reader: Reader,
+    config: TrainConfig,
+    beat: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Exact metrics of a split, the same on every rank and for every world size. Collective.
+    """Metrics of a split, the same on every rank and for every world size. Collective.
 
     Args:
         beat: told of every batch, for the watch over stalled ranks.
 
     Returns:
-        ``loss`` (mean over labels of logloss, nats per row) and ``tasks`` (label -> metric -> value).
+        ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
+        (exact or bounded).
     """
-    logits: list[torch.Tensor] = []
-    labels, groups = [], []
+    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, reader.schema.labels)
     model.eval()
     batches = reader.epoch(0)
     with torch.no_grad():
-        for _, batch_logits, batch_labels, batch_groups in run_steps(pipeline, batches):
-            beat(f"batch {len(logits)} of the evaluation")
-            logits.append(batch_logits)
-            labels.append(batch_labels)
-            groups.append(batch_groups)
+        for number, (_, logits, labels, groups) in enumerate(run_steps(pipeline, batches)):
+            beat(f"batch {number} of the evaluation")
+            metrics.update(logits, labels, groups)
     batches.close()
     model.train()
-    grouped = torch.cat(groups) if groups[0] is not None else None
-    gathered = gather_predictions(torch.cat(logits), torch.cat(labels), grouped)
+    tasks = metrics.compute()
     found: list[Any] = [None]
-    if gathered is not None:
-        tasks = evaluate_predictions(*gathered, reader.schema.labels)
-        found = [{"loss": sum(task["logloss"] for task in tasks.values()) / len(tasks), "tasks": tasks}]
+    if tasks is not None:
+        loss = sum(task["logloss"] for task in tasks.values()) / len(tasks)
+        found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -213,7 +221,7 @@ def _validate(loop: Loop) -> None:
     config, fitted = loop.config, loop.fitted
     epoch = (fitted.steps - 1) // loop.train.steps_per_epoch
     average_running_statistics(loop.model)
-    row = loop.row("validation", epoch, **evaluate(loop.pipeline, loop.model, loop.validation, loop.beat))
+    row = loop.row("validation", epoch, **evaluate(loop.pipeline, loop.model, loop.validation, config, loop.beat))
     loop.log(row)
     fitted.evaluated_at = fitted.steps
     if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):

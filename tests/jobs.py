@@ -206,7 +206,7 @@ def predictions_job(overrides: list[str], dataset: str) -> tuple[tuple[np.ndarra
     reader = open_reader(config, Path(dataset), schema, "test", dist.get_rank(), dist.get_world_size())
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
     pipeline = build_pipeline(model, optimizer, torch.device("cpu"), config.train)
-    found = evaluate(pipeline, model, reader, lambda _: None)
+    found = evaluate(pipeline, model, reader, config.train, lambda _: None)
     model = built_model(overrides, dataset).eval()
     with torch.no_grad():
         outputs = [model(batch)[1] for batch in reader.epoch(0)]
