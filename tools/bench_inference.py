@@ -6,8 +6,8 @@
         --match params=1e6
 
 A run is measured in the modes eager, compiled and aot, an artifact as it is; a config has untrained weights and random
-ids: latency only. tools/inference_cases.py says what the modes are. Each case has a process of its own; they take turns,
-in another order every time. Closed loop: every client sends its next request when it has its answer. Open loop
+ids: latency only. tools/inference_cases.py says what the modes are. Each case has a process of its own, and they take
+turns, in another order every time. Closed loop: every client sends its next request when it has its answer. Open loop
 (--load): Poisson arrivals at a share of what the closed loop reached, latency counted from the time a request was due.
 A percentile with fewer than ten requests beyond it is n/a; "turns" is p10-p90 of the turns' medians. The last line is
 JSON, in seconds and bytes.
@@ -163,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of runs and configs")
     part.add_argument("--tables", nargs="+", choices=TABLES, default=["fp32"], help="of aot")
     part.add_argument("--dense", nargs="+", choices=DENSE, default=["fp32"], help="of aot")
-    part.add_argument("--keep", type=Path, help="folder for the artifacts of aot; default: deleted at the end")
+    part.add_argument(
+        "--keep", type=Path, help="folder for the artifacts of aot, used again if there; default: deleted at the end"
+    )
     part = parser.add_argument_group("load")
     part.add_argument("--batch", type=int, nargs="+", default=[256], help="rows of a request")
     part.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads of a case")

@@ -28,6 +28,7 @@ from ssr_rec.embeddings import initialise_tables
 from ssr_rec.model import CTRModel
 from ssr_rec.restore import build_plain_model, restore_model
 from ssr_rec.schema import Schema
+from ssr_rec.serving import load
 
 MODES = ("eager", "compiled", "aot")
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -154,10 +155,7 @@ def load_case(case: Case) -> Score:
     """
     if case.mode == "aot":
         assert case.source is not None
-        from ssr_rec.serving import load
-
-        scorer = load(case.source)
-        return scorer.score
+        return load(case.source).score
     if case.source is not None:
         model = restore_model(case.source, case.data).model
     else:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from inference_cases import Case
+from inference_cases import Case, untrained
 from over_arch_sizes import COSTS, SIZE_KEYS, parse_over_arch, resize
 
 from ssr_rec.config import RunConfig, load_config
 from ssr_rec.data.synthetic import ensure_synthetic
+from ssr_rec.export import export_restored
 from ssr_rec.over_archs import OverArch, OverArchConfig
 from ssr_rec.over_archs.base import equal_dim
-from ssr_rec.restore import build_dense, restore_model
+from ssr_rec.packed_tables import Precision
+from ssr_rec.restore import Restored, build_dense, restore_model
 from ssr_rec.schema import Schema
+from ssr_rec.serving import load
 
-TABLES = ("fp32", "fp16", "int8", "int4")
+TABLES: tuple[str, ...] = get_args(Precision)
 DENSE = ("fp32", "bf16")
+PARITY_ROWS = 2_000
+"""Of the test fold, that an artifact is compared on with the eager model before it is measured."""
 MATCHES = {"params": "parameters", "flops": "flops"}
 """What --match calls the costs of over_arch_sizes."""
 MULTIPLE = 8
@@ -125,8 +131,6 @@ def _run(path: Path, data: Path | None) -> Source:
 
 
 def _artifact(path: Path, data: Path | None) -> Source:
-    from ssr_rec.serving import load
-
     scorer = load(path)
     return Source("artifact", path.name, scorer.schema, path, data, None, {})
 
@@ -135,29 +139,28 @@ def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path)
     """Every source in every mode, number of threads and, exported, precision; artifacts are made under ``keep``."""
     cases = []
     for number, source in enumerate(sources):
+        folders = [source.path] if source.kind == "artifact" else []
+        if source.kind != "artifact" and "aot" in options.modes:
+            for tables, dense in product(options.tables, options.dense):
+                folders.append(keep / f"{number}-{tables}-{dense}")
+                export(source, folders[-1], tables, dense)
         for threads in options.threads:
             common: dict[str, Any] = {"model": source.model, "threads": threads, "schema": source.schema}
             common["data"] = source.data
             more = f", {threads} threads" if len(options.threads) > 1 else ""
-            if source.kind == "artifact":
-                cases.append(_aot_case(source, source.path, common, more))
-                continue
-            for mode in (mode for mode in options.modes if mode != "aot"):
+            if source.config is not None:
                 own = source.path if source.kind == "run" else None
                 fixed = {**source.sizes, "tables": "fp32", "dense": "fp32", "artifact_bytes": None}
-                cases.append(
+                cases += [
                     Case(label=mode + more, mode=mode, source=own, config=source.config, fixed=fixed, **common)
-                )
-            for tables, dense in product(options.tables, options.dense) if "aot" in options.modes else ():
-                folder = keep / f"{number}-{tables}-{dense}-{threads}"
-                export(source, folder, tables, dense, threads, max(options.batch))
-                cases.append(_aot_case(source, folder, common, more))
+                    for mode in options.modes
+                    if mode != "aot"
+                ]
+            cases += [_aot_case(source, folder, common, more) for folder in folders]
     return cases
 
 
 def _aot_case(source: Source, folder: Path, common: dict[str, Any], more: str) -> Case:
-    from ssr_rec.serving import load
-
     scorer = load(folder)
     label = f"aot {scorer.tables} tables, {scorer.dense} dense{more}"
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -166,8 +169,19 @@ def _aot_case(source: Source, folder: Path, common: dict[str, Any], more: str) -
     return Case(label=label, mode="aot", source=folder, fixed=fixed, **common)
 
 
-def export(source: Source, folder: Path, tables: str, dense: str, threads: int, max_batch: int) -> None:
-    """The artifact of a run, or of a config's untrained weights."""
-    from ssr_rec.export import export_run
+def export(source: Source, folder: Path, tables: Any, dense: Any) -> None:
+    """The artifact of a run, or of a config's untrained weights, unless it is there.
 
-    export_run(source.path, folder, tables=tables, dense=dense, max_batch=max_batch)
+    Raises:
+        ValueError: see ``export_restored``.
+    """
+    if folder.exists():
+        return
+    print(f"{source.model}: exporting with {tables} tables, {dense} dense", file=sys.stderr, flush=True)
+    if source.kind == "run":
+        restored = restore_model(source.path, source.data)
+    else:
+        assert source.config is not None
+        model, (schema, data) = untrained(source.config, source.schema), dataset(source.config)
+        restored = Restored(model, schema, source.config, data, Path("untrained"))
+    export_restored(restored, source.path.stem, folder, tables=tables, dense=dense, rows=PARITY_ROWS)
