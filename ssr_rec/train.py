@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
+from ssr_rec.accumulation import Accumulation
 from ssr_rec.config import RunConfig, dump_config, load_config
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.synthetic import ensure_synthetic
@@ -104,6 +105,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | None]:
     """One training to its report, and what the over-arch, as training left it, says to train next."""
     device = start_process_group(config.device)
+    check_device(config.train, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
@@ -116,7 +118,9 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
 
     model = build_model(config, schema, device, world_size, local_world_size)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
-    pipeline = build_pipeline(model, optimizer, device, config.train)
+    accumulation = Accumulation(model, optimizer)
+    accumulates = config.train.accumulate > 1
+    pipeline = build_pipeline(model, accumulation if accumulates else optimizer, device, config.train)
     over_arch: OverArch = model.module.model.dense.over_arch
     running = RunningAUC(schema.labels, window=PROGRESS_ROWS)
 
@@ -145,6 +149,8 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         beat=watch.beat,
         fitted=fitted,
     )
+    if accumulates:
+        loop.around = accumulation.batch
     try:
         with stop_on_sigterm() as loop.asked_to_stop:
             fit(loop)
@@ -195,8 +201,13 @@ def begin(
 
 
 def build_pipeline(
-    model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, config: TrainConfig
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer | Accumulation,
+    device: torch.device,
+    config: TrainConfig,
 ) -> TrainPipelineSparseDist:
+    if config.pipeline == "prefetch":
+        return PrefetchTrainPipelineSparseDist(model, optimizer, device)
     if config.skip_bad_steps:
         return SkippingPipeline(model, optimizer, device, config.max_loss or math.inf)
     return TrainPipelineSparseDist(model, optimizer, device)
@@ -217,6 +228,29 @@ def start_process_group(device: str) -> torch.device:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return chosen
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what the device cannot do, and switch on TF32 where it is wanted.
+
+    Raises:
+        ValueError: names the key and the fix.
+    """
+    if config.pipeline == "prefetch":
+        if device.type != "cuda":
+            # Without CUDA streams TorchRec's prefetch_embeddings fetches nothing and the forward pass finds no input.
+            raise ValueError(
+                f"train.pipeline: prefetch needs CUDA streams and FBGEMM's row cache, and this is {device.type}; "
+                "use sparse_dist"
+            )
+        if config.skip_bad_steps:
+            raise ValueError(
+                f"train.skip_bad_steps={config.skip_bad_steps} is not for train.pipeline: prefetch; use sparse_dist"
+            )
+    if config.tf32:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise ValueError("train.tf32: only NVIDIA GPUs from A100 (compute capability 8.0) on have TF32; remove it")
+        torch.set_float32_matmul_precision("high")
 
 
 def draw_synthetic(config: RunConfig, log: RunLog) -> Path:
@@ -265,8 +299,9 @@ def build_model(
     fused = config.embeddings.is_fused(device.type)
     rows_per_rank = max(1, config.train.batch_size // world_size)
     names = [table.name for table in tables.embedding_bag_configs()]
-    plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank)
-    model = shard(task, plan, device)
+    prefetch = config.train.pipeline == "prefetch"
+    plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank, prefetch)
+    model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
     initialise_tables(model, config.seed, config.embeddings.init_scale)
     compile_over_arch(over_arch, config.over_arch)
     # Dropout draws of the ranks must differ; everything drawn before must not.
