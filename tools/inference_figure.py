@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 def draw(records: Mapping[str, Sequence[Record]], path: Path) -> None:
     """Latency against answers a second (open loop; without one, the closed loop's), and AUC against latency, as a PNG.
 
-    The batch is the largest measured, one client; AUC is of the first task.
+    Of the largest batch, the fewest clients and threads; AUC is of the first task, with no panel where none is known.
     """
     loops = records["open"] or records["closed"]
     batch, clients, threads = (min(loop[key] for loop in loops) for key in ("batch", "clients", "threads"))
@@ -29,17 +29,20 @@ def draw(records: Mapping[str, Sequence[Record]], path: Path) -> None:
         name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)]}
         for i, name in enumerate(names)
     }
-    figure = Figure(figsize=(13, 5.2 + 0.11 * len(names)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(13, 5.2 + 0.07 * len(names)), dpi=DPI, layout="constrained")
     figure.suptitle(
         f"batch {batch}, {threads} thread{'s' * (threads > 1)}, {clients} client{'s' * (clients > 1)}",
         fontsize=10,
         x=0.01,
         ha="left",
     )
-    left, right = figure.subplots(1, 2)
+    scored = any(case["quality"] for case in records["cases"])
+    panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    left = panels[0]
     _draw_load(left, [loop for loop in loops if setting.items() <= loop.items()], styles, bool(records["open"]))
-    closed = {_name(loop): loop for loop in records["closed"] if setting.items() <= loop.items()}
-    _draw_quality(right, records["cases"], closed, styles)
+    if scored:
+        closed = {_name(loop): loop for loop in records["closed"] if setting.items() <= loop.items()}
+        _draw_quality(panels[1], records["cases"], closed, styles)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
     figure.savefig(path)
@@ -59,6 +62,7 @@ def _draw_load(ax: Axes, loops: Sequence[Record], styles: Mapping[str, Any], is_
     ax.set_ylabel("latency, ms" + (", from the scheduled arrival" if is_open else ""))
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else ""))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     _dress(ax)
 
@@ -68,11 +72,6 @@ def _draw_quality(ax: Axes, cases: Sequence[Record], closed: Mapping[str, Record
     ax.set_xlabel("p50 of the closed loop, ms, with p10-p90 of the turns")
     _dress(ax)
     known = [case for case in cases if case["quality"] and _name(case) in closed]
-    if not known:
-        ax.text(0.5, 0.5, "untrained weights: no AUC", transform=ax.transAxes, ha="center", color="#777777")
-        ax.set_xticks([])
-        ax.set_yticks([])
-        return
     task = next(iter(known[0]["quality"]))
     for case in known:
         loop = closed[_name(case)]

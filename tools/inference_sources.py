@@ -15,7 +15,7 @@ import torch
 from inference_cases import Case, untrained
 from over_arch_sizes import COSTS, SIZE_KEYS, parse_over_arch, resize
 
-from ssr_rec.config import RunConfig, load_config
+from ssr_rec.config import RunConfig, load_config, resolve
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.export import export_restored
 from ssr_rec.over_archs import OverArch, OverArchConfig
@@ -85,7 +85,7 @@ def read_sources(options: argparse.Namespace, match: tuple[str, float] | None) -
             sources.append(Source("config", over_arch.label, schema, path, options.data, own, sizes_of(own, schema)))
     names = [source.model for source in sources]
     return [
-        source if names.count(source.model) == 1 else replace(source, model=f"{source.model} {source.path.stem}")
+        source if names.count(source.model) == 1 else replace(source, model=f"{source.model} {source.path.name}")
         for source in sources
     ]
 
@@ -132,7 +132,8 @@ def _run(path: Path, data: Path | None) -> Source:
 
 def _artifact(path: Path, data: Path | None) -> Source:
     scorer = load(path)
-    return Source("artifact", path.name, scorer.schema, path, data, None, {})
+    label = resolve({"over_arch": scorer.manifest.over_arch}, str(path)).over_arch.label
+    return Source("artifact", label, scorer.schema, path, data, None, {})
 
 
 def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path) -> list[Case]:
@@ -173,15 +174,17 @@ def export(source: Source, folder: Path, tables: Any, dense: Any) -> None:
     """The artifact of a run, or of a config's untrained weights, unless it is there.
 
     Raises:
-        ValueError: see ``export_restored``.
+        ValueError: see ``export_restored``; or what is there is of another over-arch.
     """
+    assert source.config is not None
     if folder.exists():
+        if load(folder).manifest.over_arch != source.config.over_arch.model_dump(mode="json"):
+            raise ValueError(f"--keep {folder.parent}: {folder} is of another over-arch; give another folder")
         return
     print(f"{source.model}: exporting with {tables} tables, {dense} dense", file=sys.stderr, flush=True)
     if source.kind == "run":
         restored = restore_model(source.path, source.data)
     else:
-        assert source.config is not None
         model, (schema, data) = untrained(source.config, source.schema), dataset(source.config)
         restored = Restored(model, schema, source.config, data, Path("untrained"))
     export_restored(restored, source.path.stem, folder, tables=tables, dense=dense, rows=PARITY_ROWS)

@@ -180,7 +180,7 @@ def write_config(tmp_path, dataset):
 
 
 def test_sources_of_a_config_are_matched_in_size(bench, dataset, tmp_path, capsys):
-    chosen = options(bench, "--over-archs", "mlp:hidden=[8,8]", "ssr:num_views=2", "mlp:hidden=[9]")
+    chosen = options(bench, "--over-archs", "mlp:hidden=[8,8]", "ssr:num_views=2,view_dim=16", "mlp:hidden=[9]")
     chosen.config, chosen.multiple = [write_config(tmp_path, dataset)], 2
     sources = importlib.import_module("inference_sources").read_sources(chosen, bench.match_of("params=4e3"))
     assert [s.config.over_arch.name for s in sources] == ["mlp", "ssr", "mlp"]
