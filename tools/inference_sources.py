@@ -157,7 +157,10 @@ def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path)
                     for mode in options.modes
                     if mode != "aot"
                 ]
-            cases += [_aot_case(source, folder, common, more) for folder in folders]
+            for folder in folders:
+                cases.append(_aot_case(source, folder, common, more))
+                if options.raw:
+                    cases.append(replace(cases[-1], label=f"{cases[-1].label}, raw rows", raw=True))
     return cases
 
 
