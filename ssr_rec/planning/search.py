@@ -56,20 +56,18 @@ SMALL_TABLE = 0.001
 
 @dataclass(frozen=True)
 class Found:
-    """A plan for the case.
+    """A plan for the case; where none fits, the least uneven one found, which has too much on some rank.
 
     Attributes:
         options: a table's chosen way of sharding, with ranks and estimates; one per table.
         alternatives: table -> every way that was open to it, with estimates, without ranks.
         table_bytes: memory of one rank that was left for tables and their buffers.
-        fits: no rank has more than that. Otherwise the options are those of the least uneven plan found.
         seconds: that the search took.
     """
 
     options: list[ShardingOption]
     alternatives: dict[str, list[ShardingOption]]
     table_bytes: int
-    fits: bool
     seconds: float
 
 
@@ -234,7 +232,7 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
     alternatives: dict[str, list[ShardingOption]] = {name: [] for name in sizes}
     for option in space:
         alternatives[option.name].append(option)
-    return Found(options, alternatives, left, limit < UNLIMITED, time.perf_counter() - started)
+    return Found(options, alternatives, left, time.perf_counter() - started)
 
 
 def _search(
