@@ -58,7 +58,7 @@ def tables_text(tables: Sequence[TablePlan], most: int) -> str:
             short_number(table.rows),
             table.columns,
             table.dtype,
-            _gib(table.device_bytes + table.host_bytes),
+            _size(table.device_bytes + table.host_bytes),
             table.sharding_type,
             table.kernel,
             rank_list(table.ranks),
@@ -67,13 +67,13 @@ def tables_text(tables: Sequence[TablePlan], most: int) -> str:
         ]
         for table in shown
     ]
-    head = ["table", "rows", "dim", "type", "GiB", "sharding", "kernel", "ranks", "ms", "why"]
+    head = ["table", "rows", "dim", "type", "size", "sharding", "kernel", "ranks", "ms", "why"]
     text = tabulate(rows, head, tablefmt="simple", disable_numparse=True)
     ways = Counter((table.sharding_type, table.kernel) for table in rest)
     for (sharding_type, kernel), count in ways.most_common():
         alike = [t for t in rest if (t.sharding_type, t.kernel) == (sharding_type, kernel)]
-        size = _gib(sum(t.device_bytes + t.host_bytes for t in alike))
-        text += f"\n... and {count} smaller, {sharding_type} {kernel}: {size} GiB, {sum(t.ms for t in alike):.3g} ms"
+        size = _size(sum(t.device_bytes + t.host_bytes for t in alike))
+        text += f"\n... and {count} smaller, {sharding_type} {kernel}: {size}, {sum(t.ms for t in alike):.3g} ms"
     return text
 
 
@@ -178,6 +178,11 @@ def _shown(keys: Sequence[float]) -> list[int]:
 
 def _only(shown: int, ranks: int, which: str) -> str:
     return f"; the {shown} of {ranks} ranks with the {which}" if shown < ranks else ""
+
+
+def _size(size: float) -> str:
+    unit, divisor = ("GiB", GIB) if size >= 0.1 * GIB else ("MiB", GIB / 1024)
+    return f"{size / divisor:.3g} {unit}"
 
 
 def _gib(size: float) -> str:
