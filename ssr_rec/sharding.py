@@ -292,7 +292,8 @@ def _planned(model: nn.Module, path: str, topology: Topology, fused: bool, prefe
         found.append(f"train.pipeline: prefetch fetches the rows of {CACHING} tables, and the plan has none")
     if found:
         raise ValueError(
-            f"sharding.plan={path} is not for this job: {'; '.join(found)}. Make it anew with tools/plan_sharding.py --save"
+            f"sharding.plan={path} is not for this job: {'; '.join(found)}. Make it anew with "
+            "tools/plan_sharding.py --save"
         )
     return sharding_plan(plan, module_path, prefetch)
 

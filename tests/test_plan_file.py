@@ -137,7 +137,7 @@ def test_a_job_follows_a_plan_or_says_why_not(tmp_path: Path) -> None:
     assert set(follow(path).plan["tables"]) == set(ROWS)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"plan.json is not for this job: ranks: planned 2, here 4; ranks on a host"):
         follow(path, world_size=4)
-    with pytest.raises(ValueError, match="not for this job: tables a, b, c: columns planned 16, here 8. Make"):
+    with pytest.raises(ValueError, match=r"not for this job: tables a, b, c: columns planned 16, here 8. Make"):
         follow(path, ("--embeddings.dim=8",))
     with pytest.raises(ValueError, match="planned sharded, with its optimizer in the backward pass; here replicated"):
         follow(path, ("--embeddings.optimizer=adam",))
