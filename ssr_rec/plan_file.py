@@ -166,22 +166,20 @@ def sharding_plan(plan: PlanFile, module_path: str, prefetch: bool = False) -> S
     """The plan in TorchRec's form, for the ``EmbeddingBagCollection`` at that path of the model."""
     tables = EmbeddingModuleShardingPlan()
     for name, table in plan.tables.items():
-        spec = EnumerableShardingSpec(
-            [
-                ShardMetadata(
-                    shard_offsets=list(shard.offset),
-                    shard_sizes=list(shard.size),
-                    placement=placement(plan.device, shard.rank, plan.local_world_size),
-                )
-                for shard in table.shards
-            ]
-        )
+        shards = [
+            ShardMetadata(
+                shard_offsets=list(shard.offset),
+                shard_sizes=list(shard.size),
+                placement=placement(plan.device, shard.rank, plan.local_world_size),
+            )
+            for shard in table.shards
+        ]
         caches = table.kernel == "fused_uvm_caching" and (table.cache_load_factor is not None or prefetch)
         tables[name] = ParameterSharding(
             sharding_type=table.sharding_type,
             compute_kernel=EmbeddingComputeKernel(table.kernel).value,
             ranks=[shard.rank for shard in table.shards] or list(range(plan.world_size)),
-            sharding_spec=spec if table.shards else None,
+            sharding_spec=EnumerableShardingSpec(shards) if shards else None,
             cache_params=CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch or None)
             if caches
             else None,
