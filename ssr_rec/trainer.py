@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from ssr_rec.data.course import Course
 from ssr_rec.data.reader import Prefetcher, Reader
 from ssr_rec.fold_metrics import fold_metrics
 from ssr_rec.metrics import RunningAUC
@@ -25,6 +26,8 @@ from ssr_rec.settings import Settings
 from ssr_rec.watch import Preempted
 
 Tasks = dict[str, dict[str, float]]
+Validation = Callable[[int], tuple[Reader, dict[str, Any]] | None]
+"""What to evaluate after an epoch (-1: before the first), and what the row says of it; None: nothing."""
 PROGRESS_ROWS = 16_384
 """Rows behind the AUC of a progress row: an indication, cheap to sort; evaluations are exact."""
 
@@ -66,6 +69,8 @@ class Fitted:
         best: the validation row that won: its step, epoch and tasks.
         evaluated_at: step of the last evaluation.
         skipped: steps left out for their loss.
+        steps_before: those of earlier runs whose optimizer state this one began with.
+        days: the validation rows of a training by days.
     """
 
     steps: int = 0
@@ -78,6 +83,8 @@ class Fitted:
     stopped_early: bool = False
     evaluated_at: int = 0
     skipped: int = 0
+    steps_before: int = 0
+    days: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def samples_per_s(self) -> float:
@@ -157,8 +164,8 @@ class Loop:
     pipeline: TrainPipelineSparseDist
     model: nn.Module
     schedule: Schedule
-    train: Reader
-    validation: Reader
+    train: Course
+    validation: Validation
     config: TrainConfig
     running: RunningAUC
     log: Callable[[dict[str, Any]], None]
@@ -184,18 +191,17 @@ def fit(loop: Loop) -> Fitted:
         Preempted: asked to stop; the checkpoint is written.
     """
     config, fitted, saver = loop.config, loop.fitted, loop.saver
-    steps_per_epoch = loop.train.steps_per_epoch
-    total_steps = int(min(config.max_steps or math.inf, config.epochs * steps_per_epoch))
+    total_steps = int(min(config.max_steps or math.inf, loop.train.num_steps(config.epochs)))
     batches: Prefetcher | None = None
     loop.model.train()
     try:
         if _evaluation_is_due(loop, total_steps):  # the checkpoint was written between a step and its evaluation
             _validate(loop)
         while fitted.steps < total_steps and not fitted.stopped_early:
-            epoch, step_in_epoch = divmod(fitted.steps, steps_per_epoch)
+            epoch, step_in_epoch = loop.train.locate(fitted.steps)
             if batches is None or step_in_epoch == 0:
                 batches = loop.train.epoch(epoch, step_in_epoch)
-            until = [total_steps, (epoch + 1) * steps_per_epoch]
+            until = [total_steps, loop.train.end_of(epoch)]
             if config.eval_every is not None:
                 until.append((fitted.steps // config.eval_every + 1) * config.eval_every)
             checkpoint_is_due = train_segment(loop, batches, epoch, min(until))
@@ -212,18 +218,24 @@ def fit(loop: Loop) -> Fitted:
 
 
 def _evaluation_is_due(loop: Loop, total_steps: int) -> bool:
-    fitted, every = loop.fitted, loop.config.eval_every or loop.train.steps_per_epoch
-    return fitted.evaluated_at < fitted.steps and (fitted.steps % every == 0 or fitted.steps == total_steps)
+    fitted, every = loop.fitted, loop.config.eval_every
+    ends = loop.train.locate(fitted.steps)[1] == 0 if every is None else fitted.steps % every == 0
+    return fitted.evaluated_at < fitted.steps and (ends or fitted.steps == total_steps)
 
 
 def _validate(loop: Loop) -> None:
     """Evaluate, keep the model if it is the best so far, and say whether patience has run out."""
     config, fitted = loop.config, loop.fitted
-    epoch = (fitted.steps - 1) // loop.train.steps_per_epoch
-    average_running_statistics(loop.model)
-    row = loop.row("validation", epoch, **evaluate(loop.pipeline, loop.model, loop.validation, config, loop.beat))
-    loop.log(row)
+    epoch = loop.train.locate(fitted.steps - 1)[0] if fitted.steps else -1
     fitted.evaluated_at = fitted.steps
+    if (chosen := loop.validation(epoch)) is None:
+        return
+    reader, said = chosen
+    average_running_statistics(loop.model)
+    row = loop.row("validation", epoch, **said, **evaluate(loop.pipeline, loop.model, reader, config, loop.beat))
+    loop.log(row)
+    if "day" in said:
+        fitted.days.append(row)
     if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):
         fitted.best, fitted.bad_evaluations = row, 0
         loop.saver.save_best(loop.weights())
@@ -246,7 +258,7 @@ def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int) -> bo
     for loss, logits, labels, _ in run_steps(loop.pipeline, islice(batches, until - fitted.steps)):
         window.losses.append(loss)
         loop.running.update(logits, labels)
-        window.samples += train.rows_in_step(fitted.steps % train.steps_per_epoch)
+        window.samples += train.rows_in_step(fitted.steps)
         fitted.steps += 1
         loop.schedule.set(fitted.steps)
         loop.beat(f"step {fitted.steps}")
@@ -289,7 +301,7 @@ def _close_window(loop: Loop, window: _Window, epoch: int) -> tuple[bool, bool]:
     fitted.samples += window.samples
     fitted.seconds += seconds
     fitted.wait_seconds += wait_seconds
-    fitted.epochs = fitted.steps / loop.train.steps_per_epoch
+    fitted.epochs = loop.train.epochs_done(fitted.steps)
     good = losses.isfinite() & (losses <= (loop.config.max_loss or math.inf))
     trained = losses[good] if loop.config.skip_bad_steps and good.any() else losses
     row = loop.row(
@@ -311,7 +323,7 @@ def _refuse_or_skip(loop: Loop, first_step: int, losses: torch.Tensor, good: tor
     """Steps with a bad loss end the run, unless so many may be skipped: then TrainTask has not trained on them."""
     fitted, allowed, train = loop.fitted, loop.config.skip_bad_steps, loop.train
     bad = (~good).nonzero().flatten().tolist()
-    epoch, batch = divmod(first_step + bad[0], train.steps_per_epoch)
+    epoch, batch = train.locate(first_step + bad[0])
     what = (
         f"loss is {losses[bad[0]]:g} at step {first_step + bad[0] + 1}, batch {batch} of epoch {epoch} "
         f"({train.describe(epoch, batch)})"
