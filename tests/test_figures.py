@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ssr_rec.figures import COLORS, _series, _smooth, style, draw_comparison, draw_curves
+from ssr_rec.figures import COLORS, _series, _smooth, draw_comparison, draw_curves, style
 from ssr_rec.run_folder import Run
 
 TASKS = ("click", "like")
