@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ssr_rec.artifact import MODEL_FILE, Manifest, read_manifest
 from ssr_rec.data.batch import Batch
 from ssr_rec.kernels import extension
+from ssr_rec.raw_rows import Encoder, Rows
 
 MAX_ROWS = 2**16
 """Of one call of the compiled program; larger batches go through it piece by piece."""
@@ -41,6 +42,7 @@ class Scorer:
         schema: the features and labels, in order.
         labels: the tasks, in the order of the logits' columns.
         tables, dense: the precisions.
+        encoder: raw rows to ids.
         manifest: everything else that is known of it.
     """
 
@@ -48,6 +50,7 @@ class Scorer:
         self.manifest = manifest
         self.schema, self.labels = manifest.dataset, manifest.dataset.labels
         self.tables, self.dense = manifest.tables, manifest.dense
+        self.encoder = Encoder(manifest.dataset, folder)
         stacks = [[_mapped(folder / name) for name in files] for files in manifest.stacks.values()]
         self._tables = [tensor for stack in stacks for tensor in stack]
         features = self.schema.features
@@ -55,6 +58,21 @@ class Scorer:
         self._sizes = np.array([f.num_embeddings for f in features if f.kind != "list"], dtype=np.uint64)[:, None]
         self._list_sizes = [f.num_embeddings for f in features if f.kind == "list"]
         self._run = torch._C._aoti.AOTIModelPackageLoader(str(folder / MODEL_FILE), "model", False, runners, -1).run
+
+    def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
+        """Label -> probabilities (B,) float32 of raw rows, in their order.
+
+        Args:
+            rows: mappings, in which a key that is not there is missing; or a pandas DataFrame, an Arrow table, or the
+                path of a parquet file, which must have a column for every feature. docs/inference.md says what becomes
+                of odd values.
+            first_row: what messages call the first row.
+
+        Raises:
+            ValueError: rows that cannot be read; the message names row, feature and value.
+        """
+        probabilities = self.score_arrays(*self.encoder.encode(rows, first_row)).sigmoid().numpy()
+        return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
 
     def score(self, sparse: Tensor | KeyedJaggedTensor | Batch, lengths: Tensor | None = None) -> Tensor:
         """Logits (B, T) of prepared ids.
@@ -104,7 +122,7 @@ class Scorer:
         if at != values.size:
             raise ValueError(f"{values.size} ids, but the lengths add up to {at}")
         joined = singles[0] if len(singles) == 1 else np.concatenate([*singles, values[:0]])
-        return joined.reshape(-1, rows), lists
+        return joined.reshape(fields - len(lists), rows), lists
 
     def score_arrays(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
         """Logits (B, T).

@@ -1,0 +1,193 @@
+"""Raw rows (mappings, pandas, Arrow, parquet files) to the arrays that ``Scorer.score_arrays`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ssr_rec.data.table_spec import ListColumn, nearest
+from ssr_rec.raw_values import ToId, WrongValue, id_column, items_of, make_to_id
+from ssr_rec.schema import Feature, Schema
+
+Rows: TypeAlias = pd.DataFrame | pa.Table | pa.RecordBatch | str | Path | Iterable[Mapping[str, Any]]
+Column: TypeAlias = Sequence[Any] | pa.Array
+
+
+class Encoded(NamedTuple):
+    ids: np.ndarray
+    """(S, B) int64."""
+    lists: list[tuple[np.ndarray, np.ndarray]]
+    """Ids (n,) and offsets (B + 1,) of each list feature, int64."""
+
+
+class Encoder:
+    """Raw rows to ids, equal to what the preparation makes of them.
+
+    Args:
+        schema: its ``preparation`` says how lists are cut.
+        folder: where its vocabularies are.
+
+    Attributes:
+        columns: of each feature, in schema order.
+    """
+
+    def __init__(self, schema: Schema, folder: Path) -> None:
+        self.features = schema.features
+        self.columns = [feature.encoding.column for feature in schema.features]
+        self.to_ids: list[ToId] = [make_to_id(feature, folder) for feature in schema.features]
+        settings = schema.preparation.get("lists", {})
+        self.list_settings = {
+            feature.name: ListColumn.model_validate(settings.get(feature.name, {"max_length": feature.max_length}))
+            for feature in schema.features
+            if feature.kind == "list"
+        }
+
+    def encode(self, rows: Rows, first_row: int = 0) -> Encoded:
+        """The ids of all rows.
+
+        Args:
+            first_row: what messages call the first row.
+
+        Raises:
+            ValueError: no rows of a kind that is read, a column that is not there or there twice, or a value of the
+                wrong type; the message names row, feature and value.
+        """
+        columns, num_rows = columns_of(rows, self.columns)
+        singles, lists = [], []
+        for feature, to_id, column in zip(self.features, self.to_ids, columns, strict=True):
+            try:
+                if feature.kind != "list":
+                    _refuse_lists(column)
+                    singles.append(id_column(column, to_id))
+                else:
+                    lists.append(self._list(feature, to_id, column))
+            except WrongValue as error:
+                raise ValueError(f"row {first_row + error.row}: feature {feature.name!r} {error.problem}") from None
+            except ValueError as error:
+                raise ValueError(f"feature {feature.name!r} {error}") from None
+        return Encoded(np.stack(singles) if singles else np.empty((0, num_rows), np.int64), lists)
+
+    def _list(self, feature: Feature, to_id: ToId, column: Column) -> tuple[np.ndarray, np.ndarray]:
+        settings = self.list_settings[feature.name]
+        if isinstance(column, pa.Array) and _is_text(column.type) and settings.separator is not None:
+            column = pc.split_pattern(column, settings.separator)
+        if isinstance(column, pa.Array) and not _is_list(column.type):
+            column = column.to_pylist()
+        if isinstance(column, pa.Array):
+            column = column.cast(pa.large_list(column.type.value_type))
+            starts = column.offsets.to_numpy()[:-1]
+            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+            items: Column = column.values
+        else:
+            cut: list[Sequence[Any]] = []
+            for row, value in enumerate(column):
+                try:
+                    cut.append(items_of(value, settings.separator))
+                except ValueError as error:
+                    raise WrongValue(row, str(error)) from None
+            lengths = np.array([len(part) for part in cut], dtype=np.int64)
+            starts = np.cumsum(lengths) - lengths
+            items = [item for part in cut for item in part]
+        kept = np.minimum(lengths, settings.max_length)
+        if settings.keep == "last":
+            starts = starts + lengths - kept
+        offsets = np.zeros(len(kept) + 1, dtype=np.int64)
+        np.cumsum(kept, out=offsets[1:])
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], kept)
+        wanted = items.take(pa.array(places)) if isinstance(items, pa.Array) else [items[place] for place in places]
+        try:
+            return id_column(wanted, to_id), offsets
+        except WrongValue as error:
+            row = int(np.searchsorted(offsets, error.row, side="right")) - 1
+            raise WrongValue(row, f"{error.problem} in its list") from None
+
+
+def columns_of(rows: Rows, names: Sequence[str]) -> tuple[list[Column], int]:
+    """The columns of ``names``, and how many rows there are.
+
+    A mapping may lack a key, which is missing there; a table must have every column. What else is there is ignored.
+
+    Raises:
+        ValueError: see ``Encoder.encode``.
+    """
+    if isinstance(rows, (str, Path)):
+        rows = read_parquet(Path(rows), names)
+    if isinstance(rows, pa.RecordBatch):
+        rows = pa.Table.from_batches([rows])
+    if isinstance(rows, pa.Table):
+        check_columns(rows.column_names, names)
+        return [_whole(rows.column(name)) for name in names], rows.num_rows
+    if isinstance(rows, pd.DataFrame):
+        check_columns([str(name) for name in rows.columns], names)
+        by_name = {str(name): place for place, name in enumerate(rows.columns)}
+        return [_of_series(rows.iloc[:, by_name[name]]) for name in names], len(rows)
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise ValueError(
+            f"rows are a {type(rows).__name__}; give a list of mappings, a DataFrame, an Arrow table or a path"
+        )
+    listed = list(rows)
+    for number, row in enumerate(listed):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {number} is a {type(row).__name__}, not a mapping of feature names to values")
+    return [[row.get(name) for row in listed] for name in names], len(listed)
+
+
+def read_parquet(path: Path, names: Sequence[str]) -> pa.Table:
+    try:
+        file = pq.ParquetFile(path)
+        check_columns(file.schema_arrow.names, names)
+        return file.read(columns=list(dict.fromkeys(names)))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+
+
+def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a table that lacks a feature's column or has it twice.
+
+    Raises:
+        ValueError: naming the columns, and the nearest spelling of the first.
+    """
+    lacking = [name for name in names if name not in columns]
+    if lacking:
+        raise ValueError(
+            f"no column {', '.join(map(repr, lacking[:10]))}{nearest(lacking[0], columns)}; a table needs a column for "
+            "every feature, with nulls where it is missing"
+        )
+    for name in names:
+        if columns.count(name) > 1:
+            raise ValueError(f"column {name!r} is there {columns.count(name)} times; give it once")
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):
+        return whole.chunk(0) if whole.num_chunks else pa.array([], type=column.type)
+    return whole
+
+
+def _of_series(series: pd.Series) -> Column:
+    try:
+        array = pa.Array.from_pandas(series)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):  # values of several types: each by itself
+        return series.tolist()
+    return _whole(array) if isinstance(array, pa.ChunkedArray) else array
+
+
+def _refuse_lists(column: Column) -> None:
+    if isinstance(column, pa.Array) and pa.types.is_nested(column.type):
+        raise ValueError(f"holds {column.type}, not single values")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

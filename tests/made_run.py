@@ -1,0 +1,34 @@
+"""A run folder with random weights, made without training, for the tests of what follows training."""
+
+from pathlib import Path
+
+import torch
+
+from ssr_rec.checkpoint import write_checkpoint
+from ssr_rec.config import dump_config, load_config
+from ssr_rec.model import CTRModel
+from ssr_rec.restore import TASK, build_plain_model
+from ssr_rec.schema import Schema
+
+
+def randomised(model: CTRModel, seed: int) -> CTRModel:
+    """Every weight and running statistic drawn, so that no default of 0 or 1 hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                drawn = 0.3 * torch.randn(value.shape, generator=generator)
+                value.copy_(1 + drawn.abs() if name.endswith("running_var") else value + drawn)
+    return model
+
+
+def make_run(folder: Path, dataset: Path, overrides: list[str], seed: int = 0) -> Path:
+    """``folder`` as a run of ``overrides`` on ``dataset`` would leave it, without a report."""
+    folder.mkdir(parents=True)
+    config = load_config(None, [f"--data.path={dataset}", *overrides])
+    (folder / "config.yaml").write_text(dump_config(config))
+    schema = Schema.read(dataset).select(config.data.features, config.data.labels)
+    model = randomised(build_plain_model(config, schema), seed)
+    tensors = {TASK + name: value for name, value in model.state_dict().items()}
+    write_checkpoint(tensors, {"kind": "weights", "step": 1}, folder / "checkpoints" / "best-000000001")
+    return folder

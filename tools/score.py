@@ -1,0 +1,63 @@
+"""Score a file of raw rows with an artifact; see docs/inference.md.
+
+python tools/score.py artifacts/ssr_s --input rows.parquet --output scores.parquet --keep user_id video_id
+"""
+
+from __future__ import annotations
+
+from ssr_rec.stack import require_stack
+
+require_stack()
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ssr_rec.score_file import score_file
+from ssr_rec.serving import load
+from ssr_rec.train import is_library_error, quiet
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    quiet()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    started = time.perf_counter()
+
+    def progress(rows: int) -> None:
+        seconds = time.perf_counter() - started
+        print(f"scored {rows:,} rows, {rows / seconds:,.0f} rows/s", file=sys.stderr, flush=True)
+
+    try:
+        rows = score_file(load(options.artifact), options.input, options.output, options.keep, progress)
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and is_library_error(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - started
+    print(json.dumps({"rows": rows, "seconds": round(seconds, 3), "output": str(options.output)}))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Score a file of raw rows with an artifact.")
+    parser.add_argument("artifact", type=Path, help="folder made by tools/export.py")
+    parser.add_argument("--input", type=Path, required=True, help="parquet, CSV or TSV; text also as .gz")
+    parser.add_argument("--output", type=Path, required=True, help="parquet of the kept columns and p_<label>")
+    parser.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns of the input to carry over")
+    parser.add_argument("--threads", type=int, choices=range(1, 1025), metavar="N", help="of torch (default: all)")
+    return parser
+
+
+if __name__ == "__main__":
+    # So that a polite kill, like Ctrl-C, removes what is half-written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
