@@ -164,6 +164,8 @@ def _keys(model: type[BaseModel], sections: list[str]) -> list[str]:
             inner = model.model_fields[section].annotation
             models = [t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)]
         else:
-            models = [t for t in models if t.model_fields["name"].default == section]
+            # The key of a mapping of sections is neither.
+            tagged = [t for t in models if "name" in t.model_fields and t.model_fields["name"].default == section]
+            models = tagged or models
         model = models[0]
     return list(model.model_fields)

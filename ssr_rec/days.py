@@ -16,10 +16,11 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from ssr_rec.config import RunConfig
 from ssr_rec.data.course import Course, DayStream
 from ssr_rec.data.reader import Reader, check_rows
+from ssr_rec.evaluation import run_steps
 from ssr_rec.over_archs import OverArch
 from ssr_rec.report import capture_inputs
 from ssr_rec.schema import SPLITS, Schema
-from ssr_rec.trainer import Validation, run_steps
+from ssr_rec.trainer import Validation
 
 MEANS = ("auc", "auc_bound", "gauc", "gauc_bound", "logloss", "ne", "calibration")
 """Measures of which a mean over days says something; of two bounds, it bounds the mean."""

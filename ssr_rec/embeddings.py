@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -21,6 +21,8 @@ from ssr_rec.schema import Feature, Schema
 from ssr_rec.settings import Settings
 
 OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD, "adam": Adam}
+TableDtype = Literal["fp32", "fp16"]
+DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 DIM_MULTIPLE = 4
 """FBGEMM's lookup kernels move rows in vectors of four elements."""
 
@@ -28,6 +30,10 @@ DIM_MULTIPLE = 4
 class EmbeddingsConfig(Settings):
     dim: int = Field(16, ge=1, description="embedding dim D of every feature not named in dims; a multiple of 4")
     dims: dict[str, int] = Field({}, description="feature -> its own dim, a multiple of 4")
+    dtype: TableDtype = Field(
+        "fp32", description="of the tables' weights; pooled vectors, gradients and optimizer state are fp32 always"
+    )
+    dtypes: dict[str, TableDtype] = Field({}, description="feature -> its own dtype")
     pooling: Literal["mean", "sum"] = Field("mean", description="how the ids of a list feature become one vector")
     init_scale: float = Field(0.05, gt=0, description="tables start uniform in [-init_scale, init_scale]")
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = Field(
@@ -40,6 +46,9 @@ class EmbeddingsConfig(Settings):
 
     def dim_of(self, feature: str) -> int:
         return self.dims.get(feature, self.dim)
+
+    def dtype_of(self, feature: str) -> TableDtype:
+        return self.dtypes.get(feature, self.dtype)
 
     def is_fused(self, device_type: str) -> bool:
         """Whether the optimizer runs inside the backward pass; FBGEMM has no Adam for CPU."""
@@ -65,8 +74,8 @@ def table_dims(schema: Schema, config: EmbeddingsConfig, extra: ExtraTables) -> 
     The table of a feature has the feature's name, one of an extra set ``feature@set``.
 
     Raises:
-        ValueError: ``dims`` names an unknown feature, a dim is not a multiple of 4, or a feature has a name that no
-            PyTorch module can have.
+        ValueError: ``dims`` or ``dtypes`` name an unknown feature, a dim is not a multiple of 4, or a feature has a
+            name that no PyTorch module can have.
     """
     for name in schema.feature_names:
         if not name or "." in name or hasattr(nn.ModuleDict(), name):
@@ -74,12 +83,13 @@ def table_dims(schema: Schema, config: EmbeddingsConfig, extra: ExtraTables) -> 
                 f"feature {name!r} of {schema.name!r}: PyTorch takes no table of that name; rename the column and "
                 "prepare the log again, or leave it out by data.features"
             )
-    unknown = sorted(set(config.dims) - set(schema.feature_names))
-    if unknown:
-        raise ValueError(
-            f"embeddings.dims names {unknown[0]!r}, which is no feature of {schema.name!r}; "
-            f"it has {', '.join(schema.feature_names)}"
-        )
+    for key, features in (("dims", list(config.dims)), ("dtypes", list(config.dtypes))):
+        unknown = sorted(set(features) - set(schema.feature_names))
+        if unknown:
+            raise ValueError(
+                f"embeddings.{key} names {unknown[0]!r}, which is no feature of {schema.name!r}; "
+                f"it has {', '.join(schema.feature_names)}"
+            )
     for key, dim in {
         "embeddings.dim": config.dim,
         **{f"embeddings.dims.{k}": v for k, v in config.dims.items()},
@@ -100,8 +110,14 @@ def build_tables(
     """One table per feature and set, on the meta device: memory is taken by the shards only.
 
     Raises:
-        ValueError: as ``table_dims``.
+        ValueError: as ``table_dims``; or half-precision tables whose optimizer has no form that keeps its state exact.
     """
+    halves = [feature for feature in schema.feature_names if config.dtype_of(feature) != "fp32"]
+    if halves and not config.is_fused(device_type):
+        raise ValueError(
+            f"embeddings.dtype: {halves[0]!r} is {config.dtype_of(halves[0])}, but adam on CPU would keep its moments "
+            "in that precision too; use fp32, or choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
+        )
     tables = plain_tables(schema, config, torch.device("meta"), extra)
     if config.is_fused(device_type):
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
@@ -128,6 +144,7 @@ def plain_tables(
                 feature_names=[feature.name],
                 num_embeddings=feature.num_embeddings,
                 embedding_dim=columns,
+                data_type=DTYPES[config.dtype_of(feature.name)],
                 # The pooling of one id is itself; one pooling per kernel call keeps the calls few.
                 pooling=pooling if feature.kind == "list" else PoolingType.SUM,
             )

@@ -199,14 +199,27 @@ def id_column(values: Sequence[Any] | pa.Array, to_id: ToId) -> np.ndarray:
         return _each(values, to_id)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
+    if not _has_few_forms(values.type):
+        return _each(values.to_pylist(), to_id)
     # Each distinct value once: in a log there are few, and Python reads them one by one.
-    encoded = values.dictionary_encode(null_encoding="encode") if len(values) else pa.array([]).dictionary_encode()
-    distinct = encoded.dictionary.to_pylist()
+    encoded = values.dictionary_encode(null_encoding="encode")
     places = encoded.indices.to_numpy(zero_copy_only=False)
     try:
-        return _each(distinct, to_id)[places] if len(places) else np.empty(0, np.int64)
+        return _each(encoded.dictionary.to_pylist(), to_id)[places]
     except WrongValue as error:
         raise WrongValue(int(np.argmax(places == error.row)), error.problem) from None
+
+
+def _has_few_forms(kind: pa.DataType) -> bool:
+    """Whether Arrow finds the distinct values of a column; of string_view (26.0) it finds wrong ones."""
+    types = pa.types
+    return bool(
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_integer(kind)
+        or types.is_float32(kind)
+        or types.is_float64(kind)
+    )
 
 
 class WrongValue(ValueError):

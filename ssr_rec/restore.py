@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssr_rec.checkpoint import read_checkpoint, verify
+from ssr_rec.checkpoint import read_checkpoint, stored_tensors, verify
 from ssr_rec.config import RunConfig, load_config
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.embeddings import plain_tables
@@ -94,12 +94,14 @@ def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
 def build_plain_model(config: RunConfig, schema: Schema) -> CTRModel:
     """The unsharded model of a config in eval mode, on the CPU, with fresh over-arch weights by its seed.
 
-    Its tables are drawn by TorchRec, not as a run would begin with.
+    Its tables are drawn by TorchRec, not as a run would begin with, and fp32 whatever those of the run are: unlike
+    FBGEMM's kernels, PyTorch's would add up the ids of a list in the precision of the table.
     """
+    embeddings = config.embeddings.model_copy(update={"dtype": "fp32", "dtypes": {}})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dense = build_dense(config, schema)
-        tables = plain_tables(schema, config.embeddings, torch.device("cpu"), dense.over_arch.extra_tables)
+        tables = plain_tables(schema, embeddings, torch.device("cpu"), dense.over_arch.extra_tables)
     return CTRModel(tables, dense).eval()
 
 
@@ -110,6 +112,8 @@ def load_plain_weights(model: CTRModel, checkpoint: Path) -> None:
         ValueError: not a good checkpoint, or one of another model.
     """
     verify(checkpoint)
-    state = model.state_dict()
-    read_checkpoint({TASK + name: value for name, value in state.items()}, checkpoint)
-    model.load_state_dict(state)
+    state, stored = model.state_dict(), stored_tensors(checkpoint)
+    halves = [name for name in state if stored.get(TASK + name, (None, None))[1] == torch.float16]
+    read = {name: torch.empty_like(v, dtype=torch.float16) if name in halves else v for name, v in state.items()}
+    read_checkpoint({TASK + name: value for name, value in read.items()}, checkpoint)
+    model.load_state_dict({name: value.to(state[name].dtype) for name, value in read.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ MAY_DIFFER = (
     "name", "runs", "resume", "warm_start", "warm_start_optimizer", "device", "sharding", "checkpoint", "data.path",
     "data.synthetic_root", "data.prefetch", "train.epochs", "train.max_steps", "train.patience",
     "train.eval_batch_size", "train.log_every", "train.stall_timeout_s", "train.skip_bad_steps", "train.max_loss",
-    "train.metrics", "train.metrics_rows",
+    "train.metrics", "train.metrics_rows", "train.pipeline",
 )  # fmt: skip
 """Config keys that a resumed run may change: they decide when it ends or how it runs, not what the next step does."""
+MAY_NOT_DIFFER = ("sharding.qcomms",)
+"""Those among them that do."""
 
 
 class Start(NamedTuple):
@@ -163,13 +165,17 @@ def check_same_run(config: Mapping[str, Any], other: Mapping[str, Any], where: s
     """
     mine, theirs = _flat(config), _flat(other)
     for key in sorted({*mine, *theirs}):
-        allowed = any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
+        allowed = _is_among(MAY_DIFFER, key) and not _is_among(MAY_NOT_DIFFER, key)
         if not allowed and mine.get(key) != theirs.get(key):
             there, here = (" ".join(str(values.get(key)).split())[:200] for values in (theirs, mine))
             raise ValueError(
                 f"{where}: that run had {key}={there}, this one has {here}; give the new "
                 "run another --name (and --warm_start to begin with the old weights), or use the old config"
             )
+
+
+def _is_among(names: Sequence[str], key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

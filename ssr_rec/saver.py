@@ -63,10 +63,6 @@ class Saver:
     def best_folder(self) -> Path:
         return self.folder / f"{BEST}{self.best_step:09d}"
 
-    def is_due_at(self, step: int) -> bool:
-        """Whether every_steps wants a checkpoint after this step. Not collective."""
-        return self.config.every_steps is not None and step % self.config.every_steps == 0
-
     def is_time(self) -> bool:
         """Whether every_minutes have passed by this rank's clock; let one rank decide. Not collective."""
         minutes = self.config.every_minutes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +12,8 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import (
     HardwareConfig,
@@ -19,8 +22,10 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from ssr_rec.plan_file import PlanFile, differences, job_tables, read_plan, sharding_plan
 from ssr_rec.settings import Settings
 
 ShardingType = Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]
@@ -29,6 +34,32 @@ SUPPORTED: dict[str, list[ShardingType]] = {
     "cpu": ["table_wise", "column_wise"],
     "cuda": ["table_wise", "column_wise", "row_wise", "table_row_wise"],
 }
+Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+CACHING: Kernel = "fused_uvm_caching"
+KERNELS: dict[str, list[Kernel]] = {
+    # UVM is host memory that a GPU addresses; on a CPU the tables are in host memory anyway.
+    "cpu": ["fused"],
+    "cuda": ["fused", "fused_uvm", "fused_uvm_caching"],
+}
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class TableConstraint(Settings):
+    """What the planner may do with one table, in place of what ``ShardingConfig`` says for all."""
+
+    types: list[ShardingType] = Field([], description="empty: sharding.types")
+    kernels: list[Kernel] = Field([], description="empty: sharding.kernels")
+    cache_load_factor: float | None = Field(None, gt=0, le=1, description="None: sharding.cache_load_factor")
+    min_partition: int | None = Field(
+        None, ge=4, multiple_of=4, description="fewest columns of a column-wise shard; None: TorchRec's 128"
+    )
+
+
+class QCommsSettings(Settings):
+    """Precision in which pooled embeddings and their gradients travel between ranks."""
+
+    forward: Precision = "fp32"
+    backward: Precision = "fp32"
 
 
 class ShardingConfig(Settings):
@@ -39,6 +70,20 @@ class ShardingConfig(Settings):
     )
     memory_gib: float | None = Field(
         None, gt=0, le=2**20, description="memory for tables on one rank in GiB; None: TorchRec's default"
+    )
+    kernels: list[Kernel] = Field(
+        ["fused"],
+        min_length=1,
+        description="where tables may be: fused: in the device's memory; fused_uvm: in the host's, read by the GPU; "
+        "fused_uvm_caching: in the host's, with the rows in use cached on the GPU",
+    )
+    cache_load_factor: float | None = Field(
+        None, gt=0, le=1, description="share of a fused_uvm_caching table's rows that the GPU caches; None: TorchRec's"
+    )
+    per_table: dict[str, TableConstraint] = Field({}, description="table -> its own constraints")
+    qcomms: QCommsSettings = QCommsSettings()
+    plan: str | None = Field(
+        None, description="plan file of tools/plan_sharding.py, followed exactly; None: TorchRec's planner decides"
     )
 
 
@@ -54,8 +99,112 @@ def build_topology(config: ShardingConfig, device_type: str, world_size: int, lo
     )
 
 
+def build_sharder(config: ShardingConfig, device_type: str, batch_size: int = 1) -> EmbeddingBagCollectionSharder:
+    """What shards the tables, for planning and for sharding: it carries the precision of their communication.
+
+    Args:
+        batch_size: rows of the global batch, over which the loss is a mean. Gradients travel in fp16 as if it were a
+            sum: those of a large batch's mean would be below fp16's smallest normal number, 6e-5.
+
+    Raises:
+        ValueError: a precision the device's communication does not have.
+    """
+    for key, precision in config.qcomms:
+        if device_type == "cpu" and precision == "bf16":
+            # TorchRec would take fp16 instead and only log it: get_qcomm_codecs_registry.
+            raise ValueError(f"sharding.qcomms.{key}: bf16 is not supported by gloo on CPU; use fp16, or a GPU")
+    qcomms = QCommsConfig(
+        CommType(config.qcomms.forward),
+        CommType(config.qcomms.backward),
+        # A power of two changes no digit.
+        backward_loss_scale=2.0 ** math.floor(math.log2(batch_size)) if config.qcomms.backward == "fp16" else None,
+    )
+    codecs = get_qcomm_codecs_registry(qcomms, device=torch.device(device_type))
+    return EmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs)
+
+
+def build_constraints(
+    tables: Sequence[str], config: ShardingConfig, device_type: str, fused: bool, prefetch: bool = False
+) -> dict[str, ParameterConstraints]:
+    """Table -> what TorchRec's planner may do with it.
+
+    Args:
+        tables, fused: as ``plan_sharding``.
+        prefetch: the pipeline fetches cached rows ahead, for which FBGEMM's cache keeps two batches.
+
+    Raises:
+        ValueError: a setting without effect or not supported on the device, or an unknown table; names key and fix.
+    """
+    if not fused:
+        unused = [key for key in config.model_fields_set if key != "memory_gib" and not _is_default(config, key)]
+        if unused:
+            raise ValueError(
+                f"sharding.{unused[0]}={getattr(config, unused[0])} has no effect: adam on CPU keeps every table on "
+                "every rank; remove it, or choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
+            )
+        return dict.fromkeys(tables, ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["dense"]))
+    for name in config.per_table:
+        if name not in tables:
+            nearest = difflib.get_close_matches(name, tables, n=1) or [", ".join(tables)[:300]]
+            raise ValueError(f"sharding.per_table names {name!r}, which is no table of this model; {nearest[0]} is")
+    types: list[ShardingType] = config.types or SUPPORTED[device_type]
+    _refuse("sharding", types, config.kernels, device_type)
+    constraints = {}
+    for name in tables:
+        own = config.per_table.get(name, TableConstraint())
+        own_types, kernels = own.types or types, own.kernels or config.kernels
+        where = f"sharding.per_table.{name}"
+        _refuse(where, own_types, kernels, device_type)
+        if own.cache_load_factor is not None and CACHING not in kernels:
+            raise ValueError(f"{where}.cache_load_factor has no effect without {CACHING} in its kernels")
+        if own.min_partition is not None and "column_wise" not in own_types:
+            raise ValueError(f"{where}.min_partition has no effect without column_wise in its types")
+        load_factor = own.cache_load_factor or config.cache_load_factor
+        caches = CACHING in kernels and (load_factor is not None or prefetch)
+        constraints[name] = ParameterConstraints(
+            sharding_types=list(own_types),
+            compute_kernels=list(kernels),
+            min_partition=own.min_partition,
+            cache_params=CacheParams(load_factor=load_factor, prefetch_pipeline=prefetch or None) if caches else None,
+        )
+    if not any(CACHING in (constraint.compute_kernels or ()) for constraint in constraints.values()):
+        if config.cache_load_factor is not None:
+            raise ValueError(
+                f"sharding.cache_load_factor={config.cache_load_factor} has no effect without {CACHING} in "
+                "sharding.kernels"
+            )
+        if prefetch:
+            raise ValueError(
+                f"train.pipeline: prefetch fetches the rows of {CACHING} tables, which sharding.kernels does not "
+                "allow; add it, or use sparse_dist"
+            )
+    return constraints
+
+
+def _is_default(config: ShardingConfig, key: str) -> bool:
+    return bool(getattr(config, key) == type(config).model_fields[key].default)
+
+
+def _refuse(where: str, types: Sequence[str], kernels: Sequence[str], device_type: str) -> None:
+    for key, values, supported in (
+        ("types", types, SUPPORTED[device_type]),
+        ("kernels", kernels, KERNELS[device_type]),
+    ):
+        for value in values:
+            if value not in supported:
+                raise ValueError(
+                    f"{where}.{key}: {value!r} is not supported on {device_type}; use {', '.join(supported)}"
+                )
+
+
 def plan_sharding(
-    model: nn.Module, tables: Sequence[str], config: ShardingConfig, topology: Topology, fused: bool, batch_size: int
+    model: nn.Module,
+    tables: Sequence[str],
+    config: ShardingConfig,
+    topology: Topology,
+    fused: bool,
+    batch_size: int,
+    prefetch: bool = False,
 ) -> ShardingPlan:
     """TorchRec's plan for ``model``, the same on every rank. Collective when a process group is initialised.
 
@@ -63,34 +212,22 @@ def plan_sharding(
         tables: names of the model's tables.
         fused: the tables' optimizer runs in the backward pass; otherwise every rank holds every table.
         batch_size: rows of one rank's batch, for the planner's estimates.
+        prefetch: for the pipeline that fetches cached rows ahead.
 
     Raises:
-        ValueError: a sharding type the device does not have, or tables that do not fit these ranks.
+        ValueError: a setting the device does not have, or tables that do not fit these ranks.
     """
     device_type = topology.compute_device
-    allowed = config.types or SUPPORTED[device_type]
-    for sharding_type in allowed:
-        if sharding_type not in SUPPORTED[device_type]:
-            raise ValueError(
-                f"sharding.types: {sharding_type!r} is not supported on {device_type}; "
-                f"use {', '.join(SUPPORTED[device_type])}"
-            )
-    constraint = ParameterConstraints(sharding_types=list(allowed), compute_kernels=["fused"])
-    if not fused:
-        if config.types:
-            raise ValueError(
-                f"sharding.types={config.types} has no effect: adam on CPU keeps every table on every rank; "
-                "remove it, or choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
-            )
-        constraint = ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["dense"])
-    planner = EmbeddingShardingPlanner(
-        topology=topology, batch_size=batch_size, constraints=dict.fromkeys(tables, constraint)
-    )
+    if config.plan is not None:
+        return follow_plan(model, config, topology, fused, prefetch)
+    constraints = build_constraints(tables, config, device_type, fused, prefetch)
+    planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
+    sharder = build_sharder(config, device_type)
     # TorchRec's own collective_plan leaves the other ranks waiting when rank 0 finds no plan.
     found: list[ShardingPlan | str | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            found = [planner.plan(model, [EmbeddingBagCollectionSharder()])]
+            found = [planner.plan(model, [sharder])]
         except PlannerError as error:
             found = [str(error).strip().splitlines()[0]]
     if dist.is_initialized():
@@ -104,6 +241,82 @@ def plan_sharding(
     return found[0]
 
 
-def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
-    """``model`` with its tables sharded by ``plan`` and everything else replicated (DDP)."""
-    return DistributedModelParallel(model, device=device, plan=plan, sharders=[EmbeddingBagCollectionSharder()])
+def follow_plan(
+    model: nn.Module, config: ShardingConfig, topology: Topology, fused: bool, prefetch: bool
+) -> ShardingPlan:
+    """The plan of the file that ``config`` names, for this model and these ranks. Arguments as ``plan_sharding``.
+
+    Raises:
+        ValueError: not a plan file, settings that a plan overrules, or a plan for something else; every difference
+            is named.
+    """
+    assert config.plan is not None
+    overruled = [
+        key for key in ShardingConfig.model_fields if key not in ("plan", "qcomms") and not _is_default(config, key)
+    ]
+    if overruled:
+        raise ValueError(
+            f"sharding.{overruled[0]} has no effect beside sharding.plan, which says all; remove one of them"
+        )
+    # One rank reads, so that a file changed in between cannot give the ranks two plans.
+    found: list[ShardingPlan | str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = [_planned(model, config.plan, topology, fused, prefetch)]
+        except ValueError as error:
+            found = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    return found[0]
+
+
+def _planned(model: nn.Module, path: str, topology: Topology, fused: bool, prefetch: bool) -> ShardingPlan:
+    plan, device = read_plan(path), topology.compute_device
+    module_path, tables = next((n, m) for n, m in model.named_modules() if isinstance(m, EmbeddingBagCollection))
+    job = PlanFile(
+        device=device,
+        world_size=topology.world_size,
+        local_world_size=topology.local_world_size,
+        tables=job_tables(tables.embedding_bag_configs(), fused),
+    )
+    found = differences(plan, job)
+    if plan.device == device:
+        for name, table in plan.tables.items():
+            if table.sharding_type not in [*SUPPORTED[device], "data_parallel"]:
+                found.append(f"table {name}: {table.sharding_type} is not supported on {device}")
+            if table.kernel not in [*KERNELS[device], "dense"]:
+                found.append(f"table {name}: kernel {table.kernel} is not supported on {device}")
+    if prefetch and all(table.kernel != CACHING for table in plan.tables.values()):
+        found.append(f"train.pipeline: prefetch fetches the rows of {CACHING} tables, and the plan has none")
+    if found:
+        shown = "; ".join(found[:20]) + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
+        raise ValueError(
+            f"sharding.plan={path} is not for this job: {shown}. Make it anew with tools/plan_sharding.py --save"
+        )
+    return sharding_plan(plan, module_path, prefetch)
+
+
+def shard(
+    model: nn.Module,
+    plan: ShardingPlan,
+    device: torch.device,
+    config: ShardingConfig,
+    batch_size: int,
+    accumulates: bool = False,
+) -> DistributedModelParallel:
+    """``model`` with its tables sharded by ``plan`` and everything else replicated (DDP).
+
+    Args:
+        batch_size: rows of the global batch.
+        accumulates: dense gradients are not reduced after every backward pass.
+    """
+    return DistributedModelParallel(
+        model,
+        device=device,
+        plan=plan,
+        sharders=[build_sharder(config, device.type, batch_size)],
+        # DDP's static graph needs its first backward pass reduced, which accumulation does not do.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=not accumulates),
+    )

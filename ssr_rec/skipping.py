@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from ssr_rec.data.course import Course
 
 
 class SkippingPipeline(TrainPipelineSparseDist):
@@ -46,3 +49,36 @@ class SkippingPipeline(TrainPipelineSparseDist):
     def _optimizer_step(self) -> None:
         if not self._skips:
             super()._optimizer_step()
+
+
+def note_bad_steps(
+    train: Course,
+    first_step: int,
+    losses: torch.Tensor,
+    good: torch.Tensor,
+    skipped: int,
+    allowed: int,
+    note: Callable[[str], None],
+) -> None:
+    """Steps with a bad loss end the run, unless so many may be skipped: then the pipeline has not trained on them.
+
+    Args:
+        losses, good: of the steps from ``first_step`` (from 0) on, (steps,).
+        skipped: bad steps so far, these included.
+        allowed: ``train.skip_bad_steps``.
+
+    Raises:
+        ValueError: more bad steps than are allowed; names the first of these.
+    """
+    bad = (~good).nonzero().flatten().tolist()
+    epoch, batch = train.locate(first_step + bad[0])
+    what = (
+        f"loss is {losses[bad[0]]:g} at step {first_step + bad[0] + 1}, batch {batch} of epoch {epoch} "
+        f"({train.describe(epoch, batch)})"
+    )
+    if skipped > allowed:
+        raise ValueError(
+            f"{what}; checkpoints from before it are kept. Lower optimizer.learning_rate or embeddings.learning_rate, "
+            f"set optimizer.clip_norm, or skip such steps with train.skip_bad_steps (now {allowed})"
+        )
+    note(f"{what}: skipped, {skipped} of {allowed} so far")

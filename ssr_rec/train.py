@@ -22,30 +22,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
+from ssr_rec.accumulation import Accumulation
+from ssr_rec.begin import begin
 from ssr_rec.config import RunConfig, dump_config, load_config
-from ssr_rec.data.course import Course
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.days import first_inputs, open_rows, report_of_days
 from ssr_rec.embeddings import build_tables, initialise_tables
+from ssr_rec.evaluation import evaluate
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import CTRModel, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.over_archs import AutoFISConfig, OverArch, OverArchConfig
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
 from ssr_rec.restore import build_dense
-from ssr_rec.resume import Start, finished_report, recover_best
+from ssr_rec.resume import finished_report
 from ssr_rec.saver import Saver
 from ssr_rec.schema import Schema
 from ssr_rec.sharding import build_topology, plan_sharding, shard
 from ssr_rec.skipping import SkippingPipeline
-from ssr_rec.snapshot import restore, training_now, weights_now
-from ssr_rec.trainer import PROGRESS_ROWS, Fitted, Loop, TrainConfig, evaluate, fit
-from ssr_rec.warm_optimizer import latest_checkpoint, warm_start_optimizer
-from ssr_rec.warm_start import load_weights, warm_start
+from ssr_rec.snapshot import training_now, weights_now
+from ssr_rec.trainer import PROGRESS_ROWS, Loop, TrainConfig, fit
+from ssr_rec.warm_start import load_weights
 from ssr_rec.watch import PREEMPTED, Preempted, StallWatch, stop_on_sigterm
 
 
@@ -107,6 +108,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | None]:
     """One training to its report, and what the over-arch, as training left it, says to train next."""
     device = start_process_group(config.device)
+    check_device(config.train, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
@@ -123,7 +125,9 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
 
     model = build_model(config, schema, device, world_size, local_world_size)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
-    pipeline = build_pipeline(model, optimizer, device, config.train)
+    accumulation = Accumulation(model, optimizer)
+    accumulates = config.train.accumulate > 1
+    pipeline = build_pipeline(model, accumulation if accumulates else optimizer, device, config.train)
     over_arch: OverArch = model.module.model.dense.over_arch
     running = RunningAUC(schema.labels, window=PROGRESS_ROWS)
 
@@ -152,6 +156,8 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         beat=watch.beat,
         fitted=fitted,
     )
+    if accumulates:
+        loop.around = accumulation.batch
     try:
         with stop_on_sigterm() as loop.asked_to_stop:
             fit(loop)
@@ -181,45 +187,14 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     return report, following
 
 
-def begin(
-    config: RunConfig,
-    start: Start,
-    saver: Saver,
-    log: RunLog,
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    running: RunningAUC,
-    train: Course,
-) -> tuple[Fitted, dict[str, Any] | None]:
-    """What the run has behind it: a checkpoint's state, or nothing but perhaps another run's weights.
-
-    Returns:
-        the state, and the report of a warm start or None.
-    """
-    if start.checkpoint is None:
-        if config.warm_start is None:
-            return Fitted(), None
-        # What old weights make of the first day is seen before they are trained on it.
-        fitted, source = Fitted(evaluated_at=-1 if config.data.days else 0), Path(config.warm_start)
-        if not config.warm_start_optimizer:
-            return fitted, warm_start(model, source, log.progress.note)
-        source = latest_checkpoint(source)
-        report = warm_start(model, source, log.progress.note)
-        report["optimizer"] = warm_start_optimizer(optimizer, source, log.progress.note)
-        fitted.steps_before = report["optimizer"]["steps"]
-        return fitted, report
-    fitted = restore(start.checkpoint, start.info, model, optimizer, running, train, config.seed)
-    saver.last_step = fitted.steps
-    if fitted.best and recover_best(start, fitted.best["step"], log.progress.note):
-        saver.best_step = fitted.best["step"]
-    else:
-        fitted.best, fitted.bad_evaluations = {}, 0
-    return fitted, None
-
-
 def build_pipeline(
-    model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, config: TrainConfig
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer | Accumulation,
+    device: torch.device,
+    config: TrainConfig,
 ) -> TrainPipelineSparseDist:
+    if config.pipeline == "prefetch":
+        return PrefetchTrainPipelineSparseDist(model, optimizer, device)
     if config.skip_bad_steps:
         return SkippingPipeline(model, optimizer, device, config.max_loss or math.inf)
     return TrainPipelineSparseDist(model, optimizer, device)
@@ -240,6 +215,29 @@ def start_process_group(device: str) -> torch.device:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return chosen
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what the device cannot do, and switch on TF32 where it is wanted.
+
+    Raises:
+        ValueError: names the key and the fix.
+    """
+    if config.pipeline == "prefetch":
+        if device.type != "cuda":
+            # Without CUDA streams TorchRec's prefetch_embeddings fetches nothing and the forward pass finds no input.
+            raise ValueError(
+                f"train.pipeline: prefetch needs CUDA streams and FBGEMM's row cache, and this is {device.type}; "
+                "use sparse_dist"
+            )
+        if config.skip_bad_steps:
+            raise ValueError(
+                f"train.skip_bad_steps={config.skip_bad_steps} is not for train.pipeline: prefetch; use sparse_dist"
+            )
+    if config.tf32:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise ValueError("train.tf32: only NVIDIA GPUs from A100 (compute capability 8.0) on have TF32; remove it")
+        torch.set_float32_matmul_precision("high")
 
 
 def draw_synthetic(config: RunConfig, log: RunLog) -> Path:
@@ -297,8 +295,9 @@ def build_model(
     fused = config.embeddings.is_fused(device.type)
     rows_per_rank = max(1, config.train.batch_size // world_size)
     names = [table.name for table in tables.embedding_bag_configs()]
-    plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank)
-    model = shard(task, plan, device)
+    prefetch = config.train.pipeline == "prefetch"
+    plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank, prefetch)
+    model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
     initialise_tables(model, config.seed, config.embeddings.init_scale)
     compile_over_arch(over_arch, config.over_arch)
     # Dropout draws of the ranks must differ; everything drawn before must not.

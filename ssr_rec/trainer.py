@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -17,12 +18,13 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ssr_rec.data.course import Course
 from ssr_rec.data.reader import Prefetcher, Reader
-from ssr_rec.fold_metrics import fold_metrics
+from ssr_rec.evaluation import evaluate, run_steps
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import average_running_statistics
 from ssr_rec.optim import Schedule
 from ssr_rec.saver import Contents, Saver
 from ssr_rec.settings import Settings
+from ssr_rec.skipping import note_bad_steps
 from ssr_rec.watch import Preempted
 
 Tasks = dict[str, dict[str, float]]
@@ -48,6 +50,13 @@ class TrainConfig(Settings):
     monitor_task: str | None = Field(None, description="label whose metric counts; None: mean over the labels")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before stopping")
     task_weights: dict[str, float] = Field({}, description="label -> weight of its loss; 1 for those not named")
+    pipeline: Literal["sparse_dist", "prefetch"] = Field(
+        "sparse_dist", description="prefetch: also fetch cached rows of fused_uvm_caching tables ahead; CUDA only"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="batches for one update of the over-arch and heads; every batch updates the tables"
+    )
+    tf32: bool = Field(False, description="matrix products of the over-arch in TF32, on GPUs from A100 on")
     bf16: bool = Field(False, description="over-arch and heads in bfloat16 by autocast; tables stay float32")
     log_every: int = Field(50, ge=1, description="steps between progress rows")
     max_loss: float | None = Field(10.0, gt=0, description="nats per row above which training has exploded; None: any")
@@ -95,50 +104,6 @@ class Fitted:
         return self.wait_seconds / self.seconds if self.seconds else 0.0
 
 
-def run_steps(pipeline: TrainPipelineSparseDist, batches: Iterator[Any]) -> Iterator[Any]:
-    """The outputs of the pipeline until ``batches`` ends; the pipeline is empty afterwards."""
-    while True:
-        try:
-            output = pipeline.progress(batches)
-        except StopIteration:
-            return
-        yield output
-
-
-def evaluate(
-    pipeline: TrainPipelineSparseDist,
-    model: nn.Module,
-    reader: Reader,
-    config: TrainConfig,
-    beat: Callable[[str], None],
-) -> dict[str, Any]:
-    """Metrics of a split, the same on every rank and for every world size. Collective.
-
-    Args:
-        beat: told of every batch, for the watch over stalled ranks.
-
-    Returns:
-        ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
-        (exact or bounded).
-    """
-    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, reader.schema.labels)
-    model.eval()
-    batches = reader.epoch(0)
-    with torch.no_grad():
-        for number, (_, logits, labels, groups) in enumerate(run_steps(pipeline, batches)):
-            beat(f"batch {number} of the evaluation")
-            metrics.update(logits, labels, groups)
-    batches.close()
-    model.train()
-    tasks = metrics.compute()
-    found: list[Any] = [None]
-    if tasks is not None:
-        loss = sum(task["logloss"] for task in tasks.values()) / len(tasks)
-        found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
 def monitored(tasks: Tasks, config: TrainConfig) -> float:
     """The figure early stopping watches, larger is better."""
     values = [metrics[config.monitor] for name, metrics in tasks.items() if config.monitor_task in (None, name)]
@@ -159,6 +124,7 @@ class Loop:
         weights, state: what ``saver`` writes as the best and as a training checkpoint.
         beat: told where this rank is, for the watch over stalled ranks.
         asked_to_stop: whether this process has been asked to (SIGTERM).
+        around: makes the context of a batch from its rows and whether the dense part is updated after it.
     """
 
     pipeline: TrainPipelineSparseDist
@@ -175,7 +141,22 @@ class Loop:
     state: Callable[[], Contents]
     beat: Callable[[str], None]
     asked_to_stop: Callable[[], bool] = bool
+    around: Callable[[int, bool], AbstractContextManager[None]] = lambda rows, ends_group: nullcontext()
     fitted: Fitted = field(default_factory=Fitted)
+
+    @property
+    def total_steps(self) -> int:
+        config = self.config
+        return int(min(config.max_steps or math.inf, self.train.num_steps(config.epochs)))
+
+    def updates_dense_at(self, step: int) -> bool:
+        """Whether the over-arch is updated with this step (from 1): the last of ``accumulate``, or of the run."""
+        return step % self.config.accumulate == 0 or step == self.total_steps
+
+    def is_due(self, every: int | None, step: int) -> bool:
+        """Whether what is done every so many steps is due after this one: with an update of the over-arch."""
+        group = self.config.accumulate
+        return every is not None and step % group == 0 and step // every > (step - group) // every
 
     def row(self, split: str, epoch: int, **figures: Any) -> dict[str, Any]:
         done = self.fitted
@@ -191,7 +172,7 @@ def fit(loop: Loop) -> Fitted:
         Preempted: asked to stop; the checkpoint is written.
     """
     config, fitted, saver = loop.config, loop.fitted, loop.saver
-    total_steps = int(min(config.max_steps or math.inf, loop.train.num_steps(config.epochs)))
+    total_steps = loop.total_steps
     batches: Prefetcher | None = None
     loop.model.train()
     try:
@@ -247,7 +228,8 @@ def _validate(loop: Loop) -> None:
 def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int) -> bool:
     """Train up to step ``until`` and empty the pipeline, so that evaluation and position are exact.
 
-    Checkpoints on the way need no empty pipeline: a batch in flight has not touched a weight.
+    Checkpoints on the way need no empty pipeline: a batch in flight has not touched a weight. They are written only
+    where the over-arch has just been updated, so that none holds a half of accumulated gradients.
 
     Returns:
         whether a checkpoint is due after the last step.
@@ -255,15 +237,19 @@ def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int) -> bo
     fitted, config, train = loop.fitted, loop.config, loop.train
     loop.schedule.set(fitted.steps)
     window = _Window(fitted.steps, batches)
-    for loss, logits, labels, _ in run_steps(loop.pipeline, islice(batches, until - fitted.steps)):
+
+    def around() -> AbstractContextManager[None]:
+        return loop.around(train.rows_in_step(fitted.steps), loop.updates_dense_at(fitted.steps + 1))
+
+    for loss, logits, labels, _ in run_steps(loop.pipeline, islice(batches, until - fitted.steps), around):
         window.losses.append(loss)
         loop.running.update(logits, labels)
         window.samples += train.rows_in_step(fitted.steps)
         fitted.steps += 1
         loop.schedule.set(fitted.steps)
         loop.beat(f"step {fitted.steps}")
-        is_due = loop.saver.is_due_at(fitted.steps)
-        if fitted.steps % config.log_every and fitted.steps < until and not is_due:
+        is_due = loop.is_due(loop.saver.config.every_steps, fitted.steps)
+        if not loop.is_due(config.log_every, fitted.steps) and fitted.steps < until and not is_due:
             continue
         stop, is_time = _close_window(loop, window, epoch)
         window = _Window(fitted.steps, batches)
@@ -292,8 +278,10 @@ def _close_window(loop: Loop, window: _Window, epoch: int) -> tuple[bool, bool]:
     Returns:
         whether any rank was asked to stop, and whether rank 0's clock wants a checkpoint.
     """
-    fitted = loop.fitted
+    fitted, config = loop.fitted, loop.config
     asked = [float(loop.asked_to_stop()), float(loop.saver.is_time() and dist.get_rank() == 0)]
+    if not loop.updates_dense_at(fitted.steps):
+        asked = [0.0, 0.0]  # the next window asks again
     sums = torch.cat([torch.stack(window.losses), window.losses[0].new_tensor(asked)])
     dist.all_reduce(sums)
     losses, (stop, is_time) = sums[:-2].double().cpu(), sums[-2:].tolist()
@@ -302,8 +290,8 @@ def _close_window(loop: Loop, window: _Window, epoch: int) -> tuple[bool, bool]:
     fitted.seconds += seconds
     fitted.wait_seconds += wait_seconds
     fitted.epochs = loop.train.epochs_done(fitted.steps)
-    good = losses.isfinite() & (losses <= (loop.config.max_loss or math.inf))
-    trained = losses[good] if loop.config.skip_bad_steps and good.any() else losses
+    good = losses.isfinite() & (losses <= (config.max_loss or math.inf))
+    trained = losses[good] if config.skip_bad_steps and good.any() else losses
     row = loop.row(
         "train",
         epoch,
@@ -315,23 +303,6 @@ def _close_window(loop: Loop, window: _Window, epoch: int) -> tuple[bool, bool]:
     )
     loop.log(row)
     if not good.all():
-        _refuse_or_skip(loop, window.first_step, losses, good)
+        fitted.skipped += int((~good).sum())
+        note_bad_steps(loop.train, window.first_step, losses, good, fitted.skipped, config.skip_bad_steps, loop.note)
     return bool(stop), bool(is_time)
-
-
-def _refuse_or_skip(loop: Loop, first_step: int, losses: torch.Tensor, good: torch.Tensor) -> None:
-    """Steps with a bad loss end the run, unless so many may be skipped: then TrainTask has not trained on them."""
-    fitted, allowed, train = loop.fitted, loop.config.skip_bad_steps, loop.train
-    bad = (~good).nonzero().flatten().tolist()
-    epoch, batch = train.locate(first_step + bad[0])
-    what = (
-        f"loss is {losses[bad[0]]:g} at step {first_step + bad[0] + 1}, batch {batch} of epoch {epoch} "
-        f"({train.describe(epoch, batch)})"
-    )
-    fitted.skipped += len(bad)
-    if fitted.skipped > allowed:
-        raise ValueError(
-            f"{what}; checkpoints from before it are kept. Lower optimizer.learning_rate or embeddings.learning_rate, "
-            f"set optimizer.clip_norm, or skip such steps with train.skip_bad_steps (now {allowed})"
-        )
-    loop.note(f"{what}: skipped, {fitted.skipped} of {allowed} so far")

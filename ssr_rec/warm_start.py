@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
@@ -33,17 +35,19 @@ def warm_start(model: nn.Module, source: Path, note: Callable[[str], None]) -> d
     """Begin with the weights of another run wherever they fit. Collective.
 
     A tensor fits when name and size are the same; a table that has more rows now keeps its old ones and has fresh
-    ones after them, which is what an extended vocabulary means.
+    ones after them, which is what an extended vocabulary means. Weights of another precision are rounded to this
+    model's, to nearest.
 
     Args:
         source: a checkpoint, or a run folder, of which the best weights are taken.
 
     Returns:
         ``source`` and the names that were ``loaded``, ``grown`` (with the rows kept), ``fresh`` (not in the
-        checkpoint), ``other_size`` and ``unused`` (only in the checkpoint).
+        checkpoint), ``other_size`` and ``unused`` (only in the checkpoint); of those taken, ``other_dtype`` with the
+        checkpoint's.
 
     Raises:
-        ValueError: no good checkpoint there, or nothing fits.
+        ValueError: no good checkpoint there, nothing fits, or a weight is too large for this model's precision.
     """
     folder = source
     if not (source / INFO_FILE).exists():
@@ -53,7 +57,8 @@ def warm_start(model: nn.Module, source: Path, note: Callable[[str], None]) -> d
             raise ValueError(f"warm_start={source}: neither a checkpoint nor a run folder with best weights")
         folder = found[0][0]
     verify(folder)
-    stored = {name: size for name, (size, _) in stored_tensors(folder).items() if name.startswith(MODEL)}
+    stored_as = stored_tensors(folder)
+    stored = {name: size for name, (size, _) in stored_as.items() if name.startswith(MODEL)}
     report: dict[str, Any] = {"source": str(folder), "loaded": [], "grown": {}, "fresh": [], "other_size": []}
     wanted: dict[str, Tensor | ShardedTensor] = {}
     tensors = model_tensors(model)
@@ -75,11 +80,22 @@ def warm_start(model: nn.Module, source: Path, note: Callable[[str], None]) -> d
         raise ValueError(
             f"warm_start={source}: nothing in {folder} fits this model; it has {', '.join(report['unused'])}"
         )
-    read_checkpoint(wanted, folder)
+    others = {name: stored_as[name][1] for name, value in wanted.items() if stored_as[name][1] != value.dtype}
+    report["other_dtype"] = {name.removeprefix(MODEL): str(dtype) for name, dtype in others.items()}
+    read = {name: with_dtype(value, others[name]) if name in others else value for name, value in wanted.items()}
+    read_checkpoint(read, folder)
+    too_large = [name for name in others if not round_into(wanted[name], read[name])]
+    problems: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(problems, too_large)
+    for name in chain.from_iterable(problems):
+        raise ValueError(
+            f"warm_start={source}: {name.removeprefix(MODEL)} has values beyond the range of {wanted[name].dtype}; "
+            "keep it in fp32 by embeddings.dtypes"
+        )
     model.load_state_dict({name.removeprefix(MODEL): value for name, value in tensors.items()})
     counts = [f"{len(report[key])} {text}" for key, text in WORDS.items() if report[key]]
     note(f"warm start from {folder}: " + ", ".join(counts))
-    for key in ("grown", "fresh", "other_size", "unused"):
+    for key in ("grown", "fresh", "other_size", "other_dtype", "unused"):
         if report[key]:
             note(f"  {WORDS[key]}: {', '.join(report[key])}")
     return report
@@ -90,6 +106,7 @@ WORDS = {
     "grown": "tables that have grown and keep their old rows",
     "fresh": "tensors not in the checkpoint, left fresh",
     "other_size": "tensors of another size, left fresh",
+    "other_dtype": "of these in another precision, rounded",
     "unused": "tensors only in the checkpoint",
 }
 
@@ -111,3 +128,28 @@ def first_rows(value: Tensor | ShardedTensor, rows: int) -> Tensor | ShardedTens
             part.shard_sizes[0] = kept
             shards.append(Shard(local.tensor[:kept], part))
     return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, value._process_group)
+
+
+def with_dtype(value: Tensor | ShardedTensor, dtype: torch.dtype) -> Tensor | ShardedTensor:
+    """An empty tensor like ``value``, shards included, of another precision."""
+    if not isinstance(value, ShardedTensor):
+        return torch.empty_like(value, dtype=dtype)
+    metadata = copy.deepcopy(value.metadata())
+    metadata.tensor_properties.dtype = dtype
+    shards = [Shard(torch.empty_like(s.tensor, dtype=dtype), copy.deepcopy(s.metadata)) for s in value.local_shards()]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, value._process_group)
+
+
+def round_into(target: Tensor | ShardedTensor, source: Tensor | ShardedTensor) -> bool:
+    """Copy into another precision.
+
+    Returns:
+        whether every finite value of this rank is one there, too.
+    """
+    if isinstance(target, ShardedTensor) and isinstance(source, ShardedTensor):
+        all_finite = True
+        for into, values in zip(target.local_shards(), source.local_shards(), strict=True):
+            all_finite &= round_into(into.tensor, values.tensor)
+        return all_finite
+    target.copy_(source)
+    return bool((target.isfinite() | ~source.isfinite()).all())

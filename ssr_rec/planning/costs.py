@@ -1,0 +1,206 @@
+"""Bytes and operations of the parts of a step; every formula is in docs/planner.md."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchrec.distributed.planner.types import CollectiveType, GeneralizedCommsBandwidth
+
+from ssr_rec.embeddings import ExtraTables
+from ssr_rec.hardware import Hardware, Precision
+from ssr_rec.model import DenseArch
+from ssr_rec.over_archs import OVER_ARCHS
+from ssr_rec.planning.cases import Case
+
+ID_BYTES = 8
+FLOAT_BYTES = 4
+BATCHES_IN_FLIGHT = 3
+"""Of ``TrainPipelineSparseDist``: one in work, one whose ids are on their way, one being copied to the device."""
+DENSE_BYTES = {"weights": 4, "gradients": 4, "adam": 8}
+"""Per dense parameter; DDP's buckets are the gradients themselves (gradient_as_bucket_view)."""
+ADAM_TRAFFIC = 28
+"""Bytes a step of Adam moves per parameter: it reads weight, gradient and two moments and writes three of them."""
+ACTIVATION_PASSES = 4
+"""Times a saved activation moves: written and read forward, read and its gradient written backward."""
+FORWARD_BACKWARD = 3
+"""The backward pass of a matrix product is two of them."""
+PROBE_ROWS = (64, 128)
+
+
+@dataclass(frozen=True)
+class DenseCost:
+    """The over-arch and heads.
+
+    Attributes:
+        parameters: trainable.
+        buffer_bytes: indices and statistics.
+        matmul_flops: of one forward pass for one row.
+        activation_bytes: kept for the backward pass, per row.
+        fixed_bytes: kept whatever the rows.
+    """
+
+    parameters: int
+    buffer_bytes: int
+    matmul_flops: int
+    activation_bytes: float
+    fixed_bytes: float
+
+
+def build_dense(case: Case) -> DenseArch:
+    """The run's over-arch and heads; inside ``FakeTensorMode`` they take no memory whatever their size."""
+    config, schema = case.config, case.schema
+    dims = [config.embeddings.dim_of(name) for name in schema.feature_names]
+    over_arch = OVER_ARCHS[config.over_arch.name](len(dims), dims, len(schema.labels), config.over_arch)  # type: ignore[call-arg]
+    return DenseArch(schema.feature_names, over_arch, len(schema.labels), config.heads, config.train.bf16)
+
+
+def extra_tables(case: Case) -> ExtraTables:
+    """Further tables that the over-arch wants for itself."""
+    with FakeTensorMode():
+        return build_dense(case).over_arch.extra_tables
+
+
+def dense_cost(case: Case) -> DenseCost:
+    """Count the real over-arch: its parameters and FLOPs, and what autograd keeps of a forward pass."""
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("ignore")
+        dense = build_dense(case)
+        few, many = (_kept_bytes(dense, rows, case.config.train.bf16) for rows in PROBE_ROWS)
+        heads = sum(2 * p.numel() for p in dense.heads.parameters() if p.dim() > 1)
+        per_row = (many - few) / (PROBE_ROWS[1] - PROBE_ROWS[0])
+        return DenseCost(
+            parameters=sum(p.numel() for p in dense.parameters() if p.requires_grad),
+            buffer_bytes=sum(b.nbytes for b in dense.buffers()),
+            matmul_flops=dense.over_arch.flops().matmul + heads,
+            activation_bytes=per_row,
+            fixed_bytes=max(0.0, few - per_row * PROBE_ROWS[0]),
+        )
+
+
+def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
+    """Bytes that autograd keeps of one forward pass, parameters and buffers apart."""
+    own = {t.untyped_storage()._cdata for t in [*dense.parameters(), *dense.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor
+        return tensor
+
+    over_arch = dense.over_arch
+    widths = [over_arch.in_features, *(sum(dims) for dims in over_arch.extra_tables.values())]
+    inputs = [torch.empty(rows, width, requires_grad=True) for width in widths]
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        features = over_arch(*inputs)
+        dense.heads(features if isinstance(features, Tensor) else features[0])
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def state_bytes(optimizer: str, rows: int, columns: int) -> int:
+    """Fused optimizer state of a shard; fp32 whatever the weights are, and a row-wise one per shard of columns."""
+    return {"sgd": 0, "rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}[
+        optimizer
+    ] * FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class ShardBytes:
+    """What a shard of a table takes on its rank.
+
+    Attributes:
+        weights, state: in the device's memory (for a cached table its cache and the cache's bookkeeping).
+        gradients: of the whole shard; only replicated tables have them.
+        host: weights and state in host memory, for the kernels that keep them there.
+        buffers: ids on their way in, pooled rows on their way out and their gradients on the way back.
+    """
+
+    weights: int
+    state: int
+    gradients: int
+    host: int
+    buffers: int
+
+
+def shard_bytes(
+    size: Sequence[int],
+    element_bytes: int,
+    optimizer: str,
+    kernel: str,
+    load_factor: float,
+    ids: float,
+    pooled_rows: float,
+) -> ShardBytes:
+    """Args:
+    size: rows and columns of the shard.
+    load_factor: share of the rows that a cached table's cache holds.
+    ids: that the rank looks up in it for one global batch.
+    pooled_rows: that the rank makes of them, before they are sent or summed.
+    """
+    rows, columns = size
+    weights, state = rows * columns * element_bytes, state_bytes(optimizer, rows, columns)
+    buffers = int(BATCHES_IN_FLIGHT * ids * ID_BYTES + 2 * pooled_rows * columns * FLOAT_BYTES)
+    if kernel == "dense":
+        return ShardBytes(weights, state, weights, 0, buffers)
+    if kernel == "fused":
+        return ShardBytes(weights, state, 0, 0, buffers)
+    # FBGEMM keeps the state of such tables beside the whole weights, in host memory.
+    cache = 0
+    if kernel == "fused_uvm_caching":
+        # A slot of the cache has an id and a time (8 bytes each), a row of the table its place in the map (4).
+        cache = int(load_factor * weights + rows * (4 + 16 * load_factor))
+    return ShardBytes(cache, 0, 0, weights + state, buffers)
+
+
+class Links(GeneralizedCommsBandwidth):
+    """Bytes a millisecond that one rank moves in a collective, from the links' peaks and their utilisation.
+
+    All-to-all: of a rank's bytes, (W-L)/W cross the network, at the rank's share of its host's, and (L-1)/W the links
+    within the host; the slower of the two decides. Reduce-scatter, all-gather and all-reduce: NCCL's rings use every
+    network card of a host, so the bus bandwidth is the host's network or the link, whichever is less
+    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
+    """
+
+    def __init__(self, hardware: Hardware, per_node: int) -> None:
+        used = hardware.assumptions.link_utilisation
+        self.link = hardware.link_gb_s * 1e6 * used
+        self.host = hardware.network_gbit_s / 8 * 1e6 * used
+        self.card = self.host / per_node
+
+    def get_bw(self, local_world_size: int, world_size: int, collective_type: CollectiveType) -> float:
+        ranks, local = world_size, min(local_world_size, world_size)
+        if ranks == 1:
+            return self.link * 1e6  # a rank's own memory: no collective at all
+        if collective_type == CollectiveType.ALL_TO_ALL:
+            return 1 / max((ranks - local) / ranks / self.card, (local - 1) / ranks / self.link)
+        bus = self.link if local == ranks else min(self.link, self.host)
+        return bus * ranks / (ranks - 1) / (2 if collective_type == CollectiveType.ALL_REDUCE else 1)
+
+    @property
+    def intra_host_bw(self) -> float:
+        return self.link
+
+    @property
+    def inter_host_bw(self) -> float:
+        return self.card
+
+
+def gemm_precision(case: Case) -> Precision:
+    """Of the over-arch's products."""
+    if case.config.train.bf16:
+        return "bf16"
+    return "tf32" if getattr(case.config.train, "tf32", False) else "fp32"
+
+
+class Model(nn.Module):
+    """What TorchRec's planner is shown: the tables, under the name that the training job's model has for them."""
+
+    def __init__(self, tables: nn.Module) -> None:
+        super().__init__()
+        self.tables = tables
