@@ -239,7 +239,9 @@ def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int) -> bo
     window = _Window(fitted.steps, batches)
 
     def around() -> AbstractContextManager[None]:
-        return loop.around(train.rows_in_step(fitted.steps), loop.updates_dense_at(fitted.steps + 1))
+        # Also once more after the last step, to find that there are no further batches.
+        rows = train.rows_in_step(fitted.steps) if fitted.steps < until else 0
+        return loop.around(rows, loop.updates_dense_at(fitted.steps + 1))
 
     for loss, logits, labels, _ in run_steps(loop.pipeline, islice(batches, until - fitted.steps), around):
         window.losses.append(loss)
