@@ -238,7 +238,15 @@ def plan_sharding(
             f"{found[0]} Use more ranks, a smaller embeddings.dim, or raise sharding.memory_gib if the ranks have "
             "more memory"
         )
-    return found[0]
+    plan = found[0]
+    assert plan is not None
+    kernels = [table.compute_kernel for module in plan.plan.values() for table in module.values()]
+    if prefetch and CACHING not in kernels:
+        raise ValueError(
+            "train.pipeline: prefetch has nothing to fetch, since every table fits into the GPUs' memory and the plan "
+            "puts it there; use sparse_dist"
+        )
+    return plan
 
 
 def follow_plan(

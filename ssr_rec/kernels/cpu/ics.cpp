@@ -36,6 +36,20 @@ inline const A* padded_row(const T* from, A* scratch, int64_t d, int64_t width, 
   return scratch;
 }
 
+// The rates step by step, alpha (V, T) transposed, its views repeated so that any ROWS rows find theirs side by side.
+constexpr int ROWS = 16;
+
+template <typename A>
+std::vector<A> rates_by_step(const A* alpha, int64_t V, int64_t T) {
+  std::vector<A> rates(T * (V + ROWS));
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t i = 0; i < V + ROWS; ++i) {
+      rates[t * (V + ROWS) + i] = alpha[i % V * T + t];
+    }
+  }
+  return rates;
+}
+
 template <typename T>
 struct Forward {
   using A = Accumulate<T>;
@@ -46,25 +60,25 @@ struct Forward {
   A* means;
   int64_t V, steps, d, width;
   std::vector<char> closed;
+  std::vector<A> rates;
 
   template <int R>
   void rows(int64_t first, A* scratch) const {
     const A* in[R];
-    const A* rates[R];
-    A* mean[R];
+    A* const mean = means + first * steps;
     A theta[R];
-    for (int r = 0, v = first % V; r < R; ++r, v = v + 1 < V ? v + 1 : 0) {
+    for (int r = 0; r < R; ++r) {
       in[r] = padded_row(z + (first + r) * d, scratch + r * width, d, width, -std::numeric_limits<A>::infinity());
-      rates[r] = alpha + v * steps;
-      mean[r] = means + (first + r) * steps;
     }
-    forward_thetas<A, R>(in, rates, mean, theta, steps, d, width);
+    forward_thetas<A, R>(in, rates.data() + first % V, V + ROWS, mean, theta, steps, d, width);
     for (int r = 0, v = first % V; r < R; ++r, v = v + 1 < V ? v + 1 : 0) {
       if (!closed[v]) {
         std::copy_n(in[r], width, scratch + r * width);
-        forward_literal(scratch + r * width, rates[r], mean[r], steps, d, width);
+        forward_literal(scratch + r * width, alpha + v * steps, mean + r * steps, steps, d, width);
         in[r] = scratch + r * width;
         theta[r] = 0;
+      } else if (!std::isfinite(theta[r])) {
+        theta[r] = forward_theta(in[r], alpha + v * steps, mean + r * steps, steps, d, width);
       }
       finish(in[r], theta[r], gamma ? gamma + v * d : nullptr, y + (first + r) * d, scratch + r * width);
     }
@@ -95,14 +109,17 @@ void forward_kernel(
     const at::Tensor& z, const at::Tensor& alpha, const at::Tensor& gamma, at::Tensor& y, at::Tensor& means) {
   using A = Accumulate<T>;
   const int64_t V = z.size(1), d = z.size(2), steps = alpha.size(1), width = padded<A>(d);
+  if (V == 0) {
+    return;
+  }
   const A* rates = alpha.const_data_ptr<A>();
   const Forward<T> forward{
       z.const_data_ptr<T>(), rates, gamma.defined() ? gamma.const_data_ptr<A>() : nullptr, y.mutable_data_ptr<T>(),
-      means.mutable_data_ptr<A>(), V, steps, d, width, closed_views(rates, V, steps)};
+      means.mutable_data_ptr<A>(), V, steps, d, width, closed_views(rates, V, steps), rates_by_step(rates, V, steps)};
   at::parallel_for(0, z.size(0) * V, grain(1, width, steps), [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(8 * width);
-    for (; begin + 8 <= end; begin += 8) {
-      forward.template rows<8>(begin, scratch.data());
+    std::vector<A> scratch(ROWS * width);
+    for (; begin + ROWS <= end; begin += ROWS) {
+      forward.template rows<ROWS>(begin, scratch.data());
     }
     for (; begin < end; ++begin) {
       forward.template rows<1>(begin, scratch.data());

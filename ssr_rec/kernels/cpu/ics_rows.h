@@ -51,30 +51,73 @@ void forward_literal(A* x, const A* alpha, A* means, int64_t T, int64_t d, int64
   }
 }
 
-// theta_T of R rows at a time: their sums hide each other's latency.
-template <typename A, int R>
-void forward_thetas(const A* const* z, const A* const* alpha, A* const* means, A* theta, int64_t T, int64_t d, int64_t width) {
+// theta_T of one row, by the sums as they are defined: for what overflows in forward_thetas.
+template <typename A>
+A forward_theta(const A* z, const A* alpha, A* means, int64_t T, int64_t d, int64_t width) {
   using V = Vectorized<A>;
-  const V one(A(1));
-  std::fill(theta, theta + R, A(0));
+  A theta(0);
   for (int64_t t = 0; t < T; ++t) {
-    V threshold[R], sum[R];
-    for (int r = 0; r < R; ++r) {
-      threshold[r] = V(theta[r]);
-      sum[r] = V(A(0));
+    V sum(A(0));
+    for (int64_t i = 0; i < width; i += V::size()) {
+      sum = sum + relu(V::loadu(z + i) - V(theta));
+    }
+    means[t] = sum_lanes(sum) / static_cast<A>(d);
+    theta = raise(theta, alpha[t], means[t]);
+  }
+  return theta;
+}
+
+// sum[r] <- sum(max(z[r], theta[r])), lane by lane. Four rows at a time hide each other's latency.
+template <typename A, int R, typename Max>
+inline void sum_rows(const A* const* z, const A* theta, Vectorized<A>* sum, int64_t width, Max max) {
+  using V = Vectorized<A>;
+  constexpr int together = R % 4 == 0 ? 4 : 1;
+  for (int first = 0; first < R; first += together) {
+    V part[together], threshold[together];
+    for (int r = 0; r < together; ++r) {
+      part[r] = V(A(0));
+      threshold[r] = V(theta[first + r]);
     }
     for (int64_t i = 0; i < width; i += V::size()) {
-      for (int r = 0; r < R; ++r) {
-        const V x = relu(V::loadu(z[r] + i) - threshold[r]);
-        // The same sum twice: half of them on the multipliers, because the adders are what this loop waits for.
-        sum[r] = r % 2 == 0 ? sum[r] + x : at::vec::fmadd(x, one, sum[r]);
+      for (int r = 0; r < together; ++r) {
+        part[r] = part[r] + max(V::loadu(z[first + r] + i), threshold[r]);
       }
     }
+    std::copy_n(part, together, sum + first);
+  }
+}
+
+// theta_T of R rows at a time, and their means (R, T). The rates of step t begin at rates + t * stride.
+//
+// sum(relu(z - theta)) is taken as sum(max(z, theta)) - width theta: one addition a vector instead of two, and additions
+// are what this loop waits for. That is off by a few roundings of theta, which theta + alpha mean is anyway.
+template <typename A, int R>
+void forward_thetas(
+    const A* const* z, const A* rates, int64_t stride, A* means, A* last, int64_t T, int64_t d, int64_t width) {
+  using V = Vectorized<A>;
+  alignas(64) A theta[R] = {}, total[R], rate[R];
+  V sum[R];
+  const A lanes = static_cast<A>(width), dims = static_cast<A>(d);
+  for (int64_t t = 0; t < T; ++t) {
+    if (t == 0) {
+      sum_rows<A, R>(z, theta, sum, width, [](const V& x, const V&) { return relu(x); });
+    } else {
+      sum_rows<A, R>(z, theta, sum, width, [](const V& x, const V& floor) { return at_least(x, floor); });
+    }
+    sum_each<A, R>(sum, total);
+    std::copy_n(rates + t * stride, R, rate);
+#pragma omp simd
     for (int r = 0; r < R; ++r) {
-      means[r][t] = sum_lanes(sum[r]) / static_cast<A>(d);
-      theta[r] = raise(theta[r], alpha[r][t], means[r][t]);
+      const A above = total[r] - lanes * theta[r];
+      // Rounding may leave less than nothing; a NaN stays.
+      total[r] = (above < A(0) ? A(0) : above) / dims;
+      theta[r] = raise(theta[r], rate[r], total[r]);
+    }
+    for (int r = 0; r < R; ++r) {
+      means[r * T + t] = total[r];
     }
   }
+  std::copy_n(theta, R, last);
 }
 
 // What one view's rows of one chunk share in the backward pass.
@@ -85,6 +128,26 @@ struct ViewGrad {
   A* alpha_grad;
   A* gamma_grad;
 };
+
+// grad_z of N vectors takes the pulls of the thresholds below z. Loads of theta and pull, not sums, bound it for N = 1.
+template <typename A, int N>
+inline void add_pulls(const A* z, A* grad_z, const A* theta, const A* pull, int64_t T) {
+  using V = Vectorized<A>;
+  V zi[N], gi[N];
+  for (int k = 0; k < N; ++k) {
+    zi[k] = V::loadu(z + k * V::size());
+    gi[k] = V::loadu(grad_z + k * V::size());
+  }
+  for (int64_t t = 0; t < T; ++t) {
+    const V threshold(theta[t]), amount(pull[t]);
+    for (int k = 0; k < N; ++k) {
+      gi[k] = add_above(gi[k], zi[k], threshold, amount);
+    }
+  }
+  for (int k = 0; k < N; ++k) {
+    gi[k].store(grad_z + k * V::size());
+  }
+}
 
 // R rows of the closed form, in three stages so that the rows hide each other's latency.
 // z and grad are padded, with -inf and 0; grad_z may be grad. thetas and pulls have room for R * (T + 1).
@@ -119,8 +182,11 @@ void backward_closed(
     descent[r] = -sum_lanes(alive);
     for (int64_t t = 0; t < T; ++t) {
       const V threshold(theta[t]);
-      int64_t above = 0;
-      for (int64_t i = 0; i < width; i += V::size()) {
+      int64_t above = 0, i = 0;
+      for (; i + 4 * V::size() <= width; i += 4 * V::size()) {
+        above += count_above_four(z[r] + i, threshold);
+      }
+      for (; i < width; i += V::size()) {
         above += count_above(V::loadu(z[r] + i), threshold);
       }
       pulls[r * (T + 1) + t] = static_cast<A>(above);
@@ -136,13 +202,13 @@ void backward_closed(
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int64_t i = 0; i < width; i += V::size()) {
-      const V zi = V::loadu(z[r] + i);
-      V gi = V::loadu(grad_z[r] + i);
-      for (int64_t t = 0; t < T; ++t) {
-        gi = add_above(gi, zi, V(thetas[r * (T + 1) + t]), V(pulls[r * (T + 1) + t]));
-      }
-      gi.store(grad_z[r] + i);
+    const A *theta = thetas + r * (T + 1), *pull = pulls + r * (T + 1);
+    int64_t i = 0;
+    for (; i + 4 * V::size() <= width; i += 4 * V::size()) {
+      add_pulls<A, 4>(z[r] + i, grad_z[r] + i, theta, pull, T);
+    }
+    for (; i < width; i += V::size()) {
+      add_pulls<A, 1>(z[r] + i, grad_z[r] + i, theta, pull, T);
     }
   }
 }
