@@ -133,7 +133,14 @@ def _run(path: Path, data: Path | None) -> Source:
 def _artifact(path: Path, data: Path | None) -> Source:
     scorer = load(path)
     label = resolve({"over_arch": scorer.manifest.over_arch}, str(path)).over_arch.label
-    return Source("artifact", label, scorer.schema, path, data, None, {})
+    schema = scorer.schema
+    if data is not None:
+        # An artifact does not say where folds lie.
+        found = Schema.read(data)
+        if found.dataset_id != schema.dataset_id:
+            raise ValueError(f"--data {data}: dataset {found.dataset_id}, that of {path} is {schema.dataset_id}")
+        schema = found.select(schema.feature_names, schema.labels)
+    return Source("artifact", label, schema, path, data, None, {})
 
 
 def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path) -> list[Case]:

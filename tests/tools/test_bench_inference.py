@@ -220,10 +220,12 @@ def test_a_run_in_every_mode_from_processes_of_their_own(bench, dataset, tmp_pat
     assert found["cases"][3]["artifact_bytes"] > 0 and png.stat().st_size > 10_000
     artifact = tmp_path / "kept" / "0-int8-fp32"
     few = ["--repetitions", "1", "--seconds", ".02", "--batch", "4", "--clock", "cpu"]
-    assert bench.main(["--artifact", str(artifact), "--raw", *few]) == 0
+    assert bench.main(["--artifact", str(artifact), "--raw", "--data", str(dataset), *few]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [case["label"].endswith("raw rows") for case in found["cases"]] == [False, True]
-    assert found["cases"][0]["quality"] is None and found["closed"][0]["batch"] == 4
+    for task, measures in found["cases"][0]["quality"].items():
+        assert measures["auc"] == int8[task]["auc"] and measures["auc_loss"] is None
+    assert found["closed"][0]["batch"] == 4
 
 
 def test_raw_rows_encode_to_the_ids_they_stand_for(bench, cases, tmp_path):
