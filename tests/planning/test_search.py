@@ -1,6 +1,7 @@
 """Plans of small cases: what must hold whatever TorchRec's planner chooses, and what has one answer."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
@@ -125,6 +126,31 @@ def test_uvm_moves_tables_to_the_host() -> None:
     assert sum(m.host for m in memory) == sum(ROWS.values()) * (16 * 4 + 4)
     assert sum(m.weights for m in memory) == pytest.approx(sum(ROWS.values()) * (6.4 + 4 + 1.6), rel=1e-4)
     assert sum(m.optimizer for m in memory) == 0
+
+
+def test_too_little_host_memory_is_named() -> None:
+    case = make_case(ROWS, ["--sharding.kernels=[fused_uvm]", TABLE_WISE])
+    hardware = case.world.hardware.model_copy(update={"host_memory_gib": 0.2})  # of which tables may have half
+    planned = plan_case(replace(case, world=replace(case.world, hardware=hardware)))
+    assert not planned.fits
+    worst = overflows(planned.case, planned.found, planned.estimate)[0]
+    assert worst.where == "host" and worst.tables[0][0] == "user"
+    assert worst.missing_bytes == planned.estimate.memory[worst.rank].host - int(0.05 * 2**30)
+    assert "over its host memory: user 0.1 GiB" in str(worst)
+
+
+def test_faster_memory_and_links_shorten_their_parts() -> None:
+    case = make_case(ROWS, [TABLE_WISE], nodes=2)
+    hardware = case.world.hardware
+    memory = hardware.model_copy(update={"memory_gb_s": 2 * hardware.memory_gb_s})
+    network = hardware.model_copy(update={"network_gbit_s": 2 * hardware.network_gbit_s})
+    plain, fast, wide = (
+        plan_case(replace(case, world=replace(case.world, hardware=h))).estimate for h in (hardware, memory, network)
+    )
+    lookups = [sum(time.lookup for time in estimate.time) for estimate in (plain, fast, wide)]
+    exchanges = [sum(time.exchange for time in estimate.time) for estimate in (plain, fast, wide)]
+    assert lookups[1] == pytest.approx(lookups[0] / 2) and lookups[2] == pytest.approx(lookups[0])
+    assert exchanges[2] == pytest.approx(exchanges[0] / 2) and exchanges[1] == pytest.approx(exchanges[0])
 
 
 def test_memory_gib_limits_the_tables() -> None:
