@@ -4,12 +4,13 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from torchrec.distributed.planner.proposers import UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
-from torchrec.distributed.planner.types import SharderData
+from torchrec.distributed.planner.types import SharderData, ShardingOption
 
 from ssr_rec.planning.explain import overflows, table_plans
-from ssr_rec.planning.remedies import Planned, plan_case, try_remedies
-from ssr_rec.planning.search import CaseEstimator, make_topology
+from ssr_rec.planning.remedies import Planned, plan_case, try_balancing, try_remedies
+from ssr_rec.planning.search import MOST_PLACED, PATIENCE, CaseEstimator, Limited, make_topology
 from ssr_rec.sharding import build_sharder
 from tests.planning.small import make_case, with_memory
 
@@ -196,3 +197,32 @@ def test_the_reason_is_the_estimates() -> None:
         assert table.ms == pytest.approx(options[table.sharding_type].total_perf)
     only = plan_case(make_case(ROWS, [TABLE_WISE]))
     assert {table.why for table in table_plans(only.case, only.found)} == {"the only way open to it"}
+
+
+def test_balancing_cuts_columns_finer() -> None:
+    """One table with long lists on two ranks: whole it lies on one, halved on both, quartered on both."""
+    kinds = ["--sharding.types=[table_wise,column_wise]", "--train.batch_size=65536"]
+    case = make_case({"seen": 900_000, "item": 100}, kinds, lengths={"seen": 500.0})
+    columns = []
+    for remedy in try_balancing(plan_case(case)):
+        assert remedy.planned is not None
+        seen = next(option for option in remedy.planned.found.options if option.name == "seen")
+        columns.append([shard.size[1] for shard in seen.shards])
+        assert {shard.rank for shard in seen.shards} == {0, 1}
+    assert columns == [[8, 8], [4, 4, 4, 4]]
+
+
+def test_a_limited_search_ends_after_as_many_proposals_as_place_its_share_of_tables() -> None:
+    for tables, proposals in ((300, MOST_PLACED // 300), (1_000_000, PATIENCE)):
+        limited, made = Limited(Endless(), tables), 0
+        while limited.propose() is not None:
+            limited.feedback(partitionable=True, perf_rating=1.0)
+            made += 1
+        assert made == proposals
+
+
+class Endless(UniformProposer):
+    """Always has another proposal."""
+
+    def propose(self) -> list[ShardingOption] | None:
+        return []
