@@ -47,7 +47,9 @@ def both(dataset: Path, config: RunConfig, precision: Any = "fp32", bf16: bool =
         return served, model(batch.sparse)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "switched" in case else []) for case in CASES]
+)
 @pytest.mark.parametrize("dims", [{}, MIXED], ids=["equal dims", "dims per field"])
 def test_every_over_arch_is_served_as_it_was_trained(dataset, case, dims):
     if dims and CASES[case]["name"] in EQUAL_DIMS_ONLY:
