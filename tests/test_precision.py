@@ -121,7 +121,7 @@ def test_half_precision_with_adam_on_cpu_is_refused(dataset, tmp_path):
 
 
 def test_half_precision_communication_halves_the_bytes_and_rounds_to_nearest(dataset, tmp_path):
-    sgd = ["--embeddings.optimizer=sgd", "--embeddings.learning_rate=1.0", "--embeddings.init_scale=1.0"]
+    sgd = ["--embeddings.optimizer=sgd", "--embeddings.learning_rate=1.0", "--embeddings.init_scale=0.0001"]
     found = {}
     for name, forward, backward in (("plain", "fp32", "fp32"), ("forward", "fp16", "fp32"), ("both", "fp16", "fp16")):
         qcomms = f"--sharding.qcomms={{forward: {forward}, backward: {backward}}}"
@@ -137,8 +137,8 @@ def test_half_precision_communication_halves_the_bytes_and_rounds_to_nearest(dat
     for name, moved in found["plain"][0]["moved"].items():
         assert np.array_equal(found["forward"][0]["moved"][name], moved), "gradients travelled in fp32"
         gap = np.abs(found["both"][0]["moved"][name] - moved)
-        # Each rank's gradients are rounded to 11 bits, however small; the tables' own rounding is 2**-24.
-        assert gap.max() > 0 and (gap <= np.abs(moved) * 2**-10 + 2**-22).all(), name
+        # Each rank's gradients are rounded to 11 bits, however small; the tables' own rounding is far less.
+        assert gap.max() > 0 and (gap <= np.abs(moved) * 2**-10 + 2**-36).all(), name
 
 
 @pytest.mark.slow
