@@ -314,9 +314,9 @@ def _planned(model: nn.Module, path: str, topology: Topology, fused: bool, prefe
     if prefetch and all(table.kernel != CACHING for table in plan.tables.values()):
         found.append(f"train.pipeline: prefetch fetches the rows of {CACHING} tables, and the plan has none")
     if found:
-        shown = "; ".join(found[:20]) + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
         raise ValueError(
-            f"sharding.plan={path} is not for this job: {shown}. Make it anew with tools/plan_sharding.py --save"
+            f"sharding.plan={path} is not for this job: {'; '.join(found)}. Make it anew with "
+            "tools/plan_sharding.py --save"
         )
     return sharding_plan(plan, module_path, prefetch)
 
