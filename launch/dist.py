@@ -7,6 +7,8 @@ from typing import Dict, List, Optional
 import torchx.specs as specs
 from torchx.components import dist as torchx_dist
 
+from launch.resources import environment
+
 
 def ddp(
     *script_args: str,
@@ -32,7 +34,7 @@ def ddp(
         script: the script, in TorchX's own way
         m: a module to run instead of a script
         j: {nodes}x{processes on each}
-        h: a named resource, such as a type of host; stronger than cpu, gpu and memMB
+        h: a named resource, such as p4d.24xlarge (launch/resources.py); sets cpu, gpu, memMB, devices and environment
         cpu: CPUs of a node
         gpu: GPUs of a node
         memMB: memory of a node in MB
@@ -48,9 +50,17 @@ def ddp(
         if not script_args:
             raise ValueError("no script given; for example: torchx run dist.ddp -j 1x2 ssr_rec/train.py")
         script, script_args = script_args[0], script_args[1:]
+    resource, processes = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h), torchx_dist.parse_nnodes(j)[2]
+    if 0 < resource.gpu < processes:
+        raise ValueError(f"-j {j}: {processes} processes for the {resource.gpu} GPUs of a node; one for each at most")
     # TorchX hands max_retries to the scheduler only; torchrun takes its arguments' defaults from PET_<NAME>. Restarted
     # workers would find the addresses of the dead ones in a store shared with torchrun (pytorch/pytorch#135712).
-    env = {"PET_MAX_RESTARTS": str(max_retries), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **(env or {})}
+    env = {
+        **(environment(resource, processes) if h else {}),
+        "PET_MAX_RESTARTS": str(max_retries),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **(env or {}),
+    }
     return torchx_dist.ddp(
         *script_args,
         script=script,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ssr_rec.data.synthetic import SyntheticConfig
 from ssr_rec.embeddings import EmbeddingsConfig
@@ -33,6 +33,11 @@ class DataConfig(Settings):
     synthetic_root: str = Field("data", description="folder that keeps drawn logs")
     features: list[str] | None = Field(None, description="features to use, in this order; None: all")
     labels: list[str] | None = Field(None, description="labels to train, one task each; None: all")
+    days: str | None = Field(
+        None,
+        description="train by days, evaluating each next one before it is trained on: all, FIRST..LAST, FIRST.. or "
+        "..LAST; train.epochs are then passes over each day",
+    )
     num_lanes: int = Field(
         16, ge=1, le=65_536, description="lanes of data/lanes.py: up to so many ranks see equal batches"
     )
@@ -61,6 +66,15 @@ class RunConfig(Settings):
     warm_start: str | None = Field(
         None, description="run folder or checkpoint whose weights to begin with; tables may have grown since"
     )
+    warm_start_optimizer: bool = Field(
+        False, description="begin with its optimizer's state as well; of a run folder, take the latest checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _optimizer_of_something(self) -> RunConfig:
+        if self.warm_start_optimizer and self.warm_start is None:
+            raise ValueError("warm_start_optimizer: true needs warm_start, the run or checkpoint to take it from")
+        return self
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

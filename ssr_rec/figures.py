@@ -90,7 +90,7 @@ def _draw_loss(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         margin = 0.05 * (high - low) or 0.01
         ax.set_ylim(low - margin, high + margin)
     ax.yaxis.set_major_formatter(Decimals())
-    _legend_below(ax, ax.get_lines())
+    legend_below(ax, ax.get_lines())
 
 
 def _draw_validation_auc(ax: Axes, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ def _draw_validation_auc(ax: Axes, rows: Sequence[Mapping[str, Any]], report: Ma
                 label += f", {name} {decimal(level)}"
         ax.plot(samples, values, color=color, linewidth=1.8, marker="o", markersize=4, label=label)
     ax.yaxis.set_major_formatter(Decimals())
-    _legend_below(ax, [*ax.get_legend_handles_labels()[0], *levels.values()], columns=1)
+    legend_below(ax, [*ax.get_legend_handles_labels()[0], *levels.values()], columns=1)
 
 
 def _draw_speed(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -131,7 +131,7 @@ def _draw_speed(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     wait_ax.set_ylim(0, min(105, max(5, 140 * waits.max(initial=0))))
     wait_ax.set_ylabel("waiting for data (% of the time)")
     wait_ax.spines[["top", "left"]].set_visible(False)
-    _legend_below(ax, [*ax.get_lines(), *wait_ax.get_lines()])
+    legend_below(ax, [*ax.get_lines(), *wait_ax.get_lines()])
 
 
 def _draw_histories(ax: Axes, ranked: Sequence[Run], task: str) -> None:
@@ -141,7 +141,7 @@ def _draw_histories(ax: Axes, ranked: Sequence[Run], task: str) -> None:
     if not has_data:
         return
     for index, (samples, values) in reversed(list(enumerate(curves))):
-        ax.plot(samples, values, markersize=4, linewidth=1.6, **_style(index))
+        ax.plot(samples, values, markersize=4, linewidth=1.6, **style(index))
     ax.yaxis.set_major_formatter(Decimals())
 
 
@@ -151,7 +151,7 @@ def _draw_test_auc(ax: Axes, ranked: Sequence[Run], names: Sequence[str], task: 
     ceiling = measure(ranked[0].report, "ceiling", task, "auc")
     for index, value in enumerate(aucs):
         if value is not None:
-            ax.plot([value], [index], markersize=8, **_style(index))
+            ax.plot([value], [index], markersize=8, **style(index))
             ax.annotate(
                 decimal(value), (value, index), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9
             )
@@ -161,7 +161,7 @@ def _draw_test_auc(ax: Axes, ranked: Sequence[Run], names: Sequence[str], task: 
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     for label, index in zip(ax.get_yticklabels(), range(len(names)), strict=True):
-        label.set_color(_style(index)["color"])
+        label.set_color(style(index)["color"])
     if not known:
         return
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -171,7 +171,7 @@ def _draw_test_auc(ax: Axes, ranked: Sequence[Run], names: Sequence[str], task: 
     ax.set_xlim(min(known) - 0.08 * span, max(known) + 0.2 * span)
     if ceiling is not None:
         line = ax.axvline(ceiling, color="#444444", linestyle=":", linewidth=1.4, label=f"ceiling {decimal(ceiling)}")
-        _legend_below(ax, [line])
+        legend_below(ax, [line])
 
 
 def _series(
@@ -214,7 +214,7 @@ def _dataset(report: Mapping[str, Any]) -> str:
     return f"{dataset.get('name', '')}{rows}"
 
 
-def _style(index: int) -> dict[str, Any]:
+def style(index: int) -> dict[str, Any]:
     """Colour and marker of the run at ``index``; both differ between neighbours, and the pair among 64 runs."""
     color, marker = COLORS[index % len(COLORS)], MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
     return {"color": color, "marker": marker}
@@ -237,7 +237,7 @@ def _dress(ax: Axes, title: str, ylabel: str, has_data: bool) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _legend_below(ax: Axes, handles: Sequence[Artist], columns: int = 2) -> None:
-    """A legend under the panel, where it cannot cover a curve."""
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "frameon": False, "fontsize": 8.5}
+def legend_below(ax: Axes, handles: Sequence[Artist], columns: int = 2, at: float = -0.16) -> None:
+    """A legend under the panel, where it cannot cover a curve; ``at``: its top in heights of the panel."""
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, at), "frameon": False, "fontsize": 8.5}
     ax.legend(handles=list(handles), ncols=columns, columnspacing=1.2, handlelength=1.8, **below)

@@ -69,17 +69,20 @@ def build_optimizer(
 class Schedule:
     """Linear warm-up of every learning rate of an optimizer, then constant.
 
+    Args:
+        steps_before: of earlier runs, whose optimizer state this one goes on with.
+
     The fused optimizer hands its group's rate to FBGEMM at ``zero_grad`` and ``step``, so setting groups is enough.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, warmup_steps: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup_steps: int, steps_before: int = 0) -> None:
         self.groups = list(optimizer.param_groups)
         self.base = [group["lr"] for group in self.groups]
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.steps_before = warmup_steps, steps_before
 
     def factor(self, step: int) -> float:
         """Of the base rates, for the update number ``step`` (from 0)."""
-        return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return min(1.0, (self.steps_before + step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
     def set(self, step: int) -> None:
         for group, base in zip(self.groups, self.base, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -129,53 +129,57 @@ def read_plan(path: str | Path) -> PlanFile:
 
 
 def differences(plan: PlanFile, job: PlanFile) -> list[str]:
-    """Everything in which a job is not what the plan is for; ``job`` is a plan of the job's tables."""
+    """Everything in which a job is not what the plan is for, equal ones of several tables together.
+
+    Args:
+        job: any plan of the job's tables on its ranks.
+    """
     found = []
     for key, title in (("device", "device"), ("world_size", "ranks"), ("local_world_size", "ranks on a host")):
         planned, actual = getattr(plan, key), getattr(job, key)
         if planned != actual:
             found.append(f"{title}: planned {planned}, here {actual}")
+    by_table: dict[str, list[str]] = {}
     for name in sorted(plan.tables.keys() - job.tables.keys()):
-        found.append(f"table {name}: planned, not in this model")
+        by_table.setdefault("planned, not in this model", []).append(name)
     for name, table in job.tables.items():
-        planned_table = plan.tables.get(name)
-        if planned_table is None:
-            found.append(f"table {name}: in this model, not planned")
-            continue
-        for key in ("rows", "columns", "dtype"):
-            planned, actual = getattr(planned_table, key), getattr(table, key)
-            if planned != actual:
-                found.append(f"table {name}: {key} planned {planned}, here {actual}")
-        if (planned_table.kernel == "dense") != (table.kernel == "dense"):
-            words = {
-                True: "replicated, with a dense optimizer",
-                False: "sharded, with its optimizer in the backward pass",
-            }
-            planned, actual = words[planned_table.kernel == "dense"], words[table.kernel == "dense"]
-            found.append(f"table {name}: planned {planned}; here {actual}")
+        for difference in _table_differences(plan.tables.get(name), table):
+            by_table.setdefault(difference, []).append(name)
+    for difference, names in by_table.items():
+        found.append(f"table{'s' if len(names) > 1 else ''} {', '.join(names)}: {difference}")
     return found
+
+
+def _table_differences(planned: PlannedTable | None, table: PlannedTable) -> Iterator[str]:
+    if planned is None:
+        yield "in this model, not planned"
+        return
+    for key in ("rows", "columns", "dtype"):
+        if getattr(planned, key) != getattr(table, key):
+            yield f"{key} planned {getattr(planned, key)}, here {getattr(table, key)}"
+    if (planned.kernel == "dense") != (table.kernel == "dense"):
+        words = {True: "replicated, with a dense optimizer", False: "sharded, with its optimizer in the backward pass"}
+        yield f"planned {words[planned.kernel == 'dense']}; here {words[table.kernel == 'dense']}"
 
 
 def sharding_plan(plan: PlanFile, module_path: str, prefetch: bool = False) -> ShardingPlan:
     """The plan in TorchRec's form, for the ``EmbeddingBagCollection`` at that path of the model."""
     tables = EmbeddingModuleShardingPlan()
     for name, table in plan.tables.items():
-        spec = EnumerableShardingSpec(
-            [
-                ShardMetadata(
-                    shard_offsets=list(shard.offset),
-                    shard_sizes=list(shard.size),
-                    placement=placement(plan.device, shard.rank, plan.local_world_size),
-                )
-                for shard in table.shards
-            ]
-        )
+        shards = [
+            ShardMetadata(
+                shard_offsets=list(shard.offset),
+                shard_sizes=list(shard.size),
+                placement=placement(plan.device, shard.rank, plan.local_world_size),
+            )
+            for shard in table.shards
+        ]
         caches = table.kernel == "fused_uvm_caching" and (table.cache_load_factor is not None or prefetch)
         tables[name] = ParameterSharding(
             sharding_type=table.sharding_type,
             compute_kernel=EmbeddingComputeKernel(table.kernel).value,
             ranks=[shard.rank for shard in table.shards] or list(range(plan.world_size)),
-            sharding_spec=spec if table.shards else None,
+            sharding_spec=EnumerableShardingSpec(shards) if shards else None,
             cache_params=CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch or None)
             if caches
             else None,

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssr_rec.config import RunConfig, dump_config
-from ssr_rec.data.reader import Reader
+from ssr_rec.data.course import Course
+from ssr_rec.day_figures import days_table, draw_days
 from ssr_rec.embeddings import table_dims
 from ssr_rec.figures import draw_curves
 from ssr_rec.model import DenseArch
@@ -21,6 +22,7 @@ from ssr_rec.progress import Progress, decimal, short_number
 from ssr_rec.resume import Start, find_start, open_run_folder
 from ssr_rec.run_folder import (
     CONFIG_FILE,
+    Run,
     append_jsonl,
     git_commit,
     hardware,
@@ -55,7 +57,7 @@ class RunLog:
         if self.is_root and rows_done == rows_total:
             self.progress.note(f"drew the synthetic log: {short_number(rows_total)} rows")
 
-    def open(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Reader) -> Start:
+    def open(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Course) -> Start:
         """Create the run folder, or find the one to go on with, and say what is about to run. Collective.
 
         Raises:
@@ -75,7 +77,7 @@ class RunLog:
         self.folder, goes_on = opened[0]
         self.is_new = not goes_on
         start = find_start(values, self.folder, goes_on, self.progress.note)
-        steps = config.train.epochs * train.steps_per_epoch
+        steps = train.num_steps(config.train.epochs)
         steps = min(steps, config.train.max_steps or steps)
         first_step = start.info.get("step", 0)
         self.progress = Progress(total_steps=steps, first_step=first_step, rank=dist.get_rank())
@@ -97,7 +99,7 @@ class RunLog:
                 self.tensorboard.close()
             shutil.rmtree(self.folder)
 
-    def _introduce(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Reader) -> None:
+    def _introduce(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Course) -> None:
         table_parameters = short_number(num_embedding_parameters(config, schema, over_arch))
         self.progress.note(
             f"{config.over_arch.label}: {short_number(over_arch.num_parameters)} parameters, "
@@ -117,7 +119,8 @@ class RunLog:
             self.progress.show(row)
         else:
             figures = "  ".join(f"{task} AUC {decimal(values['auc'])}" for task, values in row["tasks"].items())
-            self.progress.note(f"{row['split']} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}")
+            what = f"next day {row['day']}" if "day" in row else row["split"]
+            self.progress.note(f"{what} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}")
 
 
 def num_embedding_parameters(config: RunConfig, schema: Schema, over_arch: OverArch) -> int:
@@ -142,10 +145,10 @@ def capture_inputs(over_arch: OverArch, rows: int = 1024) -> Iterator[list[Tenso
 
 
 def build_report(
-    config: RunConfig, schema: Schema, dense: DenseArch, fitted: Fitted, test: Tasks, x: Tensor, world_size: int
+    config: RunConfig, train: Course, dense: DenseArch, fitted: Fitted, test: Tasks, x: Tensor, world_size: int
 ) -> dict[str, Any]:
     """The figures of report.json; ``x`` (b, F*D) is a batch for the over-arch's statistics."""
-    over_arch = dense.over_arch
+    over_arch, schema = dense.over_arch, train.schema
     return {
         "name": None,
         "over_arch": {
@@ -173,7 +176,7 @@ def build_report(
         "dataset": {
             "name": schema.name,
             "dataset_id": schema.dataset_id,
-            "num_rows": schema.splits["train"].num_rows,
+            "num_rows": train.num_rows,
         },
         "versions": versions(),
         "git_commit": git_commit(),
@@ -188,14 +191,22 @@ def finish_report(log: RunLog, report: dict[str, Any]) -> None:
     report["name"] = log.folder.name
     write_json(log.folder / "report.json", report)
     draw_curves(read_metrics(log.folder / "metrics.jsonl"), report, log.folder / "curves.png")
+    pictures = [str(log.folder / "curves.png")]
+    what = "test"
+    if "days" in report:
+        draw_days([Run(report, [])], log.folder / "days.png")
+        pictures.append(str(log.folder / "days.png"))
+        what = f"mean of {len(report['days'])} next days,"
     if log.tensorboard is not None:
         log.tensorboard.close()
     log.progress.close()
+    if "days" in report:
+        print(days_table([Run(report, [])]))
     for task, values in report["test"].items():
-        print(f"{report['over_arch']['kind']}  test {task}: {_figures(values, report['ceiling'].get(task))}")
+        print(f"{report['over_arch']['kind']}  {what} {task}: {_figures(values, report['ceiling'].get(task))}")
     if "interactions" in report["over_arch"]:
         print(_interactions(report["over_arch"]["interactions"]))
-    print(f"report {log.folder / 'report.json'}, picture {log.folder / 'curves.png'}", flush=True)
+    print(f"report {log.folder / 'report.json'}, pictures {', '.join(pictures)}", flush=True)
 
 
 def _interactions(found: Mapping[str, Any], most: int = 8) -> str:

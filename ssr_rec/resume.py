@@ -19,10 +19,10 @@ JOB_FILE = "job"
 """Holds the launcher's id of the job, by which a restarted job without a name finds its run folder again."""
 
 MAY_DIFFER = (
-    "name", "runs", "resume", "warm_start", "device", "sharding", "checkpoint", "data.path", "data.synthetic_root",
-    "data.prefetch", "train.epochs", "train.max_steps", "train.patience", "train.eval_batch_size", "train.log_every",
-    "train.stall_timeout_s", "train.skip_bad_steps", "train.max_loss", "train.metrics", "train.metrics_rows",
-    "train.pipeline",
+    "name", "runs", "resume", "warm_start", "warm_start_optimizer", "device", "sharding", "checkpoint", "data.path",
+    "data.synthetic_root", "data.prefetch", "train.epochs", "train.max_steps", "train.patience",
+    "train.eval_batch_size", "train.log_every", "train.stall_timeout_s", "train.skip_bad_steps", "train.max_loss",
+    "train.metrics", "train.metrics_rows", "train.pipeline",
 )  # fmt: skip
 """Config keys that a resumed run may change: they decide when it ends or how it runs, not what the next step does."""
 MAY_NOT_DIFFER = ("sharding.qcomms",)

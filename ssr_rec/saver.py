@@ -58,6 +58,13 @@ class Saver:
             for leftover in self.folder.glob(f".*{PARTIAL}"):
                 shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
+        sees = [False] * dist.get_world_size()
+        dist.all_gather_object(sees, self.folder.is_dir())
+        if not all(sees):
+            raise ValueError(
+                f"runs: rank {sees.index(False)} does not see {self.folder}, which rank 0 has made; every rank writes "
+                "its part of a checkpoint there, so --runs must be a folder that all nodes mount by the same path"
+            )
 
     @property
     def best_folder(self) -> Path:

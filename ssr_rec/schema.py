@@ -127,6 +127,13 @@ class Ceiling(Settings):
     logloss: float = Field(description="nats per row")
 
 
+class Days(Settings):
+    """The splits of a dataset are days."""
+
+    names: list[str] = Field(min_length=2, description="the splits, in order of time")
+    fitted: int = Field(ge=1, description="vocabularies and bucket ranges are those of so many first days")
+
+
 class Schema(Settings):
     format_version: Literal[1] = 1
     name: str
@@ -135,6 +142,7 @@ class Schema(Settings):
     labels: list[str] = Field(min_length=1)
     group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
     splits: dict[str, Split]
+    days: Days | None = Field(None, description="None: the splits are train, validation and test")
     ceiling: dict[str, dict[str, Ceiling]] = Field(default_factory=dict, description="split -> label, synthetic only")
     preparation: dict[str, Any] = Field(default_factory=dict, description="what made it: preset, seed, split rule")
 
@@ -145,6 +153,10 @@ class Schema(Settings):
             _refuse_repeated(f"split {split_name!r}: shards", [shard.path for shard in split.shards])
             if split.num_rows != sum(shard.num_rows for shard in split.shards):
                 raise ValueError(f"split {split_name!r}: num_rows is not the sum over its shards")
+        if self.days is not None:
+            _refuse_repeated("days", self.days.names)
+            if set(self.days.names) != set(self.splits) or self.days.fitted >= len(self.days.names):
+                raise ValueError("days: its names must be the splits, and fitted fewer than there are")
         return self
 
     @property
@@ -171,6 +183,8 @@ class Schema(Settings):
 
     def write(self, folder: Path) -> None:
         values = self.model_dump(mode="json")
+        if self.days is None:  # so that programs from before there were days read it
+            del values["days"]
         text = json.dumps({**values, CHECKSUM_KEY: _checksum(values)}, indent=1)
         (folder / SCHEMA_FILE).write_text(text + "\n")
 

@@ -238,7 +238,15 @@ def plan_sharding(
             f"{found[0]} Use more ranks, a smaller embeddings.dim, or raise sharding.memory_gib if the ranks have "
             "more memory"
         )
-    return found[0]
+    plan = found[0]
+    assert plan is not None
+    kernels = [table.compute_kernel for module in plan.plan.values() for table in module.values()]
+    if prefetch and CACHING not in kernels:
+        raise ValueError(
+            "train.pipeline: prefetch has nothing to fetch, since every table fits into the GPUs' memory and the plan "
+            "puts it there; use sparse_dist"
+        )
+    return plan
 
 
 def follow_plan(
@@ -291,9 +299,9 @@ def _planned(model: nn.Module, path: str, topology: Topology, fused: bool, prefe
     if prefetch and all(table.kernel != CACHING for table in plan.tables.values()):
         found.append(f"train.pipeline: prefetch fetches the rows of {CACHING} tables, and the plan has none")
     if found:
-        shown = "; ".join(found[:20]) + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
         raise ValueError(
-            f"sharding.plan={path} is not for this job: {shown}. Make it anew with tools/plan_sharding.py --save"
+            f"sharding.plan={path} is not for this job: {'; '.join(found)}. Make it anew with "
+            "tools/plan_sharding.py --save"
         )
     return sharding_plan(plan, module_path, prefetch)
 

@@ -12,7 +12,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from ssr_rec.data.reader import Reader
+from ssr_rec.data.course import Course
 
 
 class SkippingPipeline(TrainPipelineSparseDist):
@@ -52,7 +52,7 @@ class SkippingPipeline(TrainPipelineSparseDist):
 
 
 def note_bad_steps(
-    train: Reader,
+    train: Course,
     first_step: int,
     losses: torch.Tensor,
     good: torch.Tensor,
@@ -71,7 +71,7 @@ def note_bad_steps(
         ValueError: more bad steps than are allowed; names the first of these.
     """
     bad = (~good).nonzero().flatten().tolist()
-    epoch, batch = divmod(first_step + bad[0], train.steps_per_epoch)
+    epoch, batch = train.locate(first_step + bad[0])
     what = (
         f"loss is {losses[bad[0]]:g} at step {first_step + bad[0] + 1}, batch {batch} of epoch {epoch} "
         f"({train.describe(epoch, batch)})"

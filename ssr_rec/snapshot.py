@@ -14,7 +14,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
 from ssr_rec.checkpoint import INFO_FILE, first_line, read_checkpoint, stored_tensors
-from ssr_rec.data.reader import Reader
+from ssr_rec.data.course import Course
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import running_statistics
 from ssr_rec.saver import Contents
@@ -44,11 +44,17 @@ def optimizer_tensors(optimizer: CombinedOptimizer) -> dict[str, Tensor | Sharde
 
 
 def initialise_optimizer(optimizer: CombinedOptimizer) -> None:
-    """Create the state of the dense optimizers by a step with gradients of zero. It moves weights: load them after."""
+    """Create the state of the dense optimizers by a step with gradients of zero and learning rates of zero."""
+    groups = list(optimizer.param_groups)
+    rates = [group["lr"] for group in groups]
+    for group in groups:  # weight decay would move weights
+        group["lr"] = 0.0
     for name, part in optimizer.optimizers:
         if name != "fused":  # FBGEMM's state is there from the start
             part.init_state()
     optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:
@@ -63,17 +69,6 @@ def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:
     return tensors
 
 
-def position(train: Reader) -> dict[str, Any]:
-    """What (epoch, step) must mean the same rows under."""
-    return {
-        "dataset_id": train.schema.dataset_id,
-        "num_rows": train.num_rows,
-        "batch_size": train.batch_size,
-        "num_lanes": train.num_lanes,
-        "shuffle_seed": train.seed,
-    }
-
-
 def weights_now(model: nn.Module, fitted: Fitted) -> Contents:
     """A checkpoint of the weights alone; its tensors are the model's own."""
     return model_tensors(model), {"kind": "weights", "step": fitted.steps, "world_size": dist.get_world_size()}
@@ -84,7 +79,7 @@ def training_now(
     optimizer: CombinedOptimizer,
     running: RunningAUC,
     fitted: Fitted,
-    train: Reader,
+    train: Course,
     config: Mapping[str, Any],
 ) -> Contents:
     """A training checkpoint; its tensors are the run's own, ``config`` is the run's as JSON values."""
@@ -94,7 +89,7 @@ def training_now(
         "step": fitted.steps,
         "world_size": dist.get_world_size(),
         "fitted": asdict(fitted),
-        "position": position(train),
+        "position": train.position(),
         "config": config,
     }
 
@@ -105,7 +100,7 @@ def restore(
     model: nn.Module,
     optimizer: CombinedOptimizer,
     running: RunningAUC,
-    train: Reader,
+    train: Course,
     seed: int,
 ) -> Fitted:
     """Put a training checkpoint, written by any number of ranks, into a freshly built run. Collective.
@@ -116,7 +111,7 @@ def restore(
     Raises:
         ValueError: the checkpoint does not fit the model, or its position would mean other rows.
     """
-    here = position(train)
+    here = train.position()
     for key, value in here.items():
         if (there := info["position"].get(key)) != value:
             raise ValueError(
@@ -134,7 +129,7 @@ def restore(
         own = {n: torch.empty(s, dtype=d) for n, (s, d) in stored.items() if n.startswith(f"rank{rank}/")}
     read_checkpoint({**tensors, **own}, folder)
     model.load_state_dict({name.removeprefix(MODEL): v for name, v in tensors.items() if name.startswith(MODEL)})
-    optimizer.set_optimizer_step(info["step"])
+    optimizer.set_optimizer_step(info["step"] + fitted.steps_before)
     if own:
         try:
             _restore_own({name.removeprefix(f"rank{rank}/"): value for name, value in own.items()}, model, running)

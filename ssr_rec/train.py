@@ -26,24 +26,27 @@ from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist,
 from torchrec.optim.keyed import CombinedOptimizer
 
 from ssr_rec.accumulation import Accumulation
+from ssr_rec.begin import begin
 from ssr_rec.config import RunConfig, dump_config, load_config
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.synthetic import ensure_synthetic
+from ssr_rec.days import first_inputs, open_rows, report_of_days
 from ssr_rec.embeddings import build_tables, initialise_tables
+from ssr_rec.evaluation import evaluate
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import CTRModel, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.over_archs import AutoFISConfig, OverArch, OverArchConfig
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
 from ssr_rec.restore import build_dense
-from ssr_rec.resume import Start, finished_report, recover_best
+from ssr_rec.resume import finished_report
 from ssr_rec.saver import Saver
-from ssr_rec.schema import SPLITS, Schema
+from ssr_rec.schema import Schema
 from ssr_rec.sharding import build_topology, plan_sharding, shard
 from ssr_rec.skipping import SkippingPipeline
-from ssr_rec.snapshot import restore, training_now, weights_now
-from ssr_rec.trainer import PROGRESS_ROWS, Fitted, Loop, TrainConfig, evaluate, fit
-from ssr_rec.warm_start import load_weights, warm_start
+from ssr_rec.snapshot import training_now, weights_now
+from ssr_rec.trainer import PROGRESS_ROWS, Loop, TrainConfig, fit
+from ssr_rec.warm_start import load_weights
 from ssr_rec.watch import PREEMPTED, Preempted, StallWatch, stop_on_sigterm
 
 
@@ -114,7 +117,11 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     folder = Path(config.data.path) if config.data.path else draw_synthetic(config, log)
     schema = Schema.read(folder).select(config.data.features, config.data.labels)
     check_train_config(config.train, schema)
-    readers = {split: open_reader(config, folder, schema, split, rank, world_size) for split in SPLITS}
+
+    def open_split(split: str, to_train: bool) -> Reader:
+        return open_reader(config, folder, schema, split, rank, world_size, to_train)
+
+    rows = open_rows(config, folder, schema, world_size, open_split)
 
     model = build_model(config, schema, device, world_size, local_world_size)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
@@ -125,9 +132,9 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     running = RunningAUC(schema.labels, window=PROGRESS_ROWS)
 
     try:
-        start = log.open(config, schema, over_arch, readers["train"])
+        start = log.open(config, schema, over_arch, rows.train)
         saver = Saver(config.checkpoint, log.folder, log.progress.note)
-        fitted, warm_started = begin(config, start, saver, log, model, optimizer, running, readers["train"])
+        fitted, warm_started = begin(config, start, saver, log, model, optimizer, running, rows.train)
     except ValueError:
         log.discard()
         raise
@@ -136,16 +143,16 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     loop = Loop(
         pipeline=pipeline,
         model=model,
-        schedule=Schedule(optimizer, config.optimizer.warmup_steps),
-        train=readers["train"],
-        validation=readers["validation"],
+        schedule=Schedule(optimizer, config.optimizer.warmup_steps, fitted.steps_before),
+        train=rows.train,
+        validation=rows.validation,
         config=config.train,
         running=running,
         log=log,
         note=log.progress.note,
         saver=saver,
         weights=lambda: weights_now(model, fitted),
-        state=lambda: training_now(model, optimizer, running, fitted, readers["train"], values),
+        state=lambda: training_now(model, optimizer, running, fitted, rows.train, values),
         beat=watch.beat,
         fitted=fitted,
     )
@@ -157,47 +164,27 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
         saver.finish()
         watch.beat("the test")
         following = over_arch.following_config()
-        if following is None:  # a search is what it ended with: its best step may come before it has pruned anything
-            load_weights(model, saver.best_folder)
-        with capture_inputs(over_arch) as inputs:
-            test = evaluate(pipeline, model, readers["test"], config.train, watch.beat)
+        if rows.test is None:
+            inputs = first_inputs(pipeline, model, over_arch, open_split(fitted.days[-1]["day"], False))
+            ended = report_of_days(fitted.days)
+        else:
+            if following is None:  # a search is what it ended with: its best may come before it has pruned anything
+                load_weights(model, saver.best_folder)
+            with capture_inputs(over_arch) as inputs:
+                test = evaluate(pipeline, model, rows.test, config.train, watch.beat)
+            log(loop.row("test", fitted.best["epoch"], **test))
+            ended = {"test": test["tasks"], "metrics": test["metrics"]}
     except ValueError:
         saver.finish()  # a checkpoint from before a bad step is still being written
         raise
     finally:
         watch.close()
-    log(loop.row("test", fitted.best["epoch"], **test))
-    report = build_report(config, schema, model.module.model.dense, fitted, test["tasks"], inputs[0], world_size)
+    dense = model.module.model.dense
+    report = build_report(config, rows.train, dense, fitted, ended["test"], inputs[0], world_size) | ended
     report |= {"following": following and following.model_dump(mode="json"), "warm_start": warm_started}
-    report |= {"metrics": test["metrics"], "failed_checkpoints": saver.failures}
+    report["failed_checkpoints"] = saver.failures
     finish_report(log, report)
     return report, following
-
-
-def begin(
-    config: RunConfig,
-    start: Start,
-    saver: Saver,
-    log: RunLog,
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    running: RunningAUC,
-    train: Reader,
-) -> tuple[Fitted, dict[str, Any] | None]:
-    """What the run has behind it: a checkpoint's state, or nothing but perhaps another run's weights.
-
-    Returns:
-        the state, and the report of a warm start or None.
-    """
-    if start.checkpoint is None:
-        return Fitted(), warm_start(model, Path(config.warm_start), log.progress.note) if config.warm_start else None
-    fitted = restore(start.checkpoint, start.info, model, optimizer, running, train, config.seed)
-    saver.last_step = fitted.steps
-    if fitted.best and recover_best(start, fitted.best["step"], log.progress.note):
-        saver.best_step = fitted.best["step"]
-    else:
-        fitted.best, fitted.bad_evaluations = {}, 0
-    return fitted, None
 
 
 def build_pipeline(
@@ -270,8 +257,17 @@ def check_train_config(config: TrainConfig, schema: Schema) -> None:
         raise ValueError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
 
 
-def open_reader(config: RunConfig, folder: Path, schema: Schema, split: str, rank: int, world_size: int) -> Reader:
-    is_train = split == "train"
+def open_reader(
+    config: RunConfig,
+    folder: Path,
+    schema: Schema,
+    split: str,
+    rank: int,
+    world_size: int,
+    to_train: bool | None = None,
+) -> Reader:
+    """A split for this rank, shuffled ``to_train`` or in order to evaluate; None: as its name says."""
+    is_train = split == "train" if to_train is None else to_train
     return Reader(
         folder,
         schema,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,8 +16,9 @@ from pydantic import Field
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from ssr_rec.data.course import Course
 from ssr_rec.data.reader import Prefetcher, Reader
-from ssr_rec.fold_metrics import fold_metrics
+from ssr_rec.evaluation import evaluate, run_steps
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import average_running_statistics
 from ssr_rec.optim import Schedule
@@ -27,6 +28,8 @@ from ssr_rec.skipping import note_bad_steps
 from ssr_rec.watch import Preempted
 
 Tasks = dict[str, dict[str, float]]
+Validation = Callable[[int], tuple[Reader, dict[str, Any]] | None]
+"""What to evaluate after an epoch (-1: before the first), and what the row says of it; None: nothing."""
 PROGRESS_ROWS = 16_384
 """Rows behind the AUC of a progress row: an indication, cheap to sort; evaluations are exact."""
 
@@ -75,6 +78,8 @@ class Fitted:
         best: the validation row that won: its step, epoch and tasks.
         evaluated_at: step of the last evaluation.
         skipped: steps left out for their loss.
+        steps_before: those of earlier runs whose optimizer state this one began with.
+        days: the validation rows of a training by days.
     """
 
     steps: int = 0
@@ -87,6 +92,8 @@ class Fitted:
     stopped_early: bool = False
     evaluated_at: int = 0
     skipped: int = 0
+    steps_before: int = 0
+    days: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def samples_per_s(self) -> float:
@@ -95,59 +102,6 @@ class Fitted:
     @property
     def data_wait(self) -> float:
         return self.wait_seconds / self.seconds if self.seconds else 0.0
-
-
-def run_steps(
-    pipeline: TrainPipelineSparseDist,
-    batches: Iterator[Any],
-    around: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[Any]:
-    """The outputs of the pipeline until ``batches`` ends; the pipeline is empty afterwards.
-
-    Args:
-        around: makes the context of each batch.
-    """
-    while True:
-        try:
-            with around():
-                output = pipeline.progress(batches)
-        except StopIteration:
-            return
-        yield output
-
-
-def evaluate(
-    pipeline: TrainPipelineSparseDist,
-    model: nn.Module,
-    reader: Reader,
-    config: TrainConfig,
-    beat: Callable[[str], None],
-) -> dict[str, Any]:
-    """Metrics of a split, the same on every rank and for every world size. Collective.
-
-    Args:
-        beat: told of every batch, for the watch over stalled ranks.
-
-    Returns:
-        ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
-        (exact or bounded).
-    """
-    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, reader.schema.labels)
-    model.eval()
-    batches = reader.epoch(0)
-    with torch.no_grad():
-        for number, (_, logits, labels, groups) in enumerate(run_steps(pipeline, batches)):
-            beat(f"batch {number} of the evaluation")
-            metrics.update(logits, labels, groups)
-    batches.close()
-    model.train()
-    tasks = metrics.compute()
-    found: list[Any] = [None]
-    if tasks is not None:
-        loss = sum(task["logloss"] for task in tasks.values()) / len(tasks)
-        found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
-    dist.broadcast_object_list(found)
-    return found[0]
 
 
 def monitored(tasks: Tasks, config: TrainConfig) -> float:
@@ -176,8 +130,8 @@ class Loop:
     pipeline: TrainPipelineSparseDist
     model: nn.Module
     schedule: Schedule
-    train: Reader
-    validation: Reader
+    train: Course
+    validation: Validation
     config: TrainConfig
     running: RunningAUC
     log: Callable[[dict[str, Any]], None]
@@ -193,7 +147,7 @@ class Loop:
     @property
     def total_steps(self) -> int:
         config = self.config
-        return int(min(config.max_steps or math.inf, config.epochs * self.train.steps_per_epoch))
+        return int(min(config.max_steps or math.inf, self.train.num_steps(config.epochs)))
 
     def updates_dense_at(self, step: int) -> bool:
         """Whether the over-arch is updated with this step (from 1): the last of ``accumulate``, or of the run."""
@@ -218,17 +172,17 @@ def fit(loop: Loop) -> Fitted:
         Preempted: asked to stop; the checkpoint is written.
     """
     config, fitted, saver = loop.config, loop.fitted, loop.saver
-    steps_per_epoch, total_steps = loop.train.steps_per_epoch, loop.total_steps
+    total_steps = loop.total_steps
     batches: Prefetcher | None = None
     loop.model.train()
     try:
         if _evaluation_is_due(loop, total_steps):  # the checkpoint was written between a step and its evaluation
             _validate(loop)
         while fitted.steps < total_steps and not fitted.stopped_early:
-            epoch, step_in_epoch = divmod(fitted.steps, steps_per_epoch)
+            epoch, step_in_epoch = loop.train.locate(fitted.steps)
             if batches is None or step_in_epoch == 0:
                 batches = loop.train.epoch(epoch, step_in_epoch)
-            until = [total_steps, (epoch + 1) * steps_per_epoch]
+            until = [total_steps, loop.train.end_of(epoch)]
             if config.eval_every is not None:
                 until.append((fitted.steps // config.eval_every + 1) * config.eval_every)
             checkpoint_is_due = train_segment(loop, batches, epoch, min(until))
@@ -245,18 +199,24 @@ def fit(loop: Loop) -> Fitted:
 
 
 def _evaluation_is_due(loop: Loop, total_steps: int) -> bool:
-    fitted, every = loop.fitted, loop.config.eval_every or loop.train.steps_per_epoch
-    return fitted.evaluated_at < fitted.steps and (fitted.steps % every == 0 or fitted.steps == total_steps)
+    fitted, every = loop.fitted, loop.config.eval_every
+    ends = loop.train.locate(fitted.steps)[1] == 0 if every is None else fitted.steps % every == 0
+    return fitted.evaluated_at < fitted.steps and (ends or fitted.steps == total_steps)
 
 
 def _validate(loop: Loop) -> None:
     """Evaluate, keep the model if it is the best so far, and say whether patience has run out."""
     config, fitted = loop.config, loop.fitted
-    epoch = (fitted.steps - 1) // loop.train.steps_per_epoch
-    average_running_statistics(loop.model)
-    row = loop.row("validation", epoch, **evaluate(loop.pipeline, loop.model, loop.validation, config, loop.beat))
-    loop.log(row)
+    epoch = loop.train.locate(fitted.steps - 1)[0] if fitted.steps else -1
     fitted.evaluated_at = fitted.steps
+    if (chosen := loop.validation(epoch)) is None:
+        return
+    reader, said = chosen
+    average_running_statistics(loop.model)
+    row = loop.row("validation", epoch, **said, **evaluate(loop.pipeline, loop.model, reader, config, loop.beat))
+    loop.log(row)
+    if "day" in said:
+        fitted.days.append(row)
     if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):
         fitted.best, fitted.bad_evaluations = row, 0
         loop.saver.save_best(loop.weights())
@@ -279,13 +239,14 @@ def train_segment(loop: Loop, batches: Prefetcher, epoch: int, until: int) -> bo
     window = _Window(fitted.steps, batches)
 
     def around() -> AbstractContextManager[None]:
-        rows = train.rows_in_step(fitted.steps % train.steps_per_epoch)
+        # Also once more after the last step, to find that there are no further batches.
+        rows = train.rows_in_step(fitted.steps) if fitted.steps < until else 0
         return loop.around(rows, loop.updates_dense_at(fitted.steps + 1))
 
     for loss, logits, labels, _ in run_steps(loop.pipeline, islice(batches, until - fitted.steps), around):
         window.losses.append(loss)
         loop.running.update(logits, labels)
-        window.samples += train.rows_in_step(fitted.steps % train.steps_per_epoch)
+        window.samples += train.rows_in_step(fitted.steps)
         fitted.steps += 1
         loop.schedule.set(fitted.steps)
         loop.beat(f"step {fitted.steps}")
@@ -330,7 +291,7 @@ def _close_window(loop: Loop, window: _Window, epoch: int) -> tuple[bool, bool]:
     fitted.samples += window.samples
     fitted.seconds += seconds
     fitted.wait_seconds += wait_seconds
-    fitted.epochs = fitted.steps / loop.train.steps_per_epoch
+    fitted.epochs = loop.train.epochs_done(fitted.steps)
     good = losses.isfinite() & (losses <= (config.max_loss or math.inf))
     trained = losses[good] if config.skip_bad_steps and good.any() else losses
     row = loop.row(

@@ -15,13 +15,13 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from ssr_rec.checkpoint import write_checkpoint
 from ssr_rec.config import load_config
+from ssr_rec.evaluation import evaluate
 from ssr_rec.model import WeightedCrossEntropy
 from ssr_rec.optim import build_optimizer
 from ssr_rec.report import RunLog
 from ssr_rec.schema import Schema
 from ssr_rec.snapshot import model_tensors
 from ssr_rec.train import build_model, build_pipeline, open_reader, start_process_group, train
-from ssr_rec.trainer import evaluate
 from ssr_rec.warm_start import load_weights, warm_start
 from ssr_rec.watch import Preempted
 

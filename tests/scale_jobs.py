@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from ssr_rec.config import load_config
 from ssr_rec.schema import Schema
 from ssr_rec.train import open_reader, train
-from tests.jobs import built_model, whole_tables
+from tests.jobs import built_model, refused_job, whole_tables
 
 
 def table_bytes_job(overrides: list[str], dataset: str) -> dict[str, tuple[str, int]]:
@@ -68,3 +69,9 @@ def reductions_job(overrides: list[str]) -> tuple[int, int]:
         report = train(load_config(None, overrides))
     reduced = [e for e in profiled.events() if e.name == "gloo:all_reduce"]
     return len(reduced), report["steps"]
+
+
+def elsewhere_job(overrides: list[str], folders: list[str]) -> str:
+    """``refused_job`` of ranks with working directories of their own, as nodes without a shared disk have."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    return refused_job(overrides)

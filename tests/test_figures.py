@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ssr_rec.figures import COLORS, _series, _smooth, _style, draw_comparison, draw_curves
+from ssr_rec.figures import COLORS, _series, _smooth, draw_comparison, draw_curves, style
 from ssr_rec.run_folder import Run
 
 TASKS = ("click", "like")
@@ -95,4 +95,4 @@ def test_smoothing_keeps_a_constant_and_lowers_noise():
 
 
 def test_many_runs_keep_different_looks():
-    assert len({tuple(_style(index).values()) for index in range(64)}) == 64
+    assert len({tuple(style(index).values()) for index in range(64)}) == 64

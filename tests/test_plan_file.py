@@ -135,9 +135,13 @@ def test_a_job_follows_a_plan_or_says_why_not(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     write_plan(make_plan("cpu", 1), path)
     assert set(follow(path).plan["tables"]) == set(ROWS)  # type: ignore[call-overload]
+    replicated = ("--embeddings.optimizer=adam",)
+    write_plan(make_plan("cpu", 1, replicated), tmp_path / "replicated.json")
+    tables = follow(tmp_path / "replicated.json", replicated).plan["tables"]
+    assert {(t.sharding_type, t.sharding_spec) for t in tables.values()} == {("data_parallel", None)}  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"plan.json is not for this job: ranks: planned 2, here 4; ranks on a host"):
         follow(path, world_size=4)
-    with pytest.raises(ValueError, match=r"table a: columns planned 16, here 8; table b: columns.*; table c: columns"):
+    with pytest.raises(ValueError, match=r"not for this job: tables a, b, c: columns planned 16, here 8. Make"):
         follow(path, ("--embeddings.dim=8",))
     with pytest.raises(ValueError, match="planned sharded, with its optimizer in the backward pass; here replicated"):
         follow(path, ("--embeddings.optimizer=adam",))

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ssr_rec.config import load_config
-from ssr_rec.sharding import ShardingConfig, build_sharder, build_topology, plan_sharding
+from ssr_rec.sharding import ShardingConfig, build_constraints, build_sharder, build_topology, plan_sharding
 
 ROWS = {"small": 1_000, "wide": 200_000, "huge": 40_000_000}
 
@@ -122,6 +123,20 @@ def test_replicated_tables_take_no_settings(override):
 def test_prefetching_needs_a_cache():
     with pytest.raises(ValueError, match=r"train\.pipeline: prefetch fetches the rows of fused_uvm_caching tables"):
         plan(prefetch=True)
+
+
+def test_prefetching_needs_a_table_that_is_cached(monkeypatch):
+    """Where the planner may cache tables and does not, which it decides anew in every process."""
+    plain = EmbeddingShardingPlanner.plan
+
+    def caches_none(self, model, sharders):
+        constraints = build_constraints(list(ROWS), config(), "cuda", fused=True)
+        topology = build_topology(config(), "cuda", 4, 4)
+        return plain(EmbeddingShardingPlanner(topology=topology, constraints=constraints), model, sharders)
+
+    monkeypatch.setattr(EmbeddingShardingPlanner, "plan", caches_none)
+    with pytest.raises(ValueError, match=r"train\.pipeline: prefetch has nothing to fetch"):
+        plan("kernels=[fused, fused_uvm_caching]", prefetch=True)
 
 
 @pytest.mark.parametrize(

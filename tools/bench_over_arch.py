@@ -16,10 +16,8 @@ from ssr_rec.stack import require_stack
 require_stack()
 
 import argparse
-import bisect
 import json
 import math
-import re
 import resource
 import sys
 from collections.abc import Sequence
@@ -40,93 +38,20 @@ from over_arch_cases import (
     saved_bytes,
 )
 from over_arch_figure import draw
+from over_arch_sizes import COSTS, SIZE_KEYS, parse_over_arch, resize
 
-from ssr_rec.config import apply_override, resolve
-from ssr_rec.over_archs import OverArchConfig, RankMixerConfig
+from ssr_rec.over_archs import OverArchConfig
 from ssr_rec.progress import short_number
 from ssr_rec.run_folder import git_commit, hardware, versions
 from ssr_rec.run_table import markdown_table
 from ssr_rec.train import quiet
 
-SIZE_KEYS = {
-    "ssr": "view_dim",
-    "mlp": "hidden",
-    "deepfm": "hidden",
-    "dcn_v2": "hidden",
-    "mmoe": "expert_hidden",
-    "autoint": "attention_dim",
-    "autofis": "hidden",
-    "afn": "hidden",
-    "wukong": "hidden",
-    "rankmixer": "dim",
-}
-"""What --equal scales; of a list, every width becomes the size found."""
-LARGEST_SIZE = 65_536
-TOLERANCE = 0.05
-"""Share by which the nearest size may miss --equal's value; integer sizes of small over-archs are coarse."""
-COSTS = {"flops": "flops_per_sample", "parameters": "num_parameters"}
 EQUAL_HELP = f"{' or '.join(COSTS)}, and its value for each over-arch (FLOPs of one sample's forward): scales one size"
 CACHE_HELP = "what a timed step finds: cold, what another left; warm, what an untimed one of its own left just before"
 OVER_ARCH_OPTIONS = {"equal": None, "fields": 39, "dim": 16, "mode": "train"}
 OPERATOR_OPTIONS = {"views": 8, "view_dim": 128, "iterations": 5}
 """Options of one part alone, with their defaults: without that part they would have no effect."""
 Record = dict[str, Any]
-
-
-def parse_over_arch(spec: str) -> OverArchConfig:
-    """``name:key=value,...`` as a config; a value is YAML and may hold commas.
-
-    Raises:
-        ValueError: not of that form, an unknown name or key, or a bad value; the message has the text given.
-    """
-    name, _, settings = spec.partition(":")
-    pairs = re.split(r",(?=\w+=)", settings) if settings else []
-    if not name or not all(re.match(r"\w+=.", pair) for pair in pairs):
-        raise ValueError(f"over-arch {spec!r} is not name:key=value,key=value, such as mlp:hidden=[320,320]")
-    values: dict[str, Any] = {}
-    for pair in [f"name={name}", *pairs]:
-        apply_override(values, f"--over_arch.{pair}")
-    return resolve(values, f"over-arch {spec!r}").over_arch
-
-
-def resize(config: OverArchConfig, cost: str, target: float, fields: int, dim: int) -> OverArchConfig:
-    """The config with the integer size whose cost is nearest to ``target``.
-
-    Args:
-        cost: a key of COSTS.
-        target: FLOPs of one sample's forward pass, or parameters.
-
-    Raises:
-        ValueError: no size comes within TOLERANCE of the target, or the config has nothing to scale.
-    """
-    key = SIZE_KEYS[config.name]
-    now = getattr(config, key)
-    if now == []:
-        raise ValueError(f"--equal scales {key} of {config.name}, which is empty here: give it a layer")
-    unit = config.num_tokens if isinstance(config, RankMixerConfig) else 1
-    start = (max(now) if isinstance(now, list) else now) // unit
-
-    def sized(n: int) -> OverArchConfig:
-        value = [n * unit] * len(now) if isinstance(now, list) else n * unit
-        return type(config).model_validate({**config.model_dump(), key: value})
-
-    def cost_of(n: int) -> float:
-        try:
-            with torch.device("meta"):
-                return getattr(build(sized(n), fields, dim), COSTS[cost])
-        except ValueError:
-            # Some sizes do not fit the other settings or the input: too small below the one given, too large above.
-            return math.inf if n > start else -math.inf
-
-    build(config, fields, dim)
-    above = 1 + bisect.bisect_left(range(1, LARGEST_SIZE), target, key=cost_of)
-    nearest = min((n for n in (above - 1, above) if n), key=lambda n: abs(cost_of(n) - target))
-    if not abs(cost_of(nearest) / target - 1) <= TOLERANCE:
-        raise ValueError(
-            f"--equal {cost} {target:g}: {config.label} comes no nearer than {cost_of(nearest):g}, "
-            f"with {key}={nearest * unit}; change its other sizes"
-        )
-    return sized(nearest)
 
 
 def measure(cases: Sequence[Case], options: argparse.Namespace, setting: Setting) -> list[Record]:

@@ -52,7 +52,7 @@ def make_loop(config: RunConfig, schema: Schema, device: torch.device, reader: R
         model=model,
         schedule=Schedule(optimizer, config.optimizer.warmup_steps),
         train=reader,
-        validation=reader,
+        validation=lambda epoch: (reader, {}),
         config=config.train,
         running=running,
         log=lambda row: None,

@@ -35,7 +35,7 @@ from ssr_rec.planning.cases import (
 )
 from ssr_rec.planning.costs import dense_cost
 from ssr_rec.planning.explain import overflows, table_plans
-from ssr_rec.planning.remedies import plan_case, try_remedies
+from ssr_rec.planning.remedies import plan_case, try_balancing, try_remedies
 from ssr_rec.planning.text import headline, overflow_text, report
 from ssr_rec.planning.text_many import remedies_text, remedy_values, what_if_text, what_if_values
 from ssr_rec.schema import Schema
@@ -101,14 +101,17 @@ def _plan(case: Case, options: argparse.Namespace) -> int:
         "days": planned.estimate.days(options.total_rows),
     }
     if planned.fits:
-        text = report(
-            case, planned.dense, planned.found, tables, planned.estimate, options.total_rows, options.all_tables
-        )
+        text = report(planned, tables, options.total_rows, options.all_tables)
+        if planned.estimate.is_unbalanced and not options.no_remedies:
+            remedies = list(try_balancing(planned))
+            values["remedies"] = [remedy_values(remedy) for remedy in remedies]
+            if remedies:
+                text += "\n\n" + remedies_text(remedies, "balance")
     else:
         over = overflows(case, planned.found, planned.estimate)
         remedies = [] if options.no_remedies else list(try_remedies(planned))
         values |= {"overflows": [vars(o) for o in over], "remedies": [remedy_values(r) for r in remedies]}
-        parts = [headline(case, planned.dense, planned.found), overflow_text(case, over, planned.estimate)]
+        parts = [headline(planned), overflow_text(case, over, planned.estimate)]
         text = "\n\n".join([*parts, *([remedies_text(remedies)] if remedies else [])])
     _show(text, values, options)
     if options.picture:
@@ -173,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
         "--scale-batch", action="store_true", help="what-if: the batch grows with the ranks; default: it stays"
     )
     parser.add_argument("--all-tables", action="store_true", help="every table in the report, not the largest only")
-    parser.add_argument("--no-remedies", action="store_true", help="when it does not fit, do not try what would")
+    parser.add_argument(
+        "--no-remedies", action="store_true", help="when it does not fit or is unbalanced, do not try what would help"
+    )
     parser.add_argument("--json", metavar="PATH", help="also write everything as JSON; -: to the terminal instead")
     parser.add_argument("--picture", metavar="PATH", help="draw memory and time of every rank as a PNG")
     parser.add_argument(

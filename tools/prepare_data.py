@@ -17,7 +17,7 @@ from typing import Any
 from ssr_rec.data.prepare import prepare
 from ssr_rec.data.presets import PRESETS
 from ssr_rec.data.sources import Read, read_table
-from ssr_rec.data.table_spec import RandomSplit, TableSpec, TimeSplit, make_spec, read_spec
+from ssr_rec.data.table_spec import DaySplit, RandomSplit, TableSpec, TimeSplit, make_spec, read_spec
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +72,14 @@ def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
     return read, make_spec({**spec.model_dump(), **changes}, "command line") if changes else spec
 
 
-def _split(options: argparse.Namespace, split: RandomSplit | TimeSplit) -> dict[str, Any] | None:
+def _split(options: argparse.Namespace, split: RandomSplit | TimeSplit | DaySplit) -> dict[str, Any] | None:
+    if options.days or options.fit_days:
+        column = options.days or (split.column if isinstance(split, DaySplit) else None)
+        if column is None:
+            raise ValueError("--fit-days needs --days, the column the days are in")
+        if options.time_column or options.boundaries or options.ratios:
+            raise ValueError("--days makes every day a split: --time-column, --boundaries and --ratios are not for it")
+        return {"type": "days", "column": column, "fit_days": options.fit_days or 1}
     column = options.time_column or (split.column if isinstance(split, TimeSplit) else None)
     if options.boundaries:
         if column is None:
@@ -98,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", nargs=3, type=float, metavar=shares, help="shares of the splits, as in 8 1 1")
     parser.add_argument("--time-column", help="split by this column instead of at random")
     parser.add_argument("--boundaries", nargs=2, metavar=("A", "B"), help="train < A <= validation < B <= test")
+    parser.add_argument("--days", metavar="COLUMN", help="split by the days in this column, for day-by-day training")
+    parser.add_argument("--fit-days", type=int, metavar="N", help="days that fit vocabularies and ranges (default 1)")
     parser.add_argument("--min-count", type=int, help="training occurrences that earn a value an id (default 6)")
     parser.add_argument("--num-buckets", type=int, help="buckets of a numeric column (default 64)")
     parser.add_argument("--hash-buckets", type=int, metavar="N", help="hash every column instead of a vocabulary")

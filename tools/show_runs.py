@@ -1,6 +1,7 @@
 """Compare finished runs: ``python tools/show_runs.py RUN [RUN ...] [--plot PATH]``.
 
-Prints a Markdown table of the runs, best first under the dataset's ceiling, and one sentence per task.
+Prints a Markdown table of the runs, best first under the dataset's ceiling, and one sentence per task. Of runs by days
+(data.days), whose test is the mean over the next days, also a table and a picture by day.
 A folder without a finished run ends it with exit code 2 and a line that says what is missing.
 """
 
@@ -23,8 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = [read_run(folder) for folder in chosen.runs]
         print(runs_table(runs), summary(runs), sep="\n\n")
-        if chosen.plot is not None:
-            # Imported here: matplotlib takes a second, and the table alone does not need it.
+        by_days = all("days" in run.report for run in runs)
+        # Imported here: matplotlib takes a second, and the table alone does not need it.
+        if by_days:
+            from ssr_rec.day_figures import days_table, draw_days
+
+            print(f"\n{days_table(runs)}")
+            if chosen.plot is not None:
+                draw_days(runs, chosen.plot)
+        elif chosen.plot is not None:
             from ssr_rec.figures import draw_comparison
 
             draw_comparison(runs, chosen.plot)

@@ -16,9 +16,21 @@ from ibis.expr.types import Table
 
 from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup, distinct_values, hash_lookup, log_transform, value_counts
+from ssr_rec.data.engine import ROW
 from ssr_rec.data.sources import Log
-from ssr_rec.data.split import ORDER, SPLIT, resolved, whole_numbers, with_order, with_split, with_time
-from ssr_rec.data.table_spec import TableSpec, TimeSplit
+from ssr_rec.data.split import (
+    ORDER,
+    SPLIT,
+    TIME,
+    distinct_days,
+    resolved,
+    whole_numbers,
+    with_day,
+    with_order,
+    with_split,
+    with_time,
+)
+from ssr_rec.data.table_spec import DaySplit, TableSpec, TimeSplit
 from ssr_rec.schema import SPLITS, Hashing, LogBuckets, Vocabulary
 
 VOCABULARY_FOLDER = "vocabularies"
@@ -29,14 +41,20 @@ class Plan:
     """A log and what decides where its rows go."""
 
     log: Log
-    """Staged with ``ORDER``."""
+    """Staged with ``ORDER``, and ``SPLIT`` where the splits are days."""
     spec: TableSpec
     whole: dict[str, bool]
     """Whether the group id and the time column are whole numbers."""
+    splits: tuple[str, ...] = SPLITS
+    """Their names; ``SPLIT`` is the index."""
+    fitted: int = 1
+    """Encodings are fitted on so many of the first splits."""
 
     def rows(self, columns: Sequence[str]) -> Table:
         """Some columns with ``ORDER`` and ``SPLIT``; only those, since wide expressions are slow to compile."""
         spec = self.spec
+        if isinstance(spec.split, DaySplit):
+            return self.log.rows([*columns, ORDER, SPLIT])
         if not isinstance(spec.split, TimeSplit):
             return with_split(self.log.rows([*columns, ORDER]), spec)
         time_column = spec.split.column
@@ -46,14 +64,32 @@ class Plan:
 
 def make_plan(connection: Backend, log: Log, spec: TableSpec, seed: int) -> Plan:
     """Draw the shuffle, and settle what only the data says: whether text ids are numbers, what time ratios come to."""
-    time_column = spec.split.column if isinstance(spec.split, TimeSplit) else None
-    whole = {name: whole_numbers(log.rows([name]), name) for name in (spec.group_id, time_column) if name}
+    whole = {name: whole_numbers(log.rows([name]), name) for name in (spec.group_id, spec.time_column) if name}
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
     # Kept, because the split of every row is asked for again with every column.
     table = engine.with_column(connection, log.table, ORDER, with_order(log.rows([]), seed))
-    return Plan(replace(log, table=table), spec, whole)
+    log = replace(log, table=table)
+    return (
+        _by_days(connection, log, spec, spec.split, whole)
+        if isinstance(spec.split, DaySplit)
+        else Plan(log, spec, whole)
+    )
+
+
+def _by_days(connection: Backend, log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
+    rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
+    days = distinct_days(rows, rule.column)
+    if len(days) <= rule.fit_days:
+        raise ValueError(
+            f"column {rule.column!r} has {len(days)} days and the encodings are fitted on {rule.fit_days}: none is "
+            "left to evaluate; lower --fit-days or give more days"
+        )
+    numbers = engine.store(connection, "days", days)
+    numbered = rows.join(numbers, rows[TIME] == numbers["day"]).select(ROW, **{SPLIT: numbers["index"]})
+    table = engine.with_column(connection, log.table, SPLIT, numbered)
+    return Plan(replace(log, table=table), spec, whole, tuple(days["name"].to_pylist()), rule.fit_days)
 
 
 def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
@@ -61,22 +97,22 @@ def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
     spec, rows = plan.spec, plan.rows(plan.spec.labels)
     sums = {f"label{i}": rows[label].sum().cast("int64") for i, label in enumerate(spec.labels)}
     found = rows.group_by(SPLIT).agg(rows=lambda t: t.count(), **sums).to_pyarrow().to_pylist()
-    by_split = {SPLITS[line[SPLIT]]: line for line in found}
-    for split in SPLITS:
+    by_split = {plan.splits[line[SPLIT]]: line for line in found}
+    for split in plan.splits:
         if split not in by_split:
             raise ValueError(
                 f"the {split} split is empty: {sum(line['rows'] for line in found)} rows, split rule "
                 f"{spec.split.model_dump_json(exclude_none=True)}; change --ratios or --boundaries, or give more rows"
             )
-    return {split: by_split[split] for split in SPLITS}
+    return {split: by_split[split] for split in plan.splits}
 
 
 def fit(connection: Backend, plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
-    """Fit vocabularies (written under ``folder``) and bucket ranges on the training rows alone."""
+    """Fit vocabularies (written under ``folder``) and bucket ranges on the training rows, or the first days, alone."""
     spec = plan.spec
     # A view, so that the expression that draws the split is compiled once and not for every column.
     rows = connection.create_view("keyed", plan.rows(spec.used))
-    train = rows.filter(rows[SPLIT] == 0)
+    train = rows.filter(rows[SPLIT] < plan.fitted)
     (folder / VOCABULARY_FOLDER).mkdir()
     names = [*spec.categorical, *spec.lists]
     counted = engine.fetched_ahead(

@@ -1,4 +1,4 @@
-"""Turn a raw click log into a prepared dataset: split, fit on the training split, encode, shuffle, write.
+"""Turn a raw click log into a prepared dataset: split, fit on the training rows, encode, shuffle, write.
 
 The protocol is that of the SSR paper, section 4.1.1: numbers are log-transformed and cut into buckets, and values
 seen at most five times in the training split share one out-of-vocabulary id. docs/data.md defines every step.
@@ -27,12 +27,13 @@ from ssr_rec.data.fit import Plan, count_splits, fit, make_plan
 from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
 from ssr_rec.data.sources import Log, Progress, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
-from ssr_rec.data.table_spec import TableSpec, TimeSplit
-from ssr_rec.schema import Feature, LogBuckets, Schema, Split, Vocabulary
+from ssr_rec.data.table_spec import DaySplit, RandomSplit, TableSpec
+from ssr_rec.schema import Days, Feature, LogBuckets, Schema, Split, Vocabulary
 
 ROWS_PER_CHUNK = 1_000_000
 """Rows whose lists are encoded at once; their items are in memory together."""
 STREAM_ROWS = 65_536
+DAYS_FOLDER = "days"
 
 
 def prepare(
@@ -67,10 +68,10 @@ def prepare(
         counts = count_splits(plan)
         lookups, buckets = fit(connection, plan, folder)
         progress("fit vocabularies and buckets", log.count)
-        schema = _schema(folder, plan.spec, lookups, buckets, counts, {"preset": preset, "seed": seed})
+        schema = _schema(folder, plan, lookups, buckets, counts, {"preset": preset, "seed": seed})
         encoded = _encoded(connection, plan, lookups, buckets, progress)
         # A random split cuts the shuffled order itself, and one sort key is cheaper than two.
-        ordered = encoded.order_by(*([SPLIT] if isinstance(plan.spec.split, TimeSplit) else []), ORDER)
+        ordered = encoded.order_by(*([] if isinstance(plan.spec.split, RandomSplit) else [SPLIT]), ORDER)
         with closing(engine.stream(connection, ordered, STREAM_ROWS, arrow_schema(schema))) as batches:
             return _write(schema, counts, batches, folder, progress)
 
@@ -90,8 +91,8 @@ def check_values(log: Log, spec: TableSpec) -> None:
         checks[name] = rows[name].isinf().fill_null(False), "a number must be finite; empty means missing"
     if spec.group_id:
         checks[spec.group_id] = rows[spec.group_id].isnull(), "the group id must not be missing"
-    if isinstance(spec.split, TimeSplit):
-        checks[spec.split.column] = rows[spec.split.column].isnull(), "the time of the split must not be missing"
+    if spec.time_column:
+        checks[spec.time_column] = rows[spec.time_column].isnull(), "the time of the split must not be missing"
     found = rows.aggregate(**{name: rows[ROW].min(where=wrong) for name, (wrong, _) in checks.items()}).to_pyarrow()
     for name, (_, rule) in checks.items():
         row = found[name][0].as_py()
@@ -128,13 +129,14 @@ def _encoded(
 
 def _schema(
     folder: Path,
-    spec: TableSpec,
+    plan: Plan,
     lookups: dict[str, Lookup],
     buckets: dict[str, LogBuckets],
     counts: dict[str, dict[str, int]],
     preparation: dict[str, Any],
 ) -> Schema:
     """The schema, the shards of its splits still missing."""
+    spec = plan.spec
     preparation = {**preparation, **spec.model_dump(mode="json", exclude={"name"})}
     features = [_feature(name, folder, spec, lookups, buckets) for name in spec.features]
     digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
@@ -158,6 +160,7 @@ def _schema(
             )
             for split, found in counts.items()
         },
+        days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
         preparation=preparation,
     )
 
@@ -189,7 +192,8 @@ def _write(
     splits: dict[str, Split] = {}
     for name, split in schema.splits.items():
         rows = counts[name]["rows"]
-        shards = write_shards(_take(batches, rows, held), arrow_schema(schema), folder, name, row_group_rows(rows))
+        place = name if schema.days is None else f"{DAYS_FOLDER}/{name}"
+        shards = write_shards(_take(batches, rows, held), arrow_schema(schema), folder, place, row_group_rows(rows))
         splits[name] = split.model_copy(update={"num_rows": rows, "shards": shards})
         progress(f"wrote {name}", rows)
     schema = schema.model_copy(update={"splits": splits})

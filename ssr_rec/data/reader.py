@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Reader:
     Args:
         folder: the prepared dataset.
         schema: its schema, perhaps a selection of its features and labels.
-        split: "train", "validation" or "test".
+        split: "train", "validation" or "test", or a day.
         batch_size: rows of a global batch over all ranks.
         rank, world_size: this process and how many there are.
         num_lanes: rows are dealt to this many lanes (lanes.py); fewer than ``world_size`` means ``world_size``.
@@ -51,7 +52,7 @@ class Reader:
         seed: int | None = None,
         prefetch: int = 4,
     ) -> None:
-        self.files = SplitFiles(folder, schema, split)
+        self.files, self.split = SplitFiles(folder, schema, split), split
         self.schema, self.batch_size, self.seed, self.prefetch = schema, batch_size, seed, prefetch
         self.num_lanes = max(num_lanes, world_size)
         if batch_size < self.num_lanes:
@@ -59,22 +60,40 @@ class Reader:
                 f"batch size {batch_size} is the global one and must be at least {self.num_lanes}, the larger of "
                 f"data.num_lanes and the world size {world_size}; raise the batch size or lower data.num_lanes"
             )
-        if schema.splits[split].num_rows < world_size:
-            raise ValueError(
-                f"{folder}: split {split!r} has {schema.splits[split].num_rows} rows for a world size of "
-                f"{world_size}; use fewer processes or more data"
-            )
+        check_rows(folder, schema, split, world_size)
         self.my_lanes = lanes_of_rank(self.num_lanes, rank, world_size)
         self.num_rows = schema.splits[split].num_rows
         self.steps_per_epoch = -(-self.num_rows // batch_size)
 
+    def num_steps(self, epochs: int) -> int:
+        return epochs * self.steps_per_epoch
+
+    def locate(self, step: int) -> tuple[int, int]:
+        return divmod(step, self.steps_per_epoch)
+
+    def end_of(self, epoch: int) -> int:
+        return (epoch + 1) * self.steps_per_epoch
+
+    def epochs_done(self, steps: int) -> float:
+        return steps / self.steps_per_epoch
+
     def rows_in_step(self, step: int) -> int:
-        """Rows of global batch ``step`` of any epoch, over all ranks."""
-        return min(self.batch_size, self.num_rows - step * self.batch_size)
+        """Rows of global batch ``step``, counted through all epochs, over all ranks."""
+        return min(self.batch_size, self.num_rows - step % self.steps_per_epoch * self.batch_size)
+
+    def position(self) -> dict[str, Any]:
+        """What (epoch, step) must mean the same rows under."""
+        return {
+            "dataset_id": self.schema.dataset_id,
+            "num_rows": self.num_rows,
+            "batch_size": self.batch_size,
+            "num_lanes": self.num_lanes,
+            "shuffle_seed": self.seed,
+        }
 
     def epoch(self, epoch: int, start_step: int = 0) -> Prefetcher:
         """This rank's batches of an epoch from global batch ``start_step`` on; (epoch, step) is the whole position."""
-        return Prefetcher(self._batches(epoch, start_step), self.prefetch)
+        return Prefetcher(self.batches(epoch, start_step), self.prefetch)
 
     def describe(self, epoch: int, step: int, most: int = 4) -> str:
         """Which row groups global batch ``step`` of an epoch is drawn from, over all ranks."""
@@ -97,7 +116,8 @@ class Reader:
             order = np.random.default_rng((self.seed, epoch)).permutation(num_groups)
         return Lanes(self.files.group_rows, order, self.batch_size, self.num_lanes)
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        """What ``epoch`` prefetches."""
         lanes = self._lanes(epoch)
         cursors = [self._blocks(lanes, lane, epoch, start_step) for lane in self.my_lanes]
         left: list[tuple[Block, int] | None] = [None] * len(cursors)
@@ -157,6 +177,15 @@ class Reader:
         )
         group_ids = torch.from_numpy(groups) if groups is not None else None
         return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows)
+
+
+def check_rows(folder: Path, schema: Schema, split: str, world_size: int) -> None:
+    """Refuse a split of which some rank would get no row."""
+    if schema.splits[split].num_rows < world_size:
+        raise ValueError(
+            f"{folder}: split {split!r} has {schema.splits[split].num_rows} rows for a world size of "
+            f"{world_size}; use fewer processes or more data"
+        )
 
 
 class Prefetcher(Iterator[Batch]):

@@ -5,23 +5,29 @@ Nothing here is an engine's own: no UDF, no backend SQL, no window over all rows
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ibis
 import numpy as np
+import pyarrow as pa
 from ibis.expr.types import IntegerValue, StringColumn, Table
 
 from ssr_rec.data.engine import ROW
-from ssr_rec.data.table_spec import TableSpec, TimeSplit
+from ssr_rec.data.table_spec import DaySplit, TableSpec, TimeSplit
 from ssr_rec.schema import GROUP_COLUMN
 
 SPLIT = "__split__"
-"""0 train, 1 validation, 2 test."""
+"""0 train, 1 validation, 2 test; or which day, from 0."""
 ORDER = "__order__"
 """Sorting by it shuffles; no two rows share it."""
 TIME = "__time__"
-"""What a time split compares."""
+"""What a split by time or days compares."""
+MAX_DAYS = 4096
+"""More are no days but moments; and each has a folder and a row of the report."""
 
+DAY_NAME = r"[0-9A-Za-z][0-9A-Za-z_.+-]{0,63}"
+"""A day names a folder."""
 WHOLE_NUMBER = r"^-?[0-9]{1,18}$"
 
 _BITS = 31
@@ -46,7 +52,7 @@ def with_order(rows: Table, seed: int) -> Table:
 
 
 def with_split(rows: Table, spec: TableSpec) -> Table:
-    """``rows``, which have ``ORDER`` (random split) or ``TIME`` (time split), with ``SPLIT``.
+    """``rows``, which have ``ORDER`` (random split) or ``TIME`` (time split), with ``SPLIT``; not for days.
 
     A random split cuts the shuffled order at its ratios: each row falls to a split with its ratio as probability,
     and the order within a split is still shuffled.
@@ -55,6 +61,7 @@ def with_split(rows: Table, spec: TableSpec) -> Table:
         ValueError: the boundaries of a time split are not of the column's kind.
     """
     rule = spec.split
+    assert not isinstance(rule, DaySplit)
     if isinstance(rule, TimeSplit):
         cut, bounds = rows[TIME], _moments(rows, rule)
     else:
@@ -88,6 +95,31 @@ def whole_numbers(rows: Table, name: str) -> bool:
 def with_time(rows: Table, name: str, whole: bool) -> Table:
     """``rows`` with ``TIME``: text that is whole numbers throughout compares as numbers, all else as it is."""
     return rows.mutate(**{TIME: rows[name].cast("int64") if whole else rows[name]})
+
+
+def with_day(rows: Table, name: str, whole: bool) -> Table:
+    """``rows`` with ``TIME`` as in ``with_time``, moments cut to their dates."""
+    if rows[name].type().is_timestamp():
+        return rows.mutate(**{TIME: rows[name].date()})
+    return with_time(rows, name, whole)
+
+
+def distinct_days(rows: Table, column: str) -> pa.Table:
+    """(day, index, name) of the values of ``TIME`` in rising order.
+
+    Raises:
+        ValueError: a value that does not name a day, or too many of them.
+    """
+    found = rows.select(day=rows[TIME]).distinct().limit(MAX_DAYS + 1).to_pyarrow().sort_by("day")
+    if len(found) > MAX_DAYS:
+        raise ValueError(f"column {column!r} has more than {MAX_DAYS} distinct values; a split by days needs days")
+    names = [str(day) for day in found["day"].to_pylist()]
+    for name in names:
+        if re.fullmatch(DAY_NAME, name) is None:
+            raise ValueError(
+                f"column {column!r} holds {name[:80]!r}, which names no day; cut it to days, as 2024-05-06"
+            )
+    return found.append_column("index", pa.array(range(len(names)), pa.int64())).append_column("name", pa.array(names))
 
 
 def resolved(rows: Table, rule: TimeSplit) -> TimeSplit:

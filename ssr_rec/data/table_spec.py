@@ -75,10 +75,18 @@ class TimeSplit(Settings):
         return self
 
 
+class DaySplit(Settings):
+    """Every day is a split of its own; vocabularies and bucket ranges are fitted on the first ``fit_days``."""
+
+    type: Literal["days"] = "days"
+    column: str = Field(description="dates, moments (cut to dates), or text or whole numbers that are one a day")
+    fit_days: int = Field(1, ge=1, description="first days, on which the encodings are fitted")
+
+
 class TableSpec(Settings):
     """Every column of the input is named in exactly one role, so that none becomes a feature by accident.
 
-    The column of ``group_id`` and of a time split may be features or ignored besides.
+    The column of ``group_id`` and of a split by time or days may be features or ignored besides.
     """
 
     name: str = Field(min_length=1)
@@ -88,7 +96,7 @@ class TableSpec(Settings):
     lists: dict[str, ListColumn] = Field(default_factory=dict)
     ignore: list[str] = Field(default_factory=list)
     group_id: str | None = None
-    split: RandomSplit | TimeSplit = Field(default_factory=RandomSplit, discriminator="type")
+    split: RandomSplit | TimeSplit | DaySplit = Field(default_factory=RandomSplit, discriminator="type")
     min_count: int = Field(6, ge=1, description="training occurrences that earn a value an id of its own")
     num_buckets: int = Field(64, ge=1, le=MAX_BUCKETS, description="buckets of a numeric column")
     hash_buckets: int | dict[str, int] = Field(
@@ -123,8 +131,13 @@ class TableSpec(Settings):
     @property
     def used(self) -> list[str]:
         """The columns that are read, each once: labels, features, group id, time."""
-        extra = [self.group_id, self.split.column if isinstance(self.split, TimeSplit) else None]
+        extra = [self.group_id, self.time_column]
         return list(dict.fromkeys([*self.labels, *self.features, *(column for column in extra if column)]))
+
+    @property
+    def time_column(self) -> str | None:
+        """What the split goes by; None: it is random."""
+        return None if isinstance(self.split, RandomSplit) else self.split.column
 
     def buckets(self, column: str) -> int | None:
         """Hash buckets of a column; None: it gets a vocabulary."""
@@ -176,7 +189,7 @@ def make_spec(entries: dict[str, Any], source: str) -> TableSpec:
         if problem is None:
             raise ValueError(f"{source}: {first_problem(error)}") from None
         key = str(problem["loc"][-1])
-        parts = (TableSpec, TextFormat, ListColumn, RandomSplit, TimeSplit)
+        parts = (TableSpec, TextFormat, ListColumn, RandomSplit, TimeSplit, DaySplit)
         known = [name for part in parts for name in part.model_fields]
         where = ".".join(str(part) for part in problem["loc"])
         raise ValueError(f"{source}: unknown key {where!r}{nearest(key, known)}") from None

@@ -26,8 +26,8 @@ TITLES = {
 
 
 def draw_plan(case: Case, estimate: Estimate, path: str | Path) -> None:
-    """Draw memory and time per rank as a PNG of 1560 x 600 pixels."""
-    figure = Figure(figsize=(13, 5), dpi=DPI, layout="constrained")
+    """Draw memory and time per rank as a PNG of 1560 x 660 pixels."""
+    figure = Figure(figsize=(13, 5.5), dpi=DPI, layout="constrained")
     step = estimate.step
     figure.suptitle(
         f"{case.schema.name} on {case.world}: estimated {short_number(estimate.samples_per_s)} samples/s, step "
@@ -72,4 +72,4 @@ def _dress(ax: Axes, title: str, unit: str, top: float) -> None:
     ax.set_ylim(0, 1.08 * top or 1)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, frameon=False, fontsize=9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9)

@@ -13,7 +13,7 @@ from ssr_rec.planning.costs import DenseCost, dense_cost
 from ssr_rec.planning.estimate import Estimate, estimate_plan
 from ssr_rec.planning.explain import overflows
 from ssr_rec.planning.search import Found, find_plan
-from ssr_rec.sharding import CACHING, SUPPORTED
+from ssr_rec.sharding import CACHING, SUPPORTED, TableConstraint
 
 MOST_NODES = 64
 """More nodes are tried by doubling, up to so many."""
@@ -33,7 +33,8 @@ class Planned:
 
     @property
     def fits(self) -> bool:
-        return self.found.fits and not overflows(self.case, self.found, self.estimate)
+        """Decided by the bytes of every rank, not by how the search ended."""
+        return not overflows(self.case, self.found, self.estimate)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def plan_case(case: Case, dense: DenseCost | None = None) -> Planned:
 
 
 def try_remedies(planned: Planned) -> Iterator[Remedy]:
-    """Re-plan with each single remedy, then with all that are not nodes together, if none of those is enough."""
+    """Re-plan with each single remedy, then, if none of those is enough, with all of them."""
     case = planned.case
     yield _more_nodes(planned)
     changes = list(_changes(case.config, case.world.hardware.device))
@@ -70,7 +71,28 @@ def try_remedies(planned: Planned) -> Iterator[Remedy]:
             settings.append(setting)
         yield remedy
     if not enough and len(settings) > 1:
-        yield _tried("all of these", " ".join(settings), replace(case, config=together))
+        all_of_these = _tried("all of these", " ".join(settings), replace(case, config=together))
+        yield all_of_these
+        if all_of_these.planned is not None and not all_of_these.planned.fits:
+            remedy = _more_nodes(all_of_these.planned)
+            yield replace(remedy, name="and more nodes", settings=f"all of these, {remedy.settings}")
+
+
+def try_balancing(planned: Planned) -> Iterator[Remedy]:
+    """Re-plan with columns that may be cut finer, which is what can spread a table that has few rows, too."""
+    case = planned.case
+    device = case.world.hardware.device
+    for parts in (2, 4):
+        per_table = dict(case.config.sharding.per_table)
+        for option in planned.found.options:
+            columns, own = option.tensor.shape[1] // parts, per_table.get(option.name, TableConstraint())
+            types = own.types or case.config.sharding.types or SUPPORTED[device]
+            if "column_wise" in types and columns >= DIM_MULTIPLE and columns % DIM_MULTIPLE == 0:
+                per_table[option.name] = own.model_copy(update={"min_partition": columns})
+        finer = _with(case.config, "sharding", per_table=per_table)
+        if finer != case.config:
+            setting = f"sharding.per_table: min_partition of dim/{parts} for every table"
+            yield _tried(f"columns cut in {parts}", setting, replace(case, config=finer))
 
 
 def _more_nodes(planned: Planned) -> Remedy:

@@ -13,10 +13,12 @@ from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchPro
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
+    Enumerator,
     HardwareConfig,
     KernelConfig,
     Perf,
     PlannerError,
+    Proposer,
     SharderDataMap,
     ShardEstimator,
     ShardingOption,
@@ -49,6 +51,8 @@ TORCHREC_MIN_COLUMNS = 128
 UNLIMITED = 2**60
 PATIENCE = 20
 """Proposals without a better plan before a greedy search ends."""
+MOST_PLACED = 15_000
+"""Tables that one greedy search places, over all its proposals: about five seconds, whatever the number of tables."""
 MANY_SHARDS = 20_000
 SMALL_TABLE = 0.001
 """Share of a rank's memory below which a table is not cut by rows, where there would be ``MANY_SHARDS`` otherwise."""
@@ -56,20 +60,18 @@ SMALL_TABLE = 0.001
 
 @dataclass(frozen=True)
 class Found:
-    """A plan for the case.
+    """A plan for the case; where none fits, the least uneven one found, which has too much on some rank.
 
     Attributes:
         options: a table's chosen way of sharding, with ranks and estimates; one per table.
         alternatives: table -> every way that was open to it, with estimates, without ranks.
         table_bytes: memory of one rank that was left for tables and their buffers.
-        fits: no rank has more than that. Otherwise the options are those of the least uneven plan found.
         seconds: that the search took.
     """
 
     options: list[ShardingOption]
     alternatives: dict[str, list[ShardingOption]]
     table_bytes: int
-    fits: bool
     seconds: float
 
 
@@ -234,7 +236,30 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
     alternatives: dict[str, list[ShardingOption]] = {name: [] for name in sizes}
     for option in space:
         alternatives[option.name].append(option)
-    return Found(options, alternatives, left, limit < UNLIMITED, time.perf_counter() - started)
+    return Found(options, alternatives, left, time.perf_counter() - started)
+
+
+class Limited(Proposer):
+    """A proposer that ends after so many proposals: not after so many seconds, or plans would depend on the machine."""
+
+    def __init__(self, inner: Proposer, tables: int) -> None:
+        self.inner, self.left = inner, max(PATIENCE, MOST_PLACED // tables)
+
+    def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
+        self.inner.load(search_space, enumerator)
+
+    def propose(self) -> list[ShardingOption] | None:
+        return self.inner.propose() if self.left > 0 else None
+
+    def feedback(
+        self,
+        partitionable: bool,
+        plan: list[ShardingOption] | None = None,
+        perf_rating: float | None = None,
+        storage_constraint: Topology | None = None,
+    ) -> None:
+        self.left -= 1
+        self.inner.feedback(partitionable, plan, perf_rating, storage_constraint)
 
 
 def _search(
@@ -259,8 +284,8 @@ def _search(
         storage_reservation=FixedPercentageStorageReservation(0.0),
         proposer=[
             UniformProposer(),
-            GreedyProposer(threshold=PATIENCE),
-            GreedyProposer(use_depth=False, threshold=PATIENCE),
+            Limited(GreedyProposer(threshold=PATIENCE), len(constraints)),
+            Limited(GreedyProposer(use_depth=False, threshold=PATIENCE), len(constraints)),
             GridSearchProposer(max_proposals=200),
         ],
         constraints=dict(constraints),

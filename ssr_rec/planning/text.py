@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from ssr_rec.planning.cases import Case
-from ssr_rec.planning.costs import DenseCost, gemm_precision
+from ssr_rec.planning.costs import gemm_precision
 from ssr_rec.planning.estimate import UNBALANCED, Estimate, memory_fields
 from ssr_rec.planning.explain import GIB, Overflow, TablePlan
+from ssr_rec.planning.remedies import Planned
 from ssr_rec.planning.search import Found
 from ssr_rec.progress import short_number
 
@@ -18,39 +19,33 @@ MOST_TABLES = 20
 MOST_RANKS = 16
 
 
-def report(
-    case: Case,
-    dense: DenseCost,
-    found: Found,
-    tables: list[TablePlan],
-    estimate: Estimate,
-    total_rows: float,
-    all_tables: bool = False,
-) -> str:
+def report(planned: Planned, tables: list[TablePlan], total_rows: float, all_tables: bool = False) -> str:
     """The whole report of a plan that fits."""
+    estimate = planned.estimate
     parts = [
-        headline(case, dense, found),
+        headline(planned),
         tables_text(tables, len(tables) if all_tables else MOST_TABLES),
         memory_text(estimate),
         time_text(estimate),
-        step_text(case, estimate, total_rows),
+        step_text(estimate, total_rows),
     ]
     if estimate.is_unbalanced:
-        parts.append(unbalanced_text(found, estimate))
+        parts.append(unbalanced_text(planned.found, estimate))
     return "\n\n".join(parts)
 
 
-def headline(case: Case, dense: DenseCost, found: Found) -> str:
-    schema, config, world = case.schema, case.config, case.world
+def headline(planned: Planned) -> str:
+    case, dense, options = planned.case, planned.dense, planned.found.options
+    schema, config = case.schema, case.config
     ids = sum(feature.num_embeddings for feature in schema.features)
-    verdict = "fits" if found.fits else "DOES NOT FIT"
     return (
-        f"{schema.name} on {world}: {verdict}\n"
-        f"{len(schema.features)} features, {short_number(ids)} ids, {len(found.options)} tables of "
-        f"{short_number(sum(option.tensor.numel() for option in found.options))} parameters, "
+        f"{schema.name} on {case.world}: {'fits' if planned.fits else 'DOES NOT FIT'}\n"
+        f"{len(schema.features)} features, {short_number(ids)} ids, {len(options)} tables of "
+        f"{short_number(sum(option.tensor.numel() for option in options))} parameters, "
         f"{config.embeddings.optimizer}; {config.over_arch.label}: {short_number(dense.parameters)} dense parameters, "
         f"{short_number(dense.matmul_flops)}FLOPs a row forward, {gemm_precision(case)}\n"
-        f"global batch {config.train.batch_size}, {case.rows_per_rank} rows a rank; planned in {found.seconds:.1f} s"
+        f"global batch {config.train.batch_size}, {case.rows_per_rank} rows a rank; planned in "
+        f"{planned.found.seconds:.1f} s"
     )
 
 
@@ -63,7 +58,7 @@ def tables_text(tables: Sequence[TablePlan], most: int) -> str:
             short_number(table.rows),
             table.columns,
             table.dtype,
-            _gib(table.device_bytes + table.host_bytes),
+            _size(table.device_bytes + table.host_bytes),
             table.sharding_type,
             table.kernel,
             rank_list(table.ranks),
@@ -72,13 +67,13 @@ def tables_text(tables: Sequence[TablePlan], most: int) -> str:
         ]
         for table in shown
     ]
-    head = ["table", "rows", "dim", "type", "GiB", "sharding", "kernel", "ranks", "ms", "why"]
+    head = ["table", "rows", "dim", "type", "size", "sharding", "kernel", "ranks", "ms", "why"]
     text = tabulate(rows, head, tablefmt="simple", disable_numparse=True)
     ways = Counter((table.sharding_type, table.kernel) for table in rest)
     for (sharding_type, kernel), count in ways.most_common():
         alike = [t for t in rest if (t.sharding_type, t.kernel) == (sharding_type, kernel)]
-        size = _gib(sum(t.device_bytes + t.host_bytes for t in alike))
-        text += f"\n... and {count} smaller, {sharding_type} {kernel}: {size} GiB, {sum(t.ms for t in alike):.3g} ms"
+        size = _size(sum(t.device_bytes + t.host_bytes for t in alike))
+        text += f"\n... and {count} smaller, {sharding_type} {kernel}: {size}, {sum(t.ms for t in alike):.3g} ms"
     return text
 
 
@@ -108,7 +103,7 @@ def time_text(estimate: Estimate) -> str:
     return f"{note}\n" + tabulate(rows, head, tablefmt="simple", disable_numparse=True)
 
 
-def step_text(case: Case, estimate: Estimate, total_rows: float) -> str:
+def step_text(estimate: Estimate, total_rows: float) -> str:
     step = estimate.step
     return (
         f"step {step.total:.2f} ms, mostly {step.bound}: lookup {step.lookup:.2f} + all-to-all {step.all_to_all:.2f} + "
@@ -124,7 +119,7 @@ def step_text(case: Case, estimate: Estimate, total_rows: float) -> str:
 
 
 def unbalanced_text(found: Found, estimate: Estimate) -> str:
-    """Which table makes the slowest rank slow, and what could be done."""
+    """Which table makes the slowest rank slow."""
     slowest = max(range(len(estimate.time)), key=lambda rank: estimate.time[rank].total)
     loads = sorted(
         ((shard.perf.total, option) for option in found.options for shard in option.shards if shard.rank == slowest),
@@ -136,8 +131,7 @@ def unbalanced_text(found: Found, estimate: Estimate) -> str:
         f"warning: unbalanced: rank {slowest} takes {rank_ms:.2f} ms, the mean rank "
         f"{rank_ms - estimate.step.waiting:.2f}, which waits {100 * estimate.waiting_share:.0f} % of the step (more "
         f"than {100 * UNBALANCED:.0f} %).\nTable {option.name} ({option.sharding_type}) takes {ms:.2f} ms of it, the "
-        f"most of the {len(loads)} on that rank: let it be cut finer (sharding.per_table.{option.name}: types row_wise "
-        "or column_wise with a smaller min_partition), shorten its lists, or use fewer ranks"
+        f"most of the {len(loads)} on that rank"
     )
 
 
@@ -184,6 +178,11 @@ def _shown(keys: Sequence[float]) -> list[int]:
 
 def _only(shown: int, ranks: int, which: str) -> str:
     return f"; the {shown} of {ranks} ranks with the {which}" if shown < ranks else ""
+
+
+def _size(size: float) -> str:
+    unit, divisor = ("GiB", GIB) if size >= 0.1 * GIB else ("MiB", GIB / 1024)
+    return f"{size / divisor:.3g} {unit}"
 
 
 def _gib(size: float) -> str:

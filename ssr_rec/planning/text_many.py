@@ -30,10 +30,12 @@ def remedy_values(remedy: Remedy) -> dict[str, Any]:
         "missing_bytes": over[0].missing_bytes if over else 0,
         "samples_per_s": planned.estimate.samples_per_s if planned.fits else None,
         "step_ms": planned.estimate.step.total if planned.fits else None,
+        "waiting_share": planned.estimate.waiting_share if planned.fits else None,
     }
 
 
-def remedies_text(remedies: Sequence[Remedy]) -> str:
+def remedies_text(remedies: Sequence[Remedy], aim: str = "fit") -> str:
+    """What was tried to make a plan fit, or, for the aim ``balance``, to make it even."""
     rows = []
     for remedy in remedies:
         values = remedy_values(remedy)
@@ -41,13 +43,14 @@ def remedies_text(remedies: Sequence[Remedy]) -> str:
             rows.append([remedy.name, remedy.settings, "cannot be", values["problem"]])
         elif values["fits"]:
             room = f"{values['least_headroom_bytes'] / GIB:.1f} GiB of room on the fullest rank"
+            waits = f"the mean rank waits {100 * values['waiting_share']:.1f} %"
             speed = f"{short_number(values['samples_per_s'])} samples/s, step {values['step_ms']:.2f} ms"
-            rows.append([remedy.name, remedy.settings, "fits", f"{room}, {speed}"])
+            rows.append([remedy.name, remedy.settings, "fits", f"{room if aim == 'fit' else waits}, {speed}"])
         else:
             missing = f"{values['missing_bytes'] / GIB:.1f} GiB missing on the fullest rank"
             rows.append([remedy.name, remedy.settings, "does not fit", missing])
     head = ["tried", "settings", "result", "estimate"]
-    return "What would make it fit, each planned anew:\n" + tabulate(rows, head, tablefmt="simple")
+    return f"What would make it {aim}, each planned anew:\n" + tabulate(rows, head, tablefmt="simple")
 
 
 def what_if_values(worlds: Sequence[Planned]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The literal launcher: a worker that is killed is started again with its peers, and the job resumes by itself."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,15 +13,16 @@ import pytest
 
 from tests.faults.harness import options, report_of, steps_done
 from tests.jobs import train_job
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 
 
-def start(arguments: list[str], retries: int, output: Path) -> subprocess.Popen:
-    command = [Path(sys.executable).parent / "torchx", "run", "dist.ddp", "-j", "1x2"]
-    command += ["--max_retries", str(retries), "ssr_rec/train.py", *arguments]
+def start(arguments: list[str], retries: int, output: Path, shape: str = "1x2") -> subprocess.Popen:
+    command = [Path(sys.executable).parent / "torchx", "run", "dist.ddp", "-j", shape]
+    # Several agents meet at a port that must not be another test's.
+    command += ["--rdzv_port", str(free_port()), "--max_retries", str(retries), "ssr_rec/train.py", *arguments]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     with open(output, "w") as file:
@@ -66,11 +68,12 @@ def test_a_killed_worker_is_restarted_and_the_job_ends_as_if_undisturbed(dataset
     assert json.loads((folder / "report.json").read_text())["test"] == whole["test"]
 
 
-def test_preemption_of_the_launcher_writes_a_checkpoint(dataset, tmp_path):
-    """SIGTERM reaches the workers through torchrun; the same command goes on from their checkpoint."""
-    runs, output = tmp_path / "runs", tmp_path / "out"
+@pytest.mark.parametrize("shape", ["1x2", "2x2"])
+def test_preemption_of_the_launcher_writes_a_checkpoint(dataset, tmp_path, shape):
+    """SIGTERM reaches the workers through one or two torchruns; the same command goes on from their checkpoint."""
+    runs, output, ranks = tmp_path / "runs", tmp_path / "out", math.prod(map(int, shape.split("x")))
     arguments = options(dataset, runs, "--train.epochs=30", "--checkpoint.every_steps=100000")
-    job = start(arguments, 0, output)
+    job = start(arguments, 0, output, shape)
     wait_for(lambda: steps_done(runs) >= 20, job, output)
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) != 0
@@ -79,7 +82,7 @@ def test_preemption_of_the_launcher_writes_a_checkpoint(dataset, tmp_path):
         time.sleep(0.1)
     assert not workers(runs), "a worker outlives the launcher"
     assert list((runs / "run" / "checkpoints").glob("step-*")), output.read_text()[-3000:]
-    assert start(arguments, 0, output).wait(240) == 0
-    assert "resumed from" in output.read_text()
-    whole = run_ranks(train_job, 2, options(dataset, tmp_path / "whole", "--train.epochs=30"))[0]
+    assert start(arguments, 0, output, shape).wait(240) == 0
+    assert "resumed from" in output.read_text() and report_of(runs)["world_size"] == ranks
+    whole = run_ranks(train_job, ranks, options(dataset, tmp_path / "whole", "--train.epochs=30"))[0]
     assert report_of(runs)["test"] == whole["test"]

@@ -26,7 +26,7 @@ def measured_job(overrides: list[str], dataset: str) -> dict[str, Any]:
             continue
         name = key.split(".embedding_bags.")[1].removesuffix(".weight")
         if not isinstance(value, ShardedTensor):
-            weights += value.untyped_storage().nbytes()
+            weights += value.nbytes
             shards.append((name, (0, 0), tuple(value.shape)))
             continue
         for shard in value.local_shards():

@@ -92,12 +92,15 @@ def test_more_nodes_are_a_remedy_where_tables_can_spread() -> None:
 
 def test_together_is_tried_where_no_single_remedy_is_enough() -> None:
     case = with_memory(make_case({"user": 1_000_000}, [TABLE_WISE, "--embeddings.optimizer=sgd"], per_node=1), 5 / 1024)
-    remedies = list(try_remedies(plan_case(case)))
-    singles = [remedy for remedy in remedies[:-1] if remedy.name != "more nodes"]
+    remedies = {remedy.name: remedy for remedy in try_remedies(plan_case(case))}
+    singles = [remedies[name] for name in ("row-wise", "UVM caching", "fp16 tables", "smaller dim")]
     assert not any(remedy.planned.fits for remedy in singles if remedy.planned)
-    assert remedies[-1].name == "all of these"
-    assert "--embeddings.dtype=fp16" in remedies[-1].settings and "--embeddings.dim=8" in remedies[-1].settings
-    changed = remedies[-1].planned.case.config  # type: ignore[union-attr]
+    together, last = remedies["all of these"], remedies["and more nodes"]
+    assert "--embeddings.dtype=fp16" in together.settings and "--embeddings.dim=8" in together.settings
+    assert last.planned is not None and last.planned.fits
+    assert last.planned.case.config == together.planned.case.config  # type: ignore[union-attr]
+    assert last.planned.case.world.nodes == int(last.settings.split("--nodes ")[1]) > 1
+    changed = together.planned.case.config  # type: ignore[union-attr]
     assert (changed.embeddings.dtype, changed.embeddings.dim) == ("fp16", 8)
 
 

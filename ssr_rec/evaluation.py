@@ -1,0 +1,77 @@
+"""Batches through the pipeline, and the measures of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from ssr_rec.data.reader import Reader
+from ssr_rec.fold_metrics import fold_metrics
+
+
+class EvaluationConfig(Protocol):
+    """The part of ``TrainConfig`` that evaluations follow."""
+
+    @property
+    def metrics(self) -> str: ...
+    @property
+    def metrics_rows(self) -> int: ...
+
+
+def run_steps(
+    pipeline: TrainPipelineSparseDist,
+    batches: Iterator[Any],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Any]:
+    """The outputs of the pipeline until ``batches`` ends; the pipeline is empty afterwards.
+
+    Args:
+        around: makes the context of each batch.
+    """
+    while True:
+        try:
+            with around():
+                output = pipeline.progress(batches)
+        except StopIteration:
+            return
+        yield output
+
+
+def evaluate(
+    pipeline: TrainPipelineSparseDist,
+    model: nn.Module,
+    reader: Reader,
+    config: EvaluationConfig,
+    beat: Callable[[str], None],
+) -> dict[str, Any]:
+    """Metrics of a split, the same on every rank and for every world size. Collective.
+
+    Args:
+        beat: told of every batch, for the watch over stalled ranks.
+
+    Returns:
+        ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
+        (exact or bounded).
+    """
+    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, reader.schema.labels)
+    model.eval()
+    batches = reader.epoch(0)
+    with torch.no_grad():
+        for number, (_, logits, labels, groups) in enumerate(run_steps(pipeline, batches)):
+            beat(f"batch {number} of the evaluation")
+            metrics.update(logits, labels, groups)
+    batches.close()
+    model.train()
+    tasks = metrics.compute()
+    found: list[Any] = [None]
+    if tasks is not None:
+        loss = sum(task["logloss"] for task in tasks.values()) / len(tasks)
+        found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
+    dist.broadcast_object_list(found)
+    return found[0]

@@ -1,0 +1,138 @@
+"""The process of one case of bench_inference.py: it loads the case, then answers what it is asked over a pipe.
+
+One process a case, so that its memory is its own; they all stay, so that the cases can take turns.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from inference_cases import Case, Rows, Score, draw_rows, read_rows, requests_of, timed_load
+
+from ssr_rec.latency import Requests, drive
+from ssr_rec.train import quiet
+
+ROWS = 16_384
+"""Rows that requests are drawn from, or the largest batch."""
+FOLD_ROWS = 1_024
+"""Rows of a request when the whole test fold is scored."""
+
+
+class Failed(Exception):
+    """What went wrong in a worker, in its own words."""
+
+
+class Worker:
+    """This side of the pipe.
+
+    Raises:
+        ValueError: what the worker's ValueError said.
+        Failed: its traceback, for any other error, or that it is gone.
+    """
+
+    def __init__(self, case: Case, batches: list[int], seed: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.case = case
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, case, batches, seed), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.loaded: dict[str, Any] = self._answer()
+
+    def ask(self, what: str, *arguments: Any) -> Any:
+        self._pipe.send((what, *arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            kind, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise Failed(f"{self.case.name}: its process ended with {self._process.exitcode}") from None
+        if kind == "bad":
+            raise ValueError(value)
+        if kind == "error":
+            raise Failed(f"{self.case.name}:\n{value}")
+        return value
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def serve(pipe: Connection, case: Case, batches: list[int], seed: int) -> None:
+    """The worker's side: an answer to every request until the pipe closes."""
+    quiet()
+    torch.set_num_threads(case.threads)
+    try:
+        served = Served(case, batches, seed)
+        pipe.send(("ok", served.loaded))
+        while True:
+            what, *arguments = pipe.recv()
+            pipe.send(("ok", getattr(served, what)(*arguments)))
+    except EOFError:
+        return
+    except ValueError as error:
+        pipe.send(("bad", str(error)))
+    except Exception:
+        pipe.send(("error", traceback.format_exc()))
+
+
+class Served:
+    """A loaded case and its requests."""
+
+    def __init__(self, case: Case, batches: list[int], seed: int) -> None:
+        self.case = case
+        rows = max(ROWS, *batches)
+        self.rows: Rows = (
+            draw_rows(case.schema, rows, seed) if case.data is None else read_rows(case.data, case.schema, rows)
+        )
+        self.requests = {batch: requests_of(self.rows, batch, seed) for batch in batches}
+        before = memory()
+        self.score: Score
+        self.score, seconds = timed_load(case, self.requests[batches[0]][0])
+        self.loaded = {"load_s": seconds, "before_bytes": before["now"]}
+
+    def drive(self, batch: int, clients: int, requests: int | np.ndarray, warmup: int) -> Requests:
+        """``warmup`` requests unrecorded, since another process has just had the caches, then those asked for."""
+        pool = self.requests[batch]
+
+        def send(k: int) -> None:
+            self.score(*pool[k % len(pool)])
+
+        for k in range(warmup):
+            send(k)
+        return drive(send, requests, clients)
+
+    def memory(self) -> dict[str, int]:
+        return memory()
+
+    def fold(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels (N, T) of the whole test fold."""
+        assert self.case.data is not None
+        rows = read_rows(self.case.data, self.case.schema)
+        assert rows.labels is not None
+        starts = range(0, len(rows), FOLD_ROWS)
+        logits = [self.score(*rows.request(start, min(start + FOLD_ROWS, len(rows)))).float() for start in starts]
+        return torch.cat(logits).numpy(), rows.labels
+
+
+def memory() -> dict[str, int]:
+    """Resident bytes of this process: now, and at most so far.
+
+    From /proc: getrusage's maximum is that of the parent where a process was made by vfork and exec.
+    """
+    figures = {}
+    with open("/proc/self/status") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            if key in ("VmRSS", "VmHWM"):
+                figures[key] = int(value.split()[0]) * 1024
+    return {"now": figures["VmRSS"], "peak": figures["VmHWM"]}
