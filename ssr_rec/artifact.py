@@ -70,7 +70,7 @@ class Manifest(Settings):
     dense: Literal["fp32", "bf16"]
     pooling: Literal["mean", "sum"]
     over_arch: dict[str, Any] = Field(description="its config")
-    stacks: dict[str, list[InnerPath]] = Field(description="name -> files of its rows, and scales if it has any")
+    stacks: dict[str, InnerPath] = Field(description="name -> file of its tables")
     parity: Parity
     measures: dict[str, dict[str, dict[str, float | None]]] = Field(
         description="eager and artifact -> task -> measure, on the rows of parity"
@@ -111,7 +111,7 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
         file = folder / name
         if not file.is_file() or file.stat().st_size != size or (check_files and sha256_of(file) != digest):
             raise ValueError(f"{file}: missing or damaged; export the run again")
-    for name in [MODEL_FILE, *(file for files in manifest.stacks.values() for file in files)]:
+    for name in [MODEL_FILE, *manifest.stacks.values()]:
         if name not in manifest.files:
             raise ValueError(f"{path}: damaged: {name} is not among its files; export the run again")
     _check_machine(manifest.compiled_for, path)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ssr_rec.figures import DPI, Decimals, legend_below, style
 from ssr_rec.progress import decimal
@@ -58,7 +59,8 @@ def draw_days(runs: Sequence[Run], path: str | Path) -> None:
     days, tasks = _days(runs), list(runs[0].report["test"])
     names = [name for name in MEASURES if any(_has(run, task, name) for run in runs for task in tasks)]
     size = (4.2 * len(names), 3.7 * len(tasks))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    # Tick labels are measured before they are written without their zeros: a margin, or some are cut off.
+    figure = Figure(figsize=size, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
     panels = figure.subplots(len(tasks), len(names), squeeze=False)
     figure.suptitle("Each next day, evaluated before it is trained on", fontsize=11, x=0.01, ha="left")
     for task, row in zip(tasks, panels, strict=True):

@@ -97,8 +97,8 @@ def export_restored(
         tolerance = max(TOLERANCES[name] for name in lossy)
     with new_artifact(Path(out)) as folder:
         note("packing tables")
-        layout = make_layout(restored.schema, restored.model.dense, restored.config.embeddings.pooling)
-        packed = stacked_tables(restored.model, restored.schema, layout, tables)
+        layout = make_layout(restored.schema, restored.model.dense, restored.config.embeddings.pooling, tables)
+        packed = stacked_tables(restored.model, restored.schema, layout)
         stacks = _write_tables(packed, folder)
         _copy_vocabularies(restored.schema, restored.data, folder)
         note("compiling")
@@ -130,7 +130,7 @@ def export_restored(
     return {
         "artifact": str(out),
         "bytes": sum(int(size) for size, _ in manifest.files.values()),
-        "table_bytes": sum(tensor.nbytes for stack in packed.values() for tensor in stack),
+        "table_bytes": sum(tensor.nbytes for tensor in packed.values()),
         "seconds": round(time.perf_counter() - started, 1),
         "tables": tables,
         "dense": dense,
@@ -139,14 +139,12 @@ def export_restored(
     }
 
 
-def _write_tables(packed: dict[str, list[Tensor]], folder: Path) -> dict[str, list[str]]:
+def _write_tables(packed: dict[str, Tensor], folder: Path) -> dict[str, str]:
     (folder / TABLES_FOLDER).mkdir()
-    stacks: dict[str, list[str]] = {}
-    for name, tensors in packed.items():
-        stacks[name] = [f"{TABLES_FOLDER}/{name}.{part}.npy" for part in ("rows", "scales")[: len(tensors)]]
-        for file, tensor in zip(stacks[name], tensors, strict=True):
-            np.save(folder / file, tensor.numpy(), allow_pickle=False)
-    return stacks
+    files = {name: f"{TABLES_FOLDER}/{name}.npy" for name in packed}
+    for name, file in files.items():
+        np.save(folder / file, packed[name].numpy(), allow_pickle=False)
+    return files
 
 
 def _copy_vocabularies(schema: Schema, data: Path, folder: Path) -> None:
@@ -157,7 +155,7 @@ def _copy_vocabularies(schema: Schema, data: Path, folder: Path) -> None:
             shutil.copyfile(data / feature.encoding.file, target)
 
 
-def compile_model(model: ServingModel, tables: list[list[Tensor]], path: Path) -> None:
+def compile_model(model: ServingModel, tables: list[Tensor], path: Path) -> None:
     """``torch.export`` for any number of rows, then AOTInductor to ``path``.
 
     SSR's own operators stay calls of the C++ library: faster than what the compiler makes of their plain forms.
@@ -171,9 +169,10 @@ def compile_model(model: ServingModel, tables: list[list[Tensor]], path: Path) -
         lists += [torch.zeros(2 * batch, dtype=torch.int64), torch.arange(0, 2 * batch + 1, 2)]
         shapes += [{0: Dim(f"ids{number}", min=1, max=2**31 - 1)}, {0: rows + 1}]
     ids = torch.zeros(len(layout.singles), batch, dtype=torch.int64)
-    no_shape = [[None for _ in stack] for stack in tables]
     with torch.no_grad():
-        program = torch.export.export(model, (ids, lists, tables), dynamic_shapes=({1: rows}, shapes, no_shape))
+        program = torch.export.export(
+            model, (ids, lists, tables), dynamic_shapes=({1: rows}, shapes, [None] * len(tables))
+        )
         options = {"cpp.dynamic_threads": True}
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 

@@ -1,12 +1,11 @@
-"""Embedding tables in fewer bits, in pure tensor code: what is stored, and how looked-up rows become float32 again.
+"""Embedding tables in fewer bits, as FBGEMM stores them and looks them up, in a form that ``torch.export`` takes.
 
-The formats are FBGEMM's row-wise ones, packed by its operators, with the scales beside the rows instead of behind them:
+    fp32, fp16   (R, D)
+    int8         (R, D + 8) uint8: a byte a column, then scale and offset of the row, float32
+    int4         (R, D/2 + 4) uint8: half a byte a column, even columns in the low half, then scale and offset, float16
 
-    fp32, fp16   rows (R, D)
-    int8         rows (R, D) uint8, scales (R, 2) float32: scale and offset of each row, value = scale * byte + offset
-    int4         rows (R, D/2) uint8, even columns in the low half; scales (R, 2) float16
-
-A table of fewer than four columns (the first-order weights of DeepFM) stays fp32: its scales would outweigh it.
+A table of fewer than four columns (the first-order weights of DeepFM) stays fp32, its scales would outweigh it; one of
+an odd number of columns takes int8 for int4.
 """
 
 from __future__ import annotations
@@ -16,32 +15,52 @@ from typing import Literal
 import fbgemm_gpu  # noqa: F401  the operators that pack
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 LEAST_COLUMNS = 4
 
 
-def pack(table: Tensor, precision: Precision) -> list[Tensor]:
-    """``table`` (R, D) float32 as ``[rows]`` or ``[rows, scales]``."""
+def stored_as(precision: Precision, columns: int) -> Precision:
+    """The precision of a table of so many columns."""
+    if columns < LEAST_COLUMNS:
+        return "fp32"
+    return "int8" if precision == "int4" and columns % 2 else precision
+
+
+def pack(table: Tensor, precision: Precision) -> Tensor:
+    """``table`` (R, D) float32 as it is stored."""
     table = table.detach().float().contiguous()
-    if precision == "fp32" or table.shape[1] < LEAST_COLUMNS:
-        return [table.clone()]
-    if precision == "fp16":
-        return [table.half()]
-    if precision == "int8":
-        fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(table)
-        scales = fused[:, -8:].contiguous().view(torch.float32)
-        return [fused[:, :-8].contiguous(), scales]
-    fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(table, 4)
-    return [fused[:, :-4].contiguous(), fused[:, -4:].contiguous().view(torch.float16)]
+    kind = stored_as(precision, table.shape[1])
+    if kind == "int8":
+        return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(table)
+    if kind == "int4":
+        return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(table, 4)
+    return table.half() if kind == "fp16" else table.clone()
 
 
-def look_up(packed: list[Tensor], ids: Tensor) -> Tensor:
-    """Rows ``ids`` (...) of a packed table as (..., D) float32."""
-    rows = packed[0][ids]
-    if len(packed) == 1:
-        return rows.float()
-    scales = packed[1][ids].float()
-    if packed[1].dtype == torch.float16:
-        rows = torch.stack([rows & 15, rows >> 4], dim=-1).flatten(-2)
-    return rows.float() * scales[..., :1] + scales[..., 1:]
+def pooled(packed: Tensor, kind: Precision, ids: Tensor, offsets: Tensor, mode: str = "sum") -> Tensor:
+    """Sum or mean of the rows of each bag, zeros for an empty one: (B, D) float32.
+
+    Args:
+        kind: what ``stored_as`` says of the table.
+        ids: (n,) int64.
+        offsets: (B + 1,) int64, where each bag begins in ids, and the end of the last.
+    """
+    if kind in ("fp32", "fp16"):
+        return F.embedding_bag(ids, packed, offsets, mode=mode, include_last_offset=True).float()
+    look_up = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+    if kind == "int4":
+        look_up = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets
+    sums = look_up(packed, ids, offsets, include_last_offset=True)
+    return sums if mode == "sum" else sums / (offsets[1:] - offsets[:-1]).clamp(min=1).unsqueeze(1)
+
+
+def _shape_of_int4(weight: Tensor, indices: Tensor, offsets: Tensor, *rest: object, **options: object) -> Tensor:
+    # torch has this for the byte operator alone.
+    return weight.new_empty(offsets.shape[0] - 1, 2 * (weight.shape[1] - 4), dtype=torch.float32)
+
+
+# The registration ends with the object.
+_SHAPES = torch.library.Library("quantized", "IMPL")
+_SHAPES.impl("embedding_bag_4bit_rowwise_offsets", _shape_of_int4, "Meta")

@@ -51,8 +51,7 @@ class Scorer:
         self.schema, self.labels = manifest.dataset, manifest.dataset.labels
         self.tables, self.dense = manifest.tables, manifest.dense
         self.encoder = Encoder(manifest.dataset, folder)
-        stacks = [[_mapped(folder / name) for name in files] for files in manifest.stacks.values()]
-        self._tables = [tensor for stack in stacks for tensor in stack]
+        self._tables = [_mapped(folder / name) for name in manifest.stacks.values()]
         features = self.schema.features
         self._is_list = [feature.kind == "list" for feature in features]
         self._sizes = np.array([f.num_embeddings for f in features if f.kind != "list"], dtype=np.uint64)[:, None]

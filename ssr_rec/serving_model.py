@@ -6,16 +6,19 @@ batch, ``R`` rows of a table. Features stand in schema order.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssr_rec.embeddings import columns_per_dim
 from ssr_rec.model import CTRModel, DenseArch
-from ssr_rec.packed_tables import Precision, look_up, pack
+from ssr_rec.over_archs import OverArch
+from ssr_rec.over_archs.filters import StaticRandomFilter
+from ssr_rec.over_archs.ssr import SSRLayer
+from ssr_rec.packed_tables import Precision, pack, pooled, stored_as
 from ssr_rec.schema import Schema
 
 
@@ -29,6 +32,8 @@ class Stack(NamedTuple):
     """Positions of their features in the schema, ascending."""
     first_rows: list[int]
     """Where each one's table begins."""
+    kind: Precision
+    """How it is stored."""
 
 
 class Layout(NamedTuple):
@@ -49,7 +54,7 @@ class Layout(NamedTuple):
         return [i for i, kind in enumerate(self.kinds) if kind == "list"]
 
 
-def make_layout(schema: Schema, dense: DenseArch, pooling: str) -> Layout:
+def make_layout(schema: Schema, dense: DenseArch, pooling: str, precision: Precision) -> Layout:
     sizes = [feature.num_embeddings for feature in schema.features]
     sets = [("main", 1, list(dense.over_arch.field_dims))]
     sets += [(name, columns_per_dim(dims), list(dims)) for name, dims in dense.over_arch.extra_tables.items()]
@@ -59,13 +64,13 @@ def make_layout(schema: Schema, dense: DenseArch, pooling: str) -> Layout:
         for dim in sorted(set(dims)):
             features = [i for i, d in enumerate(dims) if d == dim]
             first_rows = [sum(sizes[j] for j in features[:at]) for at in range(len(features))]
-            found.append(Stack(f"{name}-{dim}", columns, features, first_rows))
+            found.append(Stack(f"{name}-{dim}", columns, features, first_rows, stored_as(precision, dim)))
         stacks.append(found)
     return Layout([feature.kind for feature in schema.features], pooling, stacks)
 
 
-def stacked_tables(model: CTRModel, schema: Schema, layout: Layout, precision: Precision) -> dict[str, list[Tensor]]:
-    """Name of each stack -> its packed tables, of a model with plain tables."""
+def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str, Tensor]:
+    """Name of each stack -> its packed table, of a model with plain tables."""
     trained = model.tables.embedding_bags
     tables = {}
     for number, stacks in enumerate(layout.sets):
@@ -75,7 +80,7 @@ def stacked_tables(model: CTRModel, schema: Schema, layout: Layout, precision: P
             whole = torch.cat([trained[name].weight.detach() for name in names])
             if stack.columns > 1:
                 whole = whole.unflatten(1, (-1, stack.columns)).mean(2)
-            tables[stack.name] = pack(whole, precision)
+            tables[stack.name] = pack(whole, stack.kind)
     return tables
 
 
@@ -90,13 +95,14 @@ class ServingModel(nn.Module):
 
     def __init__(self, dense: DenseArch, layout: Layout, bf16: bool) -> None:
         super().__init__()
-        self.over_arch, self.heads, self.layout, self.bf16 = dense.over_arch, dense.heads, layout, bf16
+        self.over_arch = with_bf16_views(dense.over_arch) if bf16 else dense.over_arch
+        self.heads, self.layout, self.bf16 = dense.heads, layout, bf16
         for number, stacks in enumerate(layout.sets):
             for place, stack in enumerate(stacks):
                 rows = [row for i, row in zip(stack.features, stack.first_rows, strict=True) if i in layout.singles]
                 self.register_buffer(f"first_rows_{number}_{place}", torch.tensor(rows, dtype=torch.int64))
 
-    def forward(self, ids: Tensor, lists: list[Tensor], tables: list[list[Tensor]]) -> Tensor:
+    def forward(self, ids: Tensor, lists: list[Tensor], tables: list[Tensor]) -> Tensor:
         left = list(tables)
         inputs = []
         for number, stacks in enumerate(self.layout.sets):
@@ -110,10 +116,10 @@ class ServingModel(nn.Module):
             return self.heads(features).float() + logits.float()
 
     def _embed(
-        self, number: int, stacks: list[Stack], ids: Tensor, lists: list[Tensor], tables: list[list[Tensor]]
+        self, number: int, stacks: list[Stack], ids: Tensor, lists: list[Tensor], tables: list[Tensor]
     ) -> Tensor:
         """One input of the over-arch: (B, sum of dims), fields in schema order."""
-        layout = self.layout
+        layout, rows = self.layout, ids.shape[1]
         rank = {feature: place for place, feature in enumerate(layout.singles)}
         pieces: dict[int, Tensor] = {}
         for place, (stack, packed) in enumerate(zip(stacks, tables, strict=True)):
@@ -121,24 +127,30 @@ class ServingModel(nn.Module):
             if singles:
                 wanted = ids if len(singles) == len(rank) else ids[[rank[i] for i in singles]]
                 first_rows = getattr(self, f"first_rows_{number}_{place}")
-                looked_up = look_up(packed, wanted.t() + first_rows)
+                # Bags of one id: FBGEMM's kernels copy or unpack a row faster than the compiled loop of an index.
+                places = (wanted.t() + first_rows).flatten()
+                bags = torch.arange(rows * len(singles) + 1)
+                looked_up = pooled(packed, stack.kind, places, bags).view(rows, len(singles), -1)
                 for start, stop in _runs(singles):
                     pieces[singles[start]] = looked_up[:, start:stop].flatten(1)
             for feature, first_row in zip(stack.features, stack.first_rows, strict=True):
                 if feature not in rank:
                     at = 2 * layout.lists.index(feature)
-                    pieces[feature] = _pool(packed, lists[at] + first_row, lists[at + 1], layout.pooling)
+                    pieces[feature] = pooled(packed, stack.kind, lists[at] + first_row, lists[at + 1], layout.pooling)
         return torch.cat([pieces[feature] for feature in sorted(pieces)], dim=1)
+
+
+def with_bf16_views(over_arch: OverArch) -> OverArch:
+    """A copy whose static filters' fusions multiply in bfloat16, which autocast leaves to the type of their weights."""
+    copied = copy.deepcopy(over_arch)
+    for layer in copied.modules():
+        if isinstance(layer, SSRLayer) and isinstance(layer.filter, StaticRandomFilter) and not layer.fusion.residual:
+            weight = layer.fusion.dense.weight
+            weight.data = weight.detach().mT.to(torch.bfloat16).contiguous().mT
+    return copied
 
 
 def _runs(features: Sequence[int]) -> list[tuple[int, int]]:
     """Start and stop within ``features`` of those that follow one another in the schema."""
     starts = [at for at, i in enumerate(features) if at == 0 or features[at - 1] != i - 1]
     return list(zip(starts, [*starts[1:], len(features)], strict=True))
-
-
-def _pool(packed: list[Tensor], ids: Tensor, offsets: Tensor, pooling: str) -> Tensor:
-    if len(packed) == 1 and packed[0].dtype == torch.float32:
-        return F.embedding_bag(ids, packed[0], offsets, mode=pooling, include_last_offset=True)
-    rows = look_up(packed, ids)
-    return F.embedding_bag(torch.arange(ids.shape[0]), rows, offsets, mode=pooling, include_last_offset=True)

@@ -44,17 +44,17 @@ def optimizer_tensors(optimizer: CombinedOptimizer) -> dict[str, Tensor | Sharde
 
 
 def initialise_optimizer(optimizer: CombinedOptimizer) -> None:
-    """Create the state of the dense optimizers by a step with gradients of zero and learning rates of zero."""
+    """Create the state of the dense optimizers by a step that moves nothing: without gradient, rate or decay."""
     groups = list(optimizer.param_groups)
-    rates = [group["lr"] for group in groups]
-    for group in groups:  # weight decay would move weights
-        group["lr"] = 0.0
+    settings = [{key: group[key] for key in ("lr", "weight_decay") if key in group} for group in groups]
+    for group, kept in zip(groups, settings, strict=True):
+        group.update(dict.fromkeys(kept, 0.0))
     for name, part in optimizer.optimizers:
         if name != "fused":  # FBGEMM's state is there from the start
             part.init_state()
     optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
+    for group, kept in zip(groups, settings, strict=True):
+        group.update(kept)
 
 
 def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
 from ssr_rec.checkpoint import INFO_FILE, read_checkpoint, read_info, stored_tensors
@@ -49,21 +52,29 @@ def warm_start_optimizer(optimizer: CombinedOptimizer, folder: Path, note: Calla
     """
     initialise_optimizer(optimizer)
     stored = {name: size for name, (size, _) in stored_tensors(folder).items() if name.startswith(OPTIMIZER)}
-    wanted, grown, fresh = {}, 0, []
+    wanted: dict[str, Tensor | ShardedTensor] = {}
+    kinds: dict[str, str] = {}
     for name, value in optimizer_tensors(optimizer).items():
         here, there = value.size(), stored.get(name)
         if here == there:
-            wanted[name] = value
+            wanted[name], kinds[name] = value, "loaded"
         elif there and ".embedding_bags." in name and here[1:] == there[1:] and here[0] > there[0]:
-            wanted[name] = first_rows(value, there[0])
-            grown += 1
+            wanted[name], kinds[name] = first_rows(value, there[0]), "grown"
         else:
-            fresh.append(name.removeprefix(OPTIMIZER))
+            kinds[name] = "fresh"
     read_checkpoint(wanted, folder)
     info = read_info(folder)
     steps = info["step"] + info["fitted"].get("steps_before", 0)
     optimizer.set_optimizer_step(steps)
-    note(f"  optimizer state after {steps} steps: {len(wanted)} tensors, {grown} of them of tables that have grown")
-    if fresh:
-        note(f"  optimizer state left fresh: {', '.join(fresh)}")
-    return {"loaded": len(wanted) - grown, "grown": grown, "fresh": len(fresh), "steps": steps}
+    # A rank knows the state of the tables it holds.
+    of_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, kinds)
+    everywhere = dict(chain.from_iterable(found.items() for found in of_ranks))
+    found = {kind: [n for n, k in everywhere.items() if k == kind] for kind in ("loaded", "grown", "fresh")}
+    report = {kind: len(names) for kind, names in found.items()}
+    note(
+        f"  optimizer state after {steps} steps: " + ", ".join(f"{n} tensors {kind}" for kind, n in report.items() if n)
+    )
+    if found["fresh"]:
+        note(f"  left fresh: {', '.join(name.removeprefix(OPTIMIZER) for name in found['fresh'])}")
+    return {**report, "steps": steps}

@@ -19,6 +19,7 @@ from ssr_rec.restore import restore_model
 from ssr_rec.serving import MAX_ROWS, Scorer, load
 from tests.made_run import make_run
 from tests.over_archs.test_contract import CASES
+from tests.test_restore import JOBS, train_run
 
 pytestmark = pytest.mark.slow
 SSR = ["--over_arch.num_views=2", "--over_arch.view_dim=8", "--embeddings.dims={user: 12, tags: 4}"]
@@ -157,7 +158,7 @@ def test_nothing_else_is_overwritten(made, tmp_path):
         (lambda f: (f / "artifact.json").write_text("[1]"), "damaged: not a mapping"),
         (lambda f: replace(f / "artifact.json", '"mean"', '"sum"'), "do not have its checksum"),
         (lambda f: (f / "model.pt2").unlink(), "model.pt2: missing or damaged"),
-        (lambda f: flip(next(f.glob("tables/*8.rows.npy"))), "rows.npy: missing or damaged"),
+        (lambda f: flip(next(f.glob("tables/main-8.npy"))), "main-8.npy: missing or damaged"),
         (lambda f: flip(f / "model.pt2"), "model.pt2: missing or damaged"),
         (lambda f: other_machine(f, "torch", "2.0.0"), "compiled for torch 2.0.0, this is"),
         (lambda f: other_machine(f, "cpu_capability", "SVE"), "compiled for SVE"),
@@ -243,3 +244,12 @@ def test_every_precision_exports_with_fields_in_any_order(dataset, tmp_path, tab
     scorer, (logits, sparse) = load(tmp_path / "artifact"), eager_logits(run, 60)
     for rows in (1, 60):
         assert (scorer.score(first_rows(sparse, rows)) - logits[:rows]).abs().max() < 0.3
+
+
+def test_a_run_of_two_ranks_exports(dataset, tmp_path):
+    run, report = train_run(dataset, tmp_path, *JOBS["2 ranks, tables cut"])
+    exported = export_run(run, tmp_path / "artifact")
+    assert exported["parity"]["max_difference"] < 1e-5
+    for task, measures in exported["measures"]["artifact"].items():
+        assert measures["auc"] == pytest.approx(report["test"][task]["auc"], abs=1e-4)
+        assert measures["logloss"] == pytest.approx(report["test"][task]["logloss"], abs=1e-5)

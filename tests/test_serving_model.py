@@ -1,5 +1,6 @@
 """The served graph, before it is compiled, against the trainer's modules; packed tables against plain formulas."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ssr_rec.config import RunConfig, resolve
 from ssr_rec.data.reader import Reader
-from ssr_rec.packed_tables import look_up, pack
+from ssr_rec.packed_tables import pack, pooled, stored_as
 from ssr_rec.restore import build_plain_model
 from ssr_rec.schema import Schema
 from ssr_rec.serving_model import ServingModel, make_layout, stacked_tables
@@ -38,15 +39,17 @@ def served_inputs(schema: Schema, batch: Any) -> tuple[torch.Tensor, list[torch.
 def both(dataset: Path, config: RunConfig, precision: Any = "fp32", bf16: bool = False) -> tuple[torch.Tensor, ...]:
     schema = Schema.read(dataset).select(config.data.features, None)
     model = randomised(build_plain_model(config, schema), 3)
-    layout = make_layout(schema, model.dense, config.embeddings.pooling)
-    tables = list(stacked_tables(model, schema, layout, precision).values())
+    layout = make_layout(schema, model.dense, config.embeddings.pooling, precision)
+    tables = list(stacked_tables(model, schema, layout).values())
     batch = next(iter(Reader(dataset, schema, "test", batch_size=100).epoch(0)))
     with torch.no_grad():
         served = ServingModel(model.dense, layout, bf16).eval()(*served_inputs(schema, batch), tables)
         return served, model(batch.sparse)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "switched" in case else []) for case in CASES]
+)
 @pytest.mark.parametrize("dims", [{}, MIXED], ids=["equal dims", "dims per field"])
 def test_every_over_arch_is_served_as_it_was_trained(dataset, case, dims):
     if dims and CASES[case]["name"] in EQUAL_DIMS_ONLY:
@@ -89,26 +92,31 @@ def test_bf16_is_what_training_in_bf16_computes(dataset):
 def test_integers_are_within_half_a_step_of_each_row(precision, levels, columns):
     table = torch.randn(50, columns, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 2, 50)[:, None]
     packed = pack(table, precision)
-    assert packed[0].nbytes == 50 * columns * (1 if precision == "int8" else 0.5)
-    ids = torch.tensor([[3, 49], [0, 3]])
-    found = look_up(packed, ids)
+    assert packed.nbytes == 50 * (columns + 8 if precision == "int8" else columns / 2 + 4)
+    ids = torch.tensor([3, 49, 0, 3])
+    found = pooled(packed, precision, ids, torch.arange(5))
     step = (table.amax(1) - table.amin(1)) / levels
     # The scales of int4 are rounded to float16 themselves.
     slack = 1e-5 if precision == "int8" else 0.02
-    assert found.shape == (2, 2, columns)
+    assert found.shape == (4, columns)
     assert ((found - table[ids]).abs().amax(-1) <= step[ids] * (0.5 + slack) + slack * table[ids].abs().amax(-1)).all()
 
 
-def test_int8_rows_are_fbgemm_s():
-    table = torch.randn(30, 8, generator=torch.Generator().manual_seed(2))
-    fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(table)
-    theirs = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(fused)
-    torch.testing.assert_close(look_up(pack(table, "int8"), torch.arange(30)), theirs, atol=1e-6, rtol=0)
-    fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(table, 4)
-    theirs = torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(fused, 4)
-    torch.testing.assert_close(look_up(pack(table, "int4"), torch.arange(30)), theirs, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_are_sums_and_means_of_their_rows(precision, mode):
+    packed = pack(torch.randn(30, 8, generator=torch.Generator().manual_seed(2)), precision)
+    rows = pooled(packed, precision, torch.arange(30), torch.arange(31))
+    ids, offsets = torch.tensor([4, 9, 9, 29, 1]), torch.tensor([0, 0, 3, 4, 4, 5])
+    found = pooled(packed, precision, ids, offsets, mode)
+    wanted = torch.stack(
+        [rows[ids[a:b]].sum(0) / (max(1, b - a) if mode == "mean" else 1) for a, b in pairwise(offsets)]
+    )
+    torch.testing.assert_close(found, wanted, atol=5e-3 if precision == "fp16" else 1e-6, rtol=0)
 
 
-def test_narrow_tables_stay_as_they_are():
-    table = torch.randn(5, 1)
-    assert torch.equal(look_up(pack(table, "int4"), torch.arange(5)), table)
+def test_narrow_and_odd_tables():
+    assert [stored_as("int4", columns) for columns in (1, 3, 4, 5, 6)] == ["fp32", "fp32", "int4", "int8", "int4"]
+    for columns in (1, 3):
+        table = torch.randn(5, columns)
+        assert torch.equal(pack(table, "int4"), table)

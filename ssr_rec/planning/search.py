@@ -60,7 +60,7 @@ SMALL_TABLE = 0.001
 
 @dataclass(frozen=True)
 class Found:
-    """A plan for the case; where none fits, the least uneven one found, which has too much on some rank.
+    """A plan for the case; where none is found that fits, the one with the most even memory, which may fit after all.
 
     Attributes:
         options: a table's chosen way of sharding, with ranks and estimates; one per table.
@@ -158,7 +158,7 @@ def fixed_bytes(case: Case, dense: DenseCost, columns: int) -> FixedBytes:
     rows, config = case.rows_per_rank, case.config
     copies = sum(DENSE_BYTES.values()) + (2 if config.train.bf16 else 0)  # autocast keeps bf16 copies of the weights
     ids = sum(case.lengths.get(name, 1.0) for name in case.schema.feature_names)
-    row = BATCHES_IN_FLIGHT * (ids * ID_BYTES + 5 * len(case.schema.labels)) + 2 * columns * FLOAT_BYTES
+    row = BATCHES_IN_FLIGHT * (ids * ID_BYTES + FLOAT_BYTES * len(case.schema.labels)) + 2 * columns * FLOAT_BYTES
     return FixedBytes(
         dense=dense.parameters * copies + dense.buffer_bytes,
         activations=int(dense.activation_bytes * rows + dense.fixed_bytes),
@@ -190,7 +190,7 @@ def make_topology(case: Case, table_bytes: int) -> Topology:
 
 
 def find_plan(case: Case, dense: DenseCost) -> Found:
-    """TorchRec's plan for the case: the fastest by its estimates, else any that fits, else the least uneven.
+    """TorchRec's plan for the case: the fastest by its estimates, else the one with the most even memory.
 
     Raises:
         ValueError: a setting of the config without effect or not for this device.
@@ -216,7 +216,7 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
         )
         for name, constraint in allowed.items()
     }
-    for by_memory, limit in ((False, left), (True, left), (True, UNLIMITED)):
+    for by_memory, limit in ((False, left), (True, UNLIMITED)):
         topology = make_topology(case, limit)
         enumerator = EmbeddingEnumerator(
             topology=topology,

@@ -68,6 +68,25 @@ def test_speed_follows_from_the_step() -> None:
         assert sum(parts[name] for name in names) == parts["capacity"]
 
 
+def test_memory_of_a_rank_by_hand() -> None:
+    """One table of 1000 x 16 on one of two GPUs, an MLP of 16 -> 32 -> 1, 2048 rows a rank, lists of 5 ids."""
+    case = make_case({"seen": 1000}, ["--sharding.types=[table_wise]"], lengths={"seen": 5.0})
+    with_table, without = sorted(plan_case(case).estimate.memory, key=lambda memory: -memory.weights)
+    assert (with_table.weights, with_table.optimizer) == (64_000, 4_000)
+    assert (without.weights, without.optimizer) == (0, 0)
+    for memory in (with_table, without):
+        assert memory.dense == 16 * (16 * 32 + 32 + 32 + 1)
+        assert memory.activations == 2048 * 4 * (16 + 32)
+        assert memory.capacity == int(79.1 * 2**30)
+        assert memory.reserved == int((2 + 0.05 * 79.1) * 2**30)
+    # Three batches of five ids and a label; the pooled row and its gradient.
+    own = 2048 * (3 * (5 * 8 + 4) + 2 * 16 * 4)
+    assert without.buffers == own
+    assert with_table.buffers == own + 4096 * (3 * 5 * 8 + 2 * 16 * 4)
+    half = plan_case(make_case({"seen": 1000}, ["--train.bf16=true"])).estimate.memory[0]
+    assert half.dense == 18 * (16 * 32 + 32 + 32 + 1)
+
+
 def test_waiting_decides_whether_a_plan_is_unbalanced() -> None:
     estimate = plan_case(make_case({"a": 100_000, "b": 5}, [])).estimate
     for waiting, unbalanced in ((0.09, False), (0.11, True)):

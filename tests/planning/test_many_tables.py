@@ -1,6 +1,8 @@
-"""Five hundred tables: fast enough, and as good a plan as TorchRec's own search finds with more time."""
+"""Five hundred tables: planned fast enough, and evenly."""
 
 import random
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +18,8 @@ def test_five_hundred_tables_are_planned_in_half_a_minute() -> None:
     lengths = {name: rng.uniform(2, 40) for name in rows if rng.random() < 0.2}
     case = make_case(rows, ["--train.batch_size=65536"], nodes=2, per_node=8, lengths=lengths)
     config = case.config.model_copy(update={"embeddings": case.config.embeddings.model_copy(update={"dims": dims})})
-    planned = plan_case(type(case)(config, case.schema, case.lengths, case.world))
+    started = time.process_time()  # of one core: on a busy machine the clock says little
+    planned = plan_case(replace(case, config=config))
+    assert time.process_time() - started < 30
     assert planned.fits
-    assert planned.found.seconds < 30
     assert planned.estimate.imbalance < 1.1

@@ -1,14 +1,16 @@
 """Plans of small cases: what must hold whatever TorchRec's planner chooses, and what has one answer."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+from torchrec.distributed.planner.proposers import UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
-from torchrec.distributed.planner.types import SharderData
+from torchrec.distributed.planner.types import SharderData, ShardingOption
 
 from ssr_rec.planning.explain import overflows, table_plans
-from ssr_rec.planning.remedies import Planned, plan_case, try_remedies
-from ssr_rec.planning.search import CaseEstimator, make_topology
+from ssr_rec.planning.remedies import Planned, plan_case, try_balancing, try_remedies
+from ssr_rec.planning.search import MOST_PLACED, PATIENCE, CaseEstimator, Limited, make_topology
 from ssr_rec.sharding import build_sharder
 from tests.planning.small import make_case, with_memory
 
@@ -127,6 +129,31 @@ def test_uvm_moves_tables_to_the_host() -> None:
     assert sum(m.optimizer for m in memory) == 0
 
 
+def test_too_little_host_memory_is_named() -> None:
+    case = make_case(ROWS, ["--sharding.kernels=[fused_uvm]", TABLE_WISE])
+    hardware = case.world.hardware.model_copy(update={"host_memory_gib": 0.2})  # of which tables may have half
+    planned = plan_case(replace(case, world=replace(case.world, hardware=hardware)))
+    assert not planned.fits
+    worst = overflows(planned.case, planned.found, planned.estimate)[0]
+    assert worst.where == "host" and worst.tables[0][0] == "user"
+    assert worst.missing_bytes == planned.estimate.memory[worst.rank].host - int(0.05 * 2**30)
+    assert "over its host memory: user 0.1 GiB" in str(worst)
+
+
+def test_faster_memory_and_links_shorten_their_parts() -> None:
+    case = make_case(ROWS, [TABLE_WISE], nodes=2)
+    hardware = case.world.hardware
+    memory = hardware.model_copy(update={"memory_gb_s": 2 * hardware.memory_gb_s})
+    network = hardware.model_copy(update={"network_gbit_s": 2 * hardware.network_gbit_s})
+    plain, fast, wide = (
+        plan_case(replace(case, world=replace(case.world, hardware=h))).estimate for h in (hardware, memory, network)
+    )
+    lookups = [sum(time.lookup for time in estimate.time) for estimate in (plain, fast, wide)]
+    exchanges = [sum(time.exchange for time in estimate.time) for estimate in (plain, fast, wide)]
+    assert lookups[1] == pytest.approx(lookups[0] / 2) and lookups[2] == pytest.approx(lookups[0])
+    assert exchanges[2] == pytest.approx(exchanges[0] / 2) and exchanges[1] == pytest.approx(exchanges[0])
+
+
 def test_memory_gib_limits_the_tables() -> None:
     assert not plan_case(make_case(ROWS, [TABLE_WISE, "--sharding.memory_gib=0.03"])).fits
     assert plan_case(make_case(ROWS, ["--sharding.memory_gib=0.07"])).fits
@@ -170,3 +197,32 @@ def test_the_reason_is_the_estimates() -> None:
         assert table.ms == pytest.approx(options[table.sharding_type].total_perf)
     only = plan_case(make_case(ROWS, [TABLE_WISE]))
     assert {table.why for table in table_plans(only.case, only.found)} == {"the only way open to it"}
+
+
+def test_balancing_cuts_columns_finer() -> None:
+    """One table with long lists on four ranks: whole it lies on one, halved on two, quartered on all."""
+    kinds = ["--sharding.types=[table_wise,column_wise]", "--train.batch_size=65536", "--embeddings.dim=128"]
+    case = make_case({"seen": 900_000, "item": 100}, kinds, per_node=4, lengths={"seen": 500.0})
+    columns = []
+    for remedy in try_balancing(plan_case(case)):
+        assert remedy.planned is not None
+        seen = next(option for option in remedy.planned.found.options if option.name == "seen")
+        columns.append([shard.size[1] for shard in seen.shards])
+        assert len({shard.rank for shard in seen.shards}) == len(seen.shards)
+    assert columns == [[64, 64], [32, 32, 32, 32]]
+
+
+def test_a_limited_search_ends_after_as_many_proposals_as_place_its_share_of_tables() -> None:
+    for tables, proposals in ((300, MOST_PLACED // 300), (1_000_000, PATIENCE)):
+        limited, made = Limited(Endless(), tables), 0
+        while limited.propose() is not None:
+            limited.feedback(partitionable=True, perf_rating=1.0)
+            made += 1
+        assert made == proposals
+
+
+class Endless(UniformProposer):
+    """Always has another proposal."""
+
+    def propose(self) -> list[ShardingOption] | None:
+        return []
