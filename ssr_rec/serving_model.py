@@ -6,6 +6,7 @@ batch, ``R`` rows of a table. Features stand in schema order.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from ssr_rec.embeddings import columns_per_dim
 from ssr_rec.model import CTRModel, DenseArch
+from ssr_rec.over_archs import OverArch
+from ssr_rec.over_archs.filters import StaticRandomFilter
+from ssr_rec.over_archs.ssr import SSRLayer
 from ssr_rec.packed_tables import Precision, pack, pooled, stored_as
 from ssr_rec.schema import Schema
 
@@ -91,7 +95,8 @@ class ServingModel(nn.Module):
 
     def __init__(self, dense: DenseArch, layout: Layout, bf16: bool) -> None:
         super().__init__()
-        self.over_arch, self.heads, self.layout, self.bf16 = dense.over_arch, dense.heads, layout, bf16
+        self.over_arch = with_bf16_views(dense.over_arch) if bf16 else dense.over_arch
+        self.heads, self.layout, self.bf16 = dense.heads, layout, bf16
         for number, stacks in enumerate(layout.sets):
             for place, stack in enumerate(stacks):
                 rows = [row for i, row in zip(stack.features, stack.first_rows, strict=True) if i in layout.singles]
@@ -133,6 +138,16 @@ class ServingModel(nn.Module):
                     at = 2 * layout.lists.index(feature)
                     pieces[feature] = pooled(packed, stack.kind, lists[at] + first_row, lists[at + 1], layout.pooling)
         return torch.cat([pieces[feature] for feature in sorted(pieces)], dim=1)
+
+
+def with_bf16_views(over_arch: OverArch) -> OverArch:
+    """A copy whose static filters' fusions multiply in bfloat16, which autocast leaves to the type of their weights."""
+    copied = copy.deepcopy(over_arch)
+    for layer in copied.modules():
+        if isinstance(layer, SSRLayer) and isinstance(layer.filter, StaticRandomFilter) and not layer.fusion.residual:
+            weight = layer.fusion.dense.weight
+            weight.data = weight.detach().mT.to(torch.bfloat16).contiguous().mT
+    return copied
 
 
 def _runs(features: Sequence[int]) -> list[tuple[int, int]]:

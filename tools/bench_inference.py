@@ -34,7 +34,7 @@ from inference_cases import MODES, Case
 from inference_figure import draw
 from inference_sources import DENSE, TABLES, Source, cases_of, match_of, read_sources
 from inference_tables import tables
-from inference_worker import Failed, Worker
+from inference_worker import CLOCKS, Failed, Worker
 
 from ssr_rec.latency import Requests, poisson_arrivals, summary
 from ssr_rec.metrics import auc, logloss
@@ -54,14 +54,17 @@ def closed_turns(workers: Sequence[Worker], options: argparse.Namespace) -> dict
     counts = {}
     for case, batch, clients in keys:
         # Twice, because the first request of a size may compile or allocate.
-        pilot = [workers[case].ask("drive", batch, clients, FEWEST * clients, options.warmup) for _ in range(2)][1]
+        pilot = [
+            workers[case].ask("drive", batch, clients, FEWEST * clients, options.warmup, options.clock)
+            for _ in range(2)
+        ][1]
         counts[case, batch, clients] = max(FEWEST * clients, int(options.seconds * pilot.per_second))
     turns: dict[Key, list[Requests]] = {key: [] for key in keys}
     order = np.random.default_rng(options.seed)
     for _ in range(options.repetitions):
         for index in order.permutation(len(keys)):
             case, batch, clients = key = keys[index]
-            turns[key].append(workers[case].ask("drive", batch, clients, counts[key], options.warmup))
+            turns[key].append(workers[case].ask("drive", batch, clients, counts[key], options.warmup, options.clock))
     return turns
 
 
@@ -82,7 +85,7 @@ def open_turns(
             rate = share * rates[key[0]]
             count = max(FEWEST, round(rate * options.open_seconds))
             arrivals = poisson_arrivals(rate, count, [options.seed, repetition, round(share * 1_000)])
-            turns[key].append(workers[case].ask("drive", batch, clients, arrivals, options.warmup))
+            turns[key].append(workers[case].ask("drive", batch, clients, arrivals, options.warmup, options.clock))
     return turns
 
 
@@ -166,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument(
         "--keep", type=Path, help="folder for the artifacts of aot, used again if there; default: deleted at the end"
     )
+    part.add_argument("--raw", action="store_true", help="artifacts also with raw rows: mappings in, probabilities out")
     part = parser.add_argument_group("load")
     part.add_argument("--batch", type=int, nargs="+", default=[256], help="rows of a request")
     part.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads of a case")
@@ -176,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--open-seconds", type=float, default=2.0, help="about so long is a turn of the open loop")
     part.add_argument("--warmup", type=int, default=3, help="requests at the start of a turn that do not count")
     part.add_argument("--seed", type=int, default=0, help="of random ids, places in the fold, arrivals, order of turns")
+    part.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: where others use the cores as well")
     parser.add_argument("--no-quality", action="store_true", help="do not score the test fold")
     parser.add_argument("--picture", type=Path, help="a PNG: latency against answers a second, AUC against latency")
     return parser
@@ -194,6 +199,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{key.replace('_', '-')} has no effect without --config: remove it, or give a config")
     if options.multiple is not None and options.match is None:
         raise ValueError("--multiple has no effect without --match: remove it")
+    if options.raw and not (options.artifact or "aot" in options.modes):
+        raise ValueError("--raw has no effect without an artifact or the mode aot: remove it")
     made = (options.run or options.config) and "aot" in options.modes
     for key, value in (("tables", ["fp32"]), ("dense", ["fp32"]), ("keep", None)):
         if getattr(options, key) != value and not made:
@@ -206,6 +213,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, key)
         if np.size(value) and not (np.min(value) > 0 and np.max(value) < np.inf):
             raise ValueError(f"--{key.replace('_', '-')} {value}: must be a positive number")
+    if options.clock == "cpu" and (options.load or [*options.clients, *options.threads] != [1, 1]):
+        raise ValueError("--clock cpu is the time of one thread: with it no --load, and one of --clients and --threads")
     if options.picture is not None and not options.picture.parent.is_dir():
         raise ValueError(f"--picture {options.picture}: there is no folder {options.picture.parent}; make it first")
 

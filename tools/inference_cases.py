@@ -46,6 +46,7 @@ class Case:
         config: what is built where there is no source.
         schema: of the rows, as in the run or the artifact.
         data: the prepared log whose test fold the rows are; None draws ids.
+        raw: raw rows go in, and probabilities come out.
         fixed: figures about the model that need not be measured.
     """
 
@@ -57,6 +58,7 @@ class Case:
     source: Path | None = None
     config: RunConfig | None = None
     data: Path | None = None
+    raw: bool = False
     fixed: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -133,7 +133,14 @@ def _run(path: Path, data: Path | None) -> Source:
 def _artifact(path: Path, data: Path | None) -> Source:
     scorer = load(path)
     label = resolve({"over_arch": scorer.manifest.over_arch}, str(path)).over_arch.label
-    return Source("artifact", label, scorer.schema, path, data, None, {})
+    schema = scorer.schema
+    if data is not None:
+        # An artifact does not say where folds lie.
+        found = Schema.read(data)
+        if found.dataset_id != schema.dataset_id:
+            raise ValueError(f"--data {data}: dataset {found.dataset_id}, that of {path} is {schema.dataset_id}")
+        schema = found.select(schema.feature_names, schema.labels)
+    return Source("artifact", label, schema, path, data, None, {})
 
 
 def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path) -> list[Case]:
@@ -157,7 +164,10 @@ def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path)
                     for mode in options.modes
                     if mode != "aot"
                 ]
-            cases += [_aot_case(source, folder, common, more) for folder in folders]
+            for folder in folders:
+                cases.append(_aot_case(source, folder, common, more))
+                if options.raw:
+                    cases.append(replace(cases[-1], label=f"{cases[-1].label}, raw rows", raw=True))
     return cases
 
 

@@ -5,7 +5,9 @@ One process a case, so that its memory is its own; they all stay, so that the ca
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,14 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from inference_cases import Case, Rows, Score, draw_rows, read_rows, requests_of, timed_load
+from inference_raw import raw_rows
 
 from ssr_rec.latency import Requests, drive
+from ssr_rec.serving import load
 from ssr_rec.train import quiet
 
 ROWS = 16_384
 """Rows that requests are drawn from, or the largest batch."""
 FOLD_ROWS = 1_024
 """Rows of a request when the whole test fold is scored."""
+
+
+RAW_REQUESTS = 8
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+"""cpu: of the one client's thread, which does all the work where there is one torch thread."""
 
 
 class Failed(Exception):
@@ -95,21 +104,37 @@ class Served:
             draw_rows(case.schema, rows, seed) if case.data is None else read_rows(case.data, case.schema, rows)
         )
         self.requests = {batch: requests_of(self.rows, batch, seed) for batch in batches}
+        raw = {batch: self._raw(batch) for batch in batches} if case.raw else {}
         before = memory()
         self.score: Score
         self.score, seconds = timed_load(case, self.requests[batches[0]][0])
+        if case.raw:
+            assert case.source is not None
+            predict = load(case.source).predict
+            self.send = {batch: [functools.partial(predict, rows) for rows in pool] for batch, pool in raw.items()}
+        else:
+            self.send = {
+                batch: [functools.partial(self.score, *request) for request in pool]
+                for batch, pool in self.requests.items()
+            }
         self.loaded = {"load_s": seconds, "before_bytes": before["now"]}
 
-    def drive(self, batch: int, clients: int, requests: int | np.ndarray, warmup: int) -> Requests:
+    def _raw(self, batch: int) -> list[list[dict[str, Any]]]:
+        assert self.case.source is not None
+        last = len(self.rows) - batch
+        starts = [last * i // (RAW_REQUESTS - 1) for i in range(RAW_REQUESTS)]
+        return [raw_rows(self.case.schema, self.case.source, self.rows, at, at + batch) for at in starts]
+
+    def drive(self, batch: int, clients: int, requests: int | np.ndarray, warmup: int, clock: str) -> Requests:
         """``warmup`` requests unrecorded, since another process has just had the caches, then those asked for."""
-        pool = self.requests[batch]
+        pool = self.send[batch]
 
         def send(k: int) -> None:
-            self.score(*pool[k % len(pool)])
+            pool[k % len(pool)]()
 
         for k in range(warmup):
             send(k)
-        return drive(send, requests, clients)
+        return drive(send, requests, clients, now=CLOCKS[clock])
 
     def memory(self) -> dict[str, int]:
         return memory()

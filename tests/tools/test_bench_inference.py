@@ -12,8 +12,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ssr_rec.data.reader import Reader
 from ssr_rec.kernels import extension
 from ssr_rec.latency import Requests
-from ssr_rec.schema import Schema
+from ssr_rec.raw_rows import Encoder
+from ssr_rec.schema import Hashing, Schema
 from tests.made_run import make_run
+from tests.prepare_log import make_rows, run, spec_with, write_parquet
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SMALL = ["--embeddings.dim=8", "--over_arch.num_views=2", "--over_arch.view_dim=8"]
@@ -62,6 +64,7 @@ def test_requests_are_rows_of_the_fold_as_the_reader_lays_them_out(cases, datase
     assert all(len(lengths) == 16 * len(schema.features) for _, lengths in drawn)
     places = [start for start in range(len(rows) - 15) if torch.equal(rows.request(start, start + 16)[0], drawn[0][0])]
     assert places
+    assert len({tuple(values.tolist()) for values, _ in drawn}) > len(drawn) // 2
     again = cases.requests_of(rows, 16, 0)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(drawn, again, strict=True))
     with pytest.raises(ValueError, match="--batch 100000"):
@@ -92,7 +95,7 @@ class Fake:
     def ask(self, what, *arguments):
         if what == "memory":
             return {"now": 90, "peak": 100}
-        batch, clients, requests, warmup = arguments
+        batch, clients, requests, warmup, _ = arguments
         self.log.append((self.case.model, batch, clients, requests, warmup))
         taken = self.seconds * batch
         if isinstance(requests, int):
@@ -154,6 +157,8 @@ def test_losses_are_against_the_exact_form_of_the_same_model(bench):
         (["--config", "c", "--multiple", "8"], "--multiple has no effect"),
         (["--artifact", "a", "--tables", "int8"], "--tables has no effect"),
         (["--config", "c", "--modes", "eager", "--dense", "bf16"], "--dense has no effect"),
+        (["--config", "c", "--modes", "eager", "--raw"], "--raw has no effect"),
+        (["--config", "c", "--clock", "cpu", "--threads", "2"], "--clock cpu"),
         (["--config", "c", "--batch", "0"], "--batch"),
         (["--config", "c", "--load", "0"], "--load"),
         (["--config", "c", "--seconds", "nan"], "--seconds"),
@@ -214,6 +219,26 @@ def test_a_run_in_every_mode_from_processes_of_their_own(bench, dataset, tmp_pat
         assert int8[task]["logloss"] != measures["logloss"]
     assert found["cases"][3]["artifact_bytes"] > 0 and png.stat().st_size > 10_000
     artifact = tmp_path / "kept" / "0-int8-fp32"
-    assert bench.main(["--artifact", str(artifact), "--repetitions", "1", "--seconds", ".02", "--batch", "4"]) == 0
+    few = ["--repetitions", "1", "--seconds", ".02", "--batch", "4", "--clock", "cpu"]
+    assert bench.main(["--artifact", str(artifact), "--raw", "--data", str(dataset), *few]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["cases"][0]["quality"] is None and found["closed"][0]["batch"] == 4
+    assert [case["label"].endswith("raw rows") for case in found["cases"]] == [False, True]
+    for task, measures in found["cases"][0]["quality"].items():
+        assert measures["auc"] == int8[task]["auc"] and measures["auc_loss"] is None
+    assert found["closed"][0]["batch"] == 4
+
+
+def test_raw_rows_encode_to_the_ids_they_stand_for(bench, cases, tmp_path):
+    schema, _ = run(tmp_path, [write_parquet(make_rows(), tmp_path / "log.parquet")], spec_with())
+    rows = cases.draw_rows(schema, 400, 0)
+    raw = importlib.import_module("inference_raw").raw_rows(schema, tmp_path / "out", rows, 50, 350)
+    ids, lists = Encoder(schema, tmp_path / "out").encode(raw)
+    singles = iter(ids)
+    for feature, wanted, offsets in zip(schema.features, rows.ids, rows.offsets, strict=True):
+        if feature.kind == "list":
+            assert np.array_equal(lists[0][0], wanted[offsets[50] : offsets[350]])
+            assert np.array_equal(lists[0][1], offsets[50:351] - offsets[50])
+        elif isinstance(feature.encoding, Hashing):
+            assert np.array_equal(next(singles) == 0, wanted[50:350] == 0)
+        else:
+            assert np.array_equal(next(singles), wanted[50:350])

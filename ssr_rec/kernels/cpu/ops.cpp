@@ -134,7 +134,10 @@ std::tuple<Tensor, Tensor, Tensor> view_fusion_forward_meta(
     const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
     const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps, bool save) {
   const auto B = x.sym_size(0), V = weight.sym_size(0), d = weight.sym_size(2);
-  return {x.new_empty_symint({B, V, d}), save ? x.new_empty_symint({V, B, d}) : x.new_empty({0}),
+  const bool columns = weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kFloat;
+  const auto y = columns ? x.new_empty_symint({V, d, B + COLUMNS_APART}).narrow_symint(2, 0, B).permute({2, 0, 1})
+                         : x.new_empty_symint({B, V, d});
+  return {y, save ? x.new_empty_symint({V, B, d}) : x.new_empty({0}),
           save && scale ? x.new_empty_symint({V, B, 2}, x.options().dtype(accumulate_type(x))) : x.new_empty({0})};
 }
 

@@ -4,75 +4,16 @@
 // after another: what a view gathers, multiplies and normalises is still near when the next step reads it. Only x,
 // the products before the bias and two figures a row are kept for the backward pass, which gathers again.
 
-#include "fuse_row.h"
+#include "fuse_columns.h"
 #include "ops.h"
 #include "transpose.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/native/CPUBlas.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
 namespace ssr_rec {
 namespace {
-
-// Whether oneDNN's small-block product runs here; it needs x86 with AVX-512.
-bool has_brgemm() {
-  static const bool works = [] {
-    try {
-      float one = 1, product = 0;
-      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
-      return product == 1;
-    } catch (const c10::Error&) {
-      return false;
-    }
-  }();
-  return works;
-}
-
-// c (M, N) = or += a (M, K) b (K, N), all row after row.
-template <typename T>
-void product(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (has_brgemm()) {
-      at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
-      return;
-    }
-  }
-  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
-  const auto left = at::from_blob(const_cast<T*>(a), {M, K}, {lda, 1}, options);
-  const auto right = at::from_blob(const_cast<T*>(b), {K, N}, {ldb, 1}, options);
-  auto out = at::from_blob(c, {M, N}, {ldc, 1}, options);
-  at::addmm_out(out, out, left, right, add ? 1 : 0);
-}
-
-// Raw pointers to everything, and how it lies.
-template <typename T>
-struct Problem {
-  int64_t B, V, N, d, width;
-  const T* x;
-  int64_t x_row, x_view; // strides of x; x_view only without indices
-  const int32_t* indices; // (V, N), or null
-  const T *weight, *bias, *residual, *scale, *shift;
-  T eps;
-
-  Epilogue<T> epilogue(int64_t v, int64_t b) const {
-    return {bias + v * d, residual ? residual + (b * V + v) * d : nullptr, scale ? scale + v * d : nullptr,
-            shift ? shift + v * d : nullptr};
-  }
-};
-
-// Rows of a block: few enough that its pieces fit the second-level cache and that small batches keep two cores busy.
-int64_t block_rows(int64_t B) {
-  return B >= 512 ? 128 : B >= 128 ? 64 : 32;
-}
-
-// How many tasks of so many multiplications a thread must at least get, lest waking it costs more than it saves.
-int64_t grain(int64_t multiplications) {
-  return std::max<int64_t>(1, (int64_t(1) << 19) / std::max<int64_t>(1, multiplications));
-}
 
 template <typename T>
 void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
@@ -88,7 +29,7 @@ void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
         transpose<T>(rows, p.width, rows_of(p.x + b0 * p.x_row, p.x_row), rows_of(x_columns.data(), block));
       }
       for (int64_t v = 0; v < p.V; ++v) {
-        const T* h = p.x + b0 * p.x_row + v * p.x_view;
+        const T* h = p.x + b0 * p.x_row + v * p.x_next;
         int64_t ld = p.x_row;
         if (p.indices) {
           const auto seen = chosen_rows_of(x_columns.data(), block, p.indices + v * p.N);
@@ -144,7 +85,7 @@ void backward_block(
       std::copy_n(seen(j), rows, s.h_columns.data() + j * block);
     }
   } else {
-    const T* h = p.x + b0 * p.x_row + v * p.x_view;
+    const T* h = p.x + b0 * p.x_row + v * p.x_next;
     transpose<T>(rows, p.N, rows_of(h, p.x_row), rows_of(s.h_columns.data(), block));
   }
   T* grad_weight = (chunk ? g.more_weight + (chunk - 1) * p.V * p.N * p.d : g.weight) + v * p.N * p.d;
@@ -240,14 +181,30 @@ template <typename T>
 Inputs<T> inputs(
     const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, double eps) {
-  Inputs<T> in{x.stride(-1) == 1 ? x : x.contiguous(), weight.contiguous(), bias.contiguous(), contiguous(residual),
+    const std::optional<at::Tensor>& shift, double eps, bool columns = false) {
+  const bool as_it_is = x.stride(-1) == 1 || (columns && x.stride(0) == 1);
+  Inputs<T> in{as_it_is ? x : x.contiguous(), columns ? at::Tensor() : weight.contiguous(), bias.contiguous(), contiguous(residual),
                contiguous(scale), contiguous(shift), checked(indices, x.size(-1)), {}};
   in.problem = {
       x.size(0), weight.size(0), weight.size(1), weight.size(2), x.size(-1), pointer<T>(in.x), in.x.stride(0),
-      indices ? 0 : in.x.stride(1), indices ? in.indices.data() : nullptr, pointer<T>(in.weight), pointer<T>(in.bias),
+      in.x.stride(1), indices ? in.indices.data() : nullptr, pointer<T>(in.weight), pointer<T>(in.bias),
       pointer<T>(in.residual), pointer<T>(in.scale), pointer<T>(in.shift), static_cast<T>(eps)};
   return in;
+}
+
+void forward_in_bfloat16(
+    const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps, at::Tensor& y) {
+  if (has_bf16_brgemm() && weight.size(1) % 2 == 0) {
+    const auto in = inputs<float>(x, indices, weight, bias, std::nullopt, scale, shift, eps, true);
+    const auto turned = weight.transpose(1, 2).contiguous();
+    forward_columns(in.problem, turned.const_data_ptr<at::BFloat16>(), y.mutable_data_ptr<float>(), y.stride(2));
+    return;
+  }
+  const auto in = inputs<float>(x, indices, weight.to(at::kFloat), bias, std::nullopt, scale, shift, eps);
+  auto rows = at::empty(y.sizes(), y.options());
+  forward_kernel<float>(in.problem, rows.mutable_data_ptr<float>(), nullptr, nullptr);
+  y.copy_(rows);
 }
 
 } // namespace
@@ -257,9 +214,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> view_fusion_forward(
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, double eps, bool save) {
   const int64_t B = x.size(0), V = weight.size(0), d = weight.size(2);
-  auto y = at::empty({B, V, d}, x.options());
+  const bool columns = weight.scalar_type() == at::kBFloat16;
+  if (columns) {
+    TORCH_CHECK_VALUE(
+        indices && !residual && !save && x.scalar_type() == at::kFloat,
+        "view_fusion: weights in bfloat16 are for scoring of float32 with indices, without residual and gradients");
+  }
+  // A few numbers between the dims, lest all of them fall into the same lines of the caches.
+  auto y = columns ? at::empty({V, d, B + COLUMNS_APART}, x.options()).narrow(2, 0, B).permute({2, 0, 1})
+                   : at::empty({B, V, d}, x.options());
   auto pre = save ? at::empty({V, B, d}, x.options()) : at::empty({0}, x.options());
   auto stats = save && scale ? at::empty({V, B, 2}, x.options()) : at::empty({0}, x.options());
+  if (columns) {
+    forward_in_bfloat16(x, indices, weight, bias, scale, shift, eps, y);
+    return {y, pre, stats};
+  }
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_forward", [&] {
     const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, shift, eps);
     forward_kernel(

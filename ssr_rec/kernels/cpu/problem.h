@@ -1,0 +1,83 @@
+// A filter-and-fuse problem as raw pointers, its matrix products, and how its rows are cut into blocks.
+#pragma once
+
+#include "fuse_row.h"
+
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+
+namespace ssr_rec {
+
+// Whether oneDNN's small-block product runs here; it needs x86 with AVX-512.
+inline bool has_brgemm() {
+  static const bool works = [] {
+    try {
+      float one = 1, product = 0;
+      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
+      return product == 1;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return works;
+}
+
+// Whether it multiplies bfloat16 too.
+inline bool has_bf16_brgemm() {
+  static const bool works = [] {
+    try {
+      const at::BFloat16 one[2] = {1, 0};
+      float product = 0;
+      at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, one, one, &product);
+      return product == 1;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return works;
+}
+
+// c (M, N) = or += a (M, K) b (K, N), all row after row.
+template <typename T>
+void product(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (has_brgemm()) {
+      at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
+      return;
+    }
+  }
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  const auto left = at::from_blob(const_cast<T*>(a), {M, K}, {lda, 1}, options);
+  const auto right = at::from_blob(const_cast<T*>(b), {K, N}, {ldb, 1}, options);
+  auto out = at::from_blob(c, {M, N}, {ldc, 1}, options);
+  at::addmm_out(out, out, left, right, add ? 1 : 0);
+}
+
+// Raw pointers to everything, and how it lies.
+template <typename T>
+struct Problem {
+  int64_t B, V, N, d, width;
+  const T* x;
+  int64_t x_row, x_next; // strides of x: of rows, and of views; with indices, of dims
+  const int32_t* indices; // (V, N), or null
+  const T *weight, *bias, *residual, *scale, *shift;
+  T eps;
+
+  Epilogue<T> epilogue(int64_t v, int64_t b) const {
+    return {bias + v * d, residual ? residual + (b * V + v) * d : nullptr, scale ? scale + v * d : nullptr,
+            shift ? shift + v * d : nullptr};
+  }
+};
+
+// Rows of a block: few enough that its pieces fit the second-level cache and that small batches keep two cores busy.
+inline int64_t block_rows(int64_t B) {
+  return B >= 512 ? 128 : B >= 128 ? 64 : 32;
+}
+
+// How many tasks of so many multiplications a thread must at least get, lest waking it costs more than it saves.
+inline int64_t grain(int64_t multiplications) {
+  return std::max<int64_t>(1, (int64_t(1) << 19) / std::max<int64_t>(1, multiplications));
+}
+
+} // namespace ssr_rec
