@@ -85,4 +85,7 @@ def test_preemption_of_the_launcher_writes_a_checkpoint(dataset, tmp_path, shape
     assert start(arguments, 0, output, shape).wait(240) == 0
     assert "resumed from" in output.read_text() and report_of(runs)["world_size"] == ranks
     whole = run_ranks(train_job, ranks, options(dataset, tmp_path / "whole", f"--train.epochs={epochs}"))[0]
-    assert report_of(runs)["test"] == whole["test"]
+    # The undisturbed run has one host of all ranks: another plan and other threads, hence another rounding, than two.
+    tolerance = 0 if shape == "1x2" else 1e-6
+    for task, metrics in whole["test"].items():
+        assert report_of(runs)["test"][task] == pytest.approx(metrics, rel=0, abs=tolerance)
