@@ -32,10 +32,10 @@ train: setup
 	$(BIN)/python tools/show_runs.py $(RUNS)/ssr_s $(RUNS)/mlp --plot $(RUNS)/comparison.png
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not faults and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow and not faults and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not faults and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow and not faults and not gpu"
 
 test-faults: setup
 	$(BIN)/python -m pytest -m "faults and not gpu"

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
+from fbgemm_gpu.split_embedding_configs import SparseType
 from pydantic import Field
 from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -113,14 +115,27 @@ def build_sharder(config: ShardingConfig, device_type: str, batch_size: int = 1)
         if device_type == "cpu" and precision == "bf16":
             # TorchRec would take fp16 instead and only log it: get_qcomm_codecs_registry.
             raise ValueError(f"sharding.qcomms.{key}: bf16 is not supported by gloo on CPU; use fp16, or a GPU")
-    qcomms = QCommsConfig(
-        CommType(config.qcomms.forward),
-        CommType(config.qcomms.backward),
-        # A power of two changes no digit.
-        backward_loss_scale=2.0 ** math.floor(math.log2(batch_size)) if config.qcomms.backward == "fp16" else None,
-    )
-    codecs = get_qcomm_codecs_registry(qcomms, device=torch.device(device_type))
-    return EmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs)
+    qcomms = QCommsConfig(CommType(config.qcomms.forward), CommType(config.qcomms.backward))
+    registry = get_qcomm_codecs_registry(qcomms, device=torch.device(device_type))
+    if registry is not None and config.qcomms.backward == "fp16":
+        for codecs in registry.values():
+            # A power of two changes no digit.
+            codecs.backward = _ScaledCodec(2.0 ** math.floor(math.log2(batch_size)))
+    return EmbeddingBagCollectionSharder(qcomm_codecs_registry=registry)
+
+
+class _ScaledCodec(QuantizedCommCodec):
+    """fp16 of gradients times ``scale``. FBGEMM's own ``loss_scale`` divides in fp16, which loses what it had kept."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(SparseType.FP16, is_fwd=False)
+        self.scale = scale
+
+    def encode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
+        return super().encode(input_tensor * self.scale, ctx)
+
+    def decode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
+        return super().decode(input_tensor, ctx) / self.scale
 
 
 def build_constraints(

@@ -106,11 +106,12 @@ def test_world_size_does_not_change_the_losses(dataset, tmp_path):
     assert np.abs(losses(tmp_path / "1") - losses(tmp_path / "2")).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         ["--embeddings.optimizer=rowwise_adagrad"],
-        pytest.param(["--embeddings.optimizer=adam", "--embeddings.learning_rate=0.001"], marks=pytest.mark.slow),
+        ["--embeddings.optimizer=adam", "--embeddings.learning_rate=0.001"],
     ],
     ids=["fused", "replicated"],
 )

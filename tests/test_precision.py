@@ -28,9 +28,8 @@ def test_half_precision_halves_the_tables(dataset, tmp_path):
         assert after == (before if name == "item" else before // 2)
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["rowwise_adagrad", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adagrad", "sgd"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
 def test_half_precision_tables_learn_like_whole_ones(dataset, tmp_path, optimizer):
     more = [f"--embeddings.optimizer={optimizer}", "--embeddings.eps=1e-3"]
     more += ["--embeddings.learning_rate=3.0"] if optimizer == "sgd" else []
@@ -51,6 +50,7 @@ def test_resuming_keeps_the_precision_bit_for_bit(dataset, tmp_path):
     assert np.array_equal(losses(tmp_path / "parts"), losses(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_restored_model_scores_as_the_run_did(dataset, tmp_path):
     """Unsharded, with PyTorch's own kernels, and lists that add up several ids."""
     more = [FP16, "--train.max_steps=16", "--embeddings.init_scale=1.0"]
@@ -64,6 +64,7 @@ def test_a_restored_model_scores_as_the_run_did(dataset, tmp_path):
     assert loss.tolist() == pytest.approx([report["test"][task]["logloss"] for task in ("click", "like")], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_resuming_with_other_precisions_is_refused(dataset, tmp_path):
     run_ranks(stopped_job, 1, options(dataset, tmp_path), STOP_AT)
     for more, key in (
@@ -73,7 +74,8 @@ def test_resuming_with_other_precisions_is_refused(dataset, tmp_path):
         assert f"that run had {key}" in run_ranks(refused_job, 1, options(dataset, tmp_path, more))[0]
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_warm_start_rounds_to_this_runs_precision(dataset, tmp_path, world_size):
     short = ["--train.max_steps=6", "--train.eval_every=3"]
     run_ranks(train_job, 2, options(dataset, tmp_path, *short))
@@ -119,7 +121,7 @@ def test_half_precision_with_adam_on_cpu_is_refused(dataset, tmp_path):
 
 
 def test_half_precision_communication_halves_the_bytes_and_rounds_to_nearest(dataset, tmp_path):
-    sgd = ["--embeddings.optimizer=sgd", "--embeddings.learning_rate=1.0", "--embeddings.init_scale=1.0"]
+    sgd = ["--embeddings.optimizer=sgd", "--embeddings.learning_rate=1.0", "--embeddings.init_scale=0.0001"]
     found = {}
     for name, forward, backward in (("plain", "fp32", "fp32"), ("forward", "fp16", "fp32"), ("both", "fp16", "fp16")):
         qcomms = f"--sharding.qcomms={{forward: {forward}, backward: {backward}}}"
@@ -135,8 +137,8 @@ def test_half_precision_communication_halves_the_bytes_and_rounds_to_nearest(dat
     for name, moved in found["plain"][0]["moved"].items():
         assert np.array_equal(found["forward"][0]["moved"][name], moved), "gradients travelled in fp32"
         gap = np.abs(found["both"][0]["moved"][name] - moved)
-        # Each rank's gradients are rounded to 11 bits, however small; the tables' own rounding is 2**-24.
-        assert gap.max() > 0 and (gap <= np.abs(moved) * 2**-10 + 2**-22).all(), name
+        # Each rank's gradients are rounded to 11 bits, however small; the tables' own rounding is far less.
+        assert gap.max() > 0 and (gap <= np.abs(moved) * 2**-10 + 2**-36).all(), name
 
 
 @pytest.mark.slow
@@ -164,6 +166,6 @@ def test_training_with_half_precision_communication_stays_close(dataset, tmp_pat
     ],
 )
 def test_what_this_device_cannot_do_is_refused(dataset, tmp_path, option, message):
-    for refused in run_ranks(refused_job, 2, options(dataset, tmp_path / "runs", "--device=cpu", option)):
+    for refused in run_ranks(refused_job, 1, options(dataset, tmp_path / "runs", "--device=cpu", option)):
         assert message in refused
     assert not (tmp_path / "runs").exists()

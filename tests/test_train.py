@@ -38,10 +38,14 @@ def losses(runs: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("optimizer", "more"),
     [
-        ("rowwise_adagrad", ["--embeddings.dims={user: 12, tags: 4}"]),
+        pytest.param("rowwise_adagrad", ["--embeddings.dims={user: 12, tags: 4}"], marks=pytest.mark.slow),
         # Element-wise Adagrad divides a first gradient by itself: with eps near 0 rounding alone decides its sign.
-        ("adagrad", ["--embeddings.eps=1e-3", "--over_arch.name=mlp", "--over_arch.hidden=[16, 8]"]),
-        ("adam", ["--embeddings.learning_rate=0.001"]),
+        pytest.param(
+            "adagrad",
+            ["--embeddings.eps=1e-3", "--over_arch.name=mlp", "--over_arch.hidden=[16, 8]"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("adam", ["--embeddings.learning_rate=0.001"], marks=pytest.mark.slow),
         # The only one that notices a gradient of the wrong scale.
         ("sgd", ["--embeddings.learning_rate=3.0"]),
     ],

@@ -50,7 +50,9 @@ def test_every_over_arch_has_a_small_form() -> None:
     assert set(SMALL) == set(OVER_ARCHS)
 
 
-@pytest.mark.parametrize("name", OVER_ARCHS)
+@pytest.mark.parametrize(
+    "name", [name if name == "ssr" else pytest.param(name, marks=pytest.mark.slow) for name in OVER_ARCHS]
+)
 def test_trains_on_two_ranks_as_on_one(dataset, tmp_path, name):
     reports = {}
     for world_size in (1, 2):
@@ -63,6 +65,7 @@ def test_trains_on_two_ranks_as_on_one(dataset, tmp_path, name):
     assert set(reports[1][0]["test"]) == {"click", "like"}
 
 
+@pytest.mark.slow
 def test_towers_and_task_weights_train_each_task(dataset, tmp_path):
     more = ["--heads.hidden=[8]", "--train.epochs=8", "--embeddings.learning_rate=0.05", "--name=run"]
     run_ranks(train_job, 1, options("mlp", dataset, tmp_path, *more, "--train.task_weights={like: 0.5}"))

@@ -34,7 +34,9 @@ def grown(dataset: Path, folder: Path, rows: dict[str, int]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
 def test_a_grown_table_keeps_its_old_rows(dataset, tmp_path, trained, world_size, optimizer):
     larger = grown(dataset, tmp_path / "larger", {"user": 7, "tags": 100})

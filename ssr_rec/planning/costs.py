@@ -14,8 +14,8 @@ from torchrec.distributed.planner.types import CollectiveType, GeneralizedCommsB
 from ssr_rec.embeddings import ExtraTables
 from ssr_rec.hardware import Hardware, Precision
 from ssr_rec.model import DenseArch
-from ssr_rec.over_archs import OVER_ARCHS
 from ssr_rec.planning.cases import Case
+from ssr_rec.restore import build_dense
 
 ID_BYTES = 8
 FLOAT_BYTES = 4
@@ -51,25 +51,17 @@ class DenseCost:
     fixed_bytes: float
 
 
-def build_dense(case: Case) -> DenseArch:
-    """The run's over-arch and heads; inside ``FakeTensorMode`` they take no memory whatever their size."""
-    config, schema = case.config, case.schema
-    dims = [config.embeddings.dim_of(name) for name in schema.feature_names]
-    over_arch = OVER_ARCHS[config.over_arch.name](len(dims), dims, len(schema.labels), config.over_arch)  # type: ignore[call-arg]
-    return DenseArch(schema.feature_names, over_arch, len(schema.labels), config.heads, config.train.bf16)
-
-
 def extra_tables(case: Case) -> ExtraTables:
     """Further tables that the over-arch wants for itself."""
-    with FakeTensorMode():
-        return build_dense(case).over_arch.extra_tables
+    with FakeTensorMode():  # takes no memory whatever its size
+        return build_dense(case.config, case.schema).over_arch.extra_tables
 
 
 def dense_cost(case: Case) -> DenseCost:
     """Count the real over-arch: its parameters and FLOPs, and what autograd keeps of a forward pass."""
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("ignore")
-        dense = build_dense(case)
+        dense = build_dense(case.config, case.schema)
         few, many = (_kept_bytes(dense, rows, case.config.train.bf16) for rows in PROBE_ROWS)
         heads = sum(2 * p.numel() for p in dense.heads.parameters() if p.dim() > 1)
         per_row = (many - few) / (PROBE_ROWS[1] - PROBE_ROWS[0])

@@ -68,11 +68,11 @@ def test_a_killed_worker_is_restarted_and_the_job_ends_as_if_undisturbed(dataset
     assert json.loads((folder / "report.json").read_text())["test"] == whole["test"]
 
 
-@pytest.mark.parametrize("shape", ["1x2", "2x2"])
-def test_preemption_of_the_launcher_writes_a_checkpoint(dataset, tmp_path, shape):
+@pytest.mark.parametrize(("shape", "epochs"), [("1x2", 30), ("2x2", 6)])
+def test_preemption_of_the_launcher_writes_a_checkpoint(dataset, tmp_path, shape, epochs):
     """SIGTERM reaches the workers through one or two torchruns; the same command goes on from their checkpoint."""
     runs, output, ranks = tmp_path / "runs", tmp_path / "out", math.prod(map(int, shape.split("x")))
-    arguments = options(dataset, runs, "--train.epochs=30", "--checkpoint.every_steps=100000")
+    arguments = options(dataset, runs, f"--train.epochs={epochs}", "--checkpoint.every_steps=100000")
     job = start(arguments, 0, output, shape)
     wait_for(lambda: steps_done(runs) >= 20, job, output)
     job.send_signal(signal.SIGTERM)
@@ -84,5 +84,8 @@ def test_preemption_of_the_launcher_writes_a_checkpoint(dataset, tmp_path, shape
     assert list((runs / "run" / "checkpoints").glob("step-*")), output.read_text()[-3000:]
     assert start(arguments, 0, output, shape).wait(240) == 0
     assert "resumed from" in output.read_text() and report_of(runs)["world_size"] == ranks
-    whole = run_ranks(train_job, ranks, options(dataset, tmp_path / "whole", "--train.epochs=30"))[0]
-    assert report_of(runs)["test"] == whole["test"]
+    whole = run_ranks(train_job, ranks, options(dataset, tmp_path / "whole", f"--train.epochs={epochs}"))[0]
+    # The undisturbed run has one host of all ranks: another plan and other threads, hence another rounding, than two.
+    tolerance = 0 if shape == "1x2" else 1e-6
+    for task, metrics in whole["test"].items():
+        assert report_of(runs)["test"][task] == pytest.approx(metrics, rel=0, abs=tolerance)
