@@ -232,4 +232,6 @@ def first_problem(error: ValidationError) -> str:
     """The first complaint of a pydantic error as ``where: what (got value)``, on one line."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "top level"
-    return " ".join(f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})".split())
+    # pydantic repeats an unknown tag in its message, however long it is.
+    what = problem["msg"] if len(problem["msg"]) <= 600 else f"{problem['msg'][:300]} ... {problem['msg'][-300:]}"
+    return " ".join(f"{where}: {what} (got {str(problem['input'])[:80]!r})".split())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssr_rec.config import load_config
+from ssr_rec.config import load_config, resolve
 from ssr_rec.embeddings import EmbeddingsConfig, build_tables
 from ssr_rec.schema import Drawn, Feature, Schema
 from tests.jobs import refused_job
@@ -75,3 +75,9 @@ def test_names_that_no_table_can_have(name):
     schema = Schema(name="tiny", dataset_id="x", features=[feature], labels=["click"], splits={})
     with pytest.raises(ValueError, match=rf"feature '{name}' of 'tiny': PyTorch takes no table of that name"):
         build_tables(schema, EmbeddingsConfig(), "cpu")
+
+
+def test_an_endless_name_is_not_repeated_whole() -> None:
+    with pytest.raises(ValueError, match="over_arch: Input tag") as error:
+        resolve({"over_arch": {"name": "x" * 5_000}}, "run.yaml")
+    assert len(str(error.value)) < 1_000
