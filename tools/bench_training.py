@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.config import RunConfig, load_config
@@ -94,6 +96,11 @@ def bare_loop(config: RunConfig, schema: Schema, device: torch.device) -> Job:
     model = build_model(config, schema, device, world_size=1, local_world_size=1)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
     batches = [random_batch(schema, config.train.batch_size, seed).to(device) for seed in range(64)]
+    return bare_job(model, optimizer, batches)
+
+
+def bare_job(model: nn.Module, optimizer: CombinedOptimizer, batches: Sequence[Batch]) -> Job:
+    """Forward, backward and update over ``batches`` in turn."""
     model.train()
 
     def run(steps: int) -> None:

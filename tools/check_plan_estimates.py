@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_training import Job, bare_job, random_batch
 from scipy.stats import kendalltau
 from tabulate import tabulate
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -41,7 +42,6 @@ from ssr_rec.planning.remedies import Planned, plan_case
 from ssr_rec.run_folder import hardware as this_machine
 from ssr_rec.schema import Drawn, Feature, Schema
 from ssr_rec.train import build_model, quiet, start_process_group
-from tools.bench_training import random_batch
 
 WITHIN = 0.05
 SINGLES, LISTS = 6, 6
@@ -54,7 +54,7 @@ class Plan:
     name: str
     case: Case
     estimate: Estimate
-    run: Callable[[int], None]
+    run: Job
     measured_bytes: int
     seconds: list[float]
 
@@ -189,15 +189,7 @@ def prepare(name: str, case: Case, rank_of: Callable[[str], int] | None, folder:
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
     rows = case.rows_per_rank
     batches = [random_batch(case.schema, rows, seed * ranks + rank) for seed in range(4)]
-
-    def run(steps: int) -> None:
-        for step in range(steps):
-            optimizer.zero_grad()
-            loss, _ = model(batches[step % len(batches)])
-            loss.backward()
-            optimizer.step()
-
-    return Plan(name, case, planned.estimate, run, table_bytes(model), [])
+    return Plan(name, case, planned.estimate, bare_job(model, optimizer, batches), table_bytes(model), [])
 
 
 def overrule(planned: Planned, rank_of: Callable[[str], int]) -> Planned:
