@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,8 @@ from ibis.expr.types import BooleanValue, Table
 from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup, encode
 from ssr_rec.data.engine import ROW
-from ssr_rec.data.fit import Plan, count_splits, fit, make_plan
+from ssr_rec.data.fit import Plan, count_splits, fit, make_plan, measured
+from ssr_rec.data.grown import staged_as, without_later_ids
 from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
 from ssr_rec.data.sources import Log, Progress, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
@@ -60,7 +61,7 @@ def prepare(
         ValueError: bad input, naming the file, the column, the row where there is one, and the fix.
     """
     files = find_files(inputs)
-    progress = _progress()
+    progress = progress_lines()
     with new_folder(output) as folder, engine.connect(folder / ".spill", memory_limit, threads, files) as connection:
         log = read(connection, files, spec, progress)
         check_values(log, spec)
@@ -69,11 +70,47 @@ def prepare(
         lookups, buckets = fit(connection, plan, folder)
         progress("fit vocabularies and buckets", log.count)
         schema = _schema(folder, plan, lookups, buckets, counts, {"preset": preset, "seed": seed})
-        encoded = _encoded(connection, plan, lookups, buckets, progress)
-        # A random split cuts the shuffled order itself, and one sort key is cheaper than two.
-        ordered = encoded.order_by(*([] if isinstance(plan.spec.split, RandomSplit) else [SPLIT]), ORDER)
-        with closing(engine.stream(connection, ordered, STREAM_ROWS, arrow_schema(schema))) as batches:
-            return _write(schema, counts, batches, folder, progress)
+        # What an addition must know of these rows; after the digest, of which it is no part.
+        schema.preparation.update(staged=staged_as(plan.log, plan.spec, plan.whole), hashed=measured(lookups))
+        splits = write_encoded(connection, plan, lookups, buckets, schema, counts, folder, progress)
+        schema = schema.model_copy(update={"splits": splits})
+        schema.write(folder)
+        return schema
+
+
+def write_encoded(
+    connection: Backend,
+    plan: Plan,
+    lookups: dict[str, Lookup],
+    buckets: dict[str, LogBuckets],
+    schema: Schema,
+    counts: dict[str, dict[str, int]],
+    folder: Path,
+    progress: Progress,
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict[str, Split]:
+    """Encode the rows of a plan and write its splits under ``folder``.
+
+    Args:
+        schema: the dataset's, with the plan's splits, their shards still missing.
+        sizes: split -> feature -> rows its table had by then, where ids from there on were given only later.
+    """
+    encoded = _encoded(connection, plan, lookups, buckets, progress)
+    # A random split cuts the shuffled order itself, and one sort key is cheaper than two.
+    ordered = encoded.order_by(*([] if isinstance(plan.spec.split, RandomSplit) else [SPLIT]), ORDER)
+    splits: dict[str, Split] = {}
+    columns, held = arrow_schema(schema), list[pa.RecordBatch]()
+    with closing(engine.stream(connection, ordered, STREAM_ROWS, columns)) as batches:
+        for name in plan.splits:
+            rows = counts[name]["rows"]
+            place = name if schema.days is None else f"{DAYS_FOLDER}/{name}"
+            taken: Iterator[pa.RecordBatch] = _take(batches, rows, held)
+            if sizes:
+                taken = (without_later_ids(batch, schema, sizes[name]) for batch in taken)
+            shards = write_shards(taken, columns, folder, place, row_group_rows(rows))
+            splits[name] = schema.splits[name].model_copy(update={"num_rows": rows, "shards": shards})
+            progress(f"wrote {name}", rows)
+    return splits
 
 
 def check_values(log: Log, spec: TableSpec) -> None:
@@ -152,17 +189,22 @@ def _schema(
         features=features,
         labels=spec.labels,
         group_id=spec.group_id,
-        splits={
-            split: Split(
-                num_rows=0,
-                positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(spec.labels)},
-                shards=[],
-            )
-            for split, found in counts.items()
-        },
+        splits=empty_splits(counts, spec.labels),
         days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
         preparation=preparation,
     )
+
+
+def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> dict[str, Split]:
+    """The splits of ``count_splits``, their shards still missing."""
+    return {
+        split: Split(
+            num_rows=0,
+            positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(labels)},
+            shards=[],
+        )
+        for split, found in counts.items()
+    }
 
 
 def _feature(
@@ -180,27 +222,6 @@ def _feature(
     return Feature(name=name, kind=kind, num_embeddings=size, encoding=encoding)
 
 
-def _write(
-    schema: Schema,
-    counts: dict[str, dict[str, int]],
-    batches: Iterator[pa.RecordBatch],
-    folder: Path,
-    progress: Progress,
-) -> Schema:
-    """Write the shards from ``batches``, which hold the splits one after the other, and schema.json."""
-    held: list[pa.RecordBatch] = []
-    splits: dict[str, Split] = {}
-    for name, split in schema.splits.items():
-        rows = counts[name]["rows"]
-        place = name if schema.days is None else f"{DAYS_FOLDER}/{name}"
-        shards = write_shards(_take(batches, rows, held), arrow_schema(schema), folder, place, row_group_rows(rows))
-        splits[name] = split.model_copy(update={"num_rows": rows, "shards": shards})
-        progress(f"wrote {name}", rows)
-    schema = schema.model_copy(update={"splits": splits})
-    schema.write(folder)
-    return schema
-
-
 def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The next ``rows`` rows; ``held`` carries what is left of a batch to the next call."""
     while rows:
@@ -212,7 +233,8 @@ def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatc
         yield head
 
 
-def _progress() -> Progress:
+def progress_lines() -> Progress:
+    """Rows and rates so far, to stderr."""
     started = time.perf_counter()
 
     def report(stage: str, rows: int) -> None:
