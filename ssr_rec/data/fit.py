@@ -11,12 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from ibis.backends.duckdb import Backend
 from ibis.expr.types import Table
 
-from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup, distinct_values, hash_lookup, log_transform, value_counts
-from ssr_rec.data.engine import ROW
 from ssr_rec.data.sources import Log
 from ssr_rec.data.split import (
     ORDER,
@@ -62,23 +59,19 @@ class Plan:
         return with_split(with_time(rows, time_column, self.whole[time_column]), spec)
 
 
-def make_plan(connection: Backend, log: Log, spec: TableSpec, seed: int) -> Plan:
+def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
     """Draw the shuffle, and settle what only the data says: whether text ids are numbers, what time ratios come to."""
     whole = {name: whole_numbers(log.rows([name]), name) for name in (spec.group_id, spec.time_column) if name}
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
     # Kept, because the split of every row is asked for again with every column.
-    table = engine.with_column(connection, log.table, ORDER, with_order(log.rows([]), seed))
+    table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed))
     log = replace(log, table=table)
-    return (
-        _by_days(connection, log, spec, spec.split, whole)
-        if isinstance(spec.split, DaySplit)
-        else Plan(log, spec, whole)
-    )
+    return _by_days(log, spec, spec.split, whole) if isinstance(spec.split, DaySplit) else Plan(log, spec, whole)
 
 
-def _by_days(connection: Backend, log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
+def _by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
     rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
     days = distinct_days(rows, rule.column)
     if len(days) <= rule.fit_days:
@@ -86,9 +79,13 @@ def _by_days(connection: Backend, log: Log, spec: TableSpec, rule: DaySplit, who
             f"column {rule.column!r} has {len(days)} days and the encodings are fitted on {rule.fit_days}: none is "
             "left to evaluate; lower --fit-days or give more days"
         )
-    numbers = engine.store(connection, "days", days)
-    numbered = rows.join(numbers, rows[TIME] == numbers["day"]).select(ROW, **{SPLIT: numbers["index"]})
-    table = engine.with_column(connection, log.table, SPLIT, numbered)
+    numbers = log.engine.store("days", days)
+
+    def numbered(rows: Table) -> Table:
+        dated = with_day(rows, rule.column, whole[rule.column])
+        return dated.join(numbers, dated[TIME] == numbers["day"]).select(*rows.columns, **{SPLIT: numbers["index"]})
+
+    table = log.engine.with_column(log.table, SPLIT, [rule.column], numbered)
     return Plan(replace(log, table=table), spec, whole, tuple(days["name"].to_pylist()), rule.fit_days)
 
 
@@ -107,28 +104,26 @@ def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
     return {split: by_split[split] for split in plan.splits}
 
 
-def fit(connection: Backend, plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
+def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
     """Fit vocabularies (written under ``folder``) and bucket ranges on the training rows, or the first days, alone."""
-    spec = plan.spec
+    spec, engine = plan.spec, plan.log.engine
     # A view, so that the expression that draws the split is compiled once and not for every column.
-    rows = connection.create_view("keyed", plan.rows(spec.used))
+    rows = engine.create_view("keyed", plan.rows(spec.used))
     train = rows.filter(rows[SPLIT] < plan.fitted)
     (folder / VOCABULARY_FOLDER).mkdir()
     names = [*spec.categorical, *spec.lists]
-    counted = engine.fetched_ahead(
-        connection, (value_counts(train, name, spec.min_count) for name in names if spec.buckets(name) is None)
-    )
+    counted = engine.results(value_counts(train, name, spec.min_count) for name in names if spec.buckets(name) is None)
     lookups: dict[str, Lookup] = {}
     for number, name in enumerate(names):
         lookup_table = f"lookup{number}"
         buckets = spec.buckets(name)
         if buckets is None:
             vocabulary, entries = _vocabulary(next(counted), name, spec.min_count, folder)
-            lookups[name] = Lookup(engine.store(connection, lookup_table, entries), vocabulary)
+            lookups[name] = Lookup(engine.store(lookup_table, entries), vocabulary)
         else:
             hashing = Hashing(column=name, num_buckets=buckets)
             hashes = hash_lookup(distinct_values(plan.log.rows([name]), name), hashing)
-            lookups[name] = Lookup(connection.create_table(lookup_table, hashes), hashing)
+            lookups[name] = Lookup(engine.create_table(lookup_table, hashes), hashing)
     ranges = {}
     if spec.numeric:
         extremes = {f"low{i}": train[name].min() for i, name in enumerate(spec.numeric)}
