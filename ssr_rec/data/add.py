@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from ibis.backends.duckdb import Backend
 
-from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup
+from ssr_rec.data.engines import duck
 from ssr_rec.data.extend import Growth, growth, known_values, write_grown
-from ssr_rec.data.fit import VOCABULARY_FOLDER, Plan, by_days, count_splits, hashed
-from ssr_rec.data.grown import staged_as
-from ssr_rec.data.prepare import DAYS_FOLDER, check_values, empty_splits, progress_lines, write_encoded
+from ssr_rec.data.fit import VOCABULARY_FOLDER, Plan, by_days, count_splits, hashed, shuffled
+from ssr_rec.data.grown import staged_as, without_later_ids
+from ssr_rec.data.prepare import check_values, empty_splits, encoded, progress_lines
 from ssr_rec.data.presets import PRESETS
+from ssr_rec.data.shards import DAYS_FOLDER
 from ssr_rec.data.sources import Log, find_files, read_table
-from ssr_rec.data.split import MAX_DAYS, whole_numbers
+from ssr_rec.data.split import MAX_DAYS, ORDER, SPLIT, whole_numbers
 from ssr_rec.data.table_spec import DaySplit, TableSpec, make_spec
 from ssr_rec.schema import SCHEMA_FILE, Addition, Days, Hashing, LogBuckets, Schema, Vocabulary
 
@@ -67,24 +67,21 @@ def add(
         try:
             files = find_files(inputs)
             progress = progress_lines()
-            with engine.connect(work / ".spill", memory_limit, threads, files) as connection:
+            with duck.connect(work / ".spill", memory_limit, threads, files) as engine:
                 read = read_table if preset == "table" else PRESETS[preset].read
-                log = read(connection, files, spec, progress)
+                log = read(engine, files, spec, progress)
                 check_values(log, spec)
-                plan = _plan(connection, log, spec, schema, staged)
+                plan = _plan(log, spec, schema, staged)
                 counts = count_splits(plan)
-                lookups, grown = _lookups(connection, plan, schema, folder, extend)
+                lookups, grown = _lookups(plan, schema, folder, extend)
                 progress("looked up vocabularies", log.count)
                 new = _grown_schema(schema, plan, counts, grown, folder, work)
                 buckets = {f.name: f.encoding for f in schema.features if isinstance(f.encoding, LogBuckets)}
-                after = {
-                    day: {name: found.sizes[at + 1] for name, found in grown.items()}
-                    for at, day in enumerate(plan.splits)
-                }
-                splits = write_encoded(
-                    connection, plan, lookups, buckets, new, counts, work, progress, after if grown else None
-                )
-            new = new.model_copy(update={"splits": {**schema.splits, **splits}})
+                ids = encoded(plan, lookups, buckets, progress)
+                ids = without_later_ids(ids, engine, new, {name: found.sizes[1:] for name, found in grown.items()})
+                keys = plan.rows([]).select(SPLIT, ORDER)
+                new = engine.write(new, ids, keys, counts, work, progress)
+            new = new.model_copy(update={"splits": {**schema.splits, **new.splits}})
             _publish(new, list(plan.splits), work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -128,7 +125,7 @@ def _spec_of(schema: Schema, folder: Path, preset: str) -> tuple[TableSpec, dict
     return spec, made["staged"]
 
 
-def _plan(connection: Backend, log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> Plan:
+def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> Plan:
     """Where the new rows go: after the old ones, by the rules of the old ones.
 
     Raises:
@@ -148,7 +145,7 @@ def _plan(connection: Backend, log: Log, spec: TableSpec, schema: Schema, staged
         if was_whole and not whole_numbers(log.rows([name]), name):
             raise ValueError(f"column {name!r} held whole numbers alone so far; other text would change the old rows")
     rows_before = sum(split.num_rows for split in schema.splits.values())
-    plan = by_days(connection, log, spec, rule, whole, schema.preparation["seed"], rows_before)
+    plan = by_days(shuffled(log, schema.preparation["seed"], rows_before), spec, rule, whole)
     moment: Callable[[str], Any] = int if whole[rule.column] else str
     early = [day for day in plan.splits if moment(day) <= moment(old.names[-1])]
     if early:
@@ -159,19 +156,18 @@ def _plan(connection: Backend, log: Log, spec: TableSpec, schema: Schema, staged
     return replace(plan, fitted=0)
 
 
-def _lookups(
-    connection: Backend, plan: Plan, schema: Schema, folder: Path, extend: bool
-) -> tuple[dict[str, Lookup], dict[str, Growth]]:
+def _lookups(plan: Plan, schema: Schema, folder: Path, extend: bool) -> tuple[dict[str, Lookup], dict[str, Growth]]:
     """The ids of every column's values, and by how much the vocabularies of features have grown."""
-    rows = connection.create_view("keyed", plan.rows(plan.spec.used))
+    engine = plan.log.engine
+    rows = engine.create_view("keyed", plan.rows(plan.spec.used))
     lookups, grown = {}, {}
     for number, feature in enumerate(schema.features):
         name, table = feature.name, f"lookup{number}"
         if isinstance(feature.encoding, Hashing):
-            lookups[name] = hashed(connection, plan.log, name, feature.encoding, table)
+            lookups[name] = hashed(plan.log, name, feature.encoding, table)
         elif isinstance(feature.encoding, Vocabulary):
             values = known_values(folder, feature.encoding, rows[name])
-            lookups[name] = Lookup(engine.store(connection, table, values), feature.encoding)
+            lookups[name] = Lookup(engine.store(table, values), feature.encoding)
             if not extend:
                 continue
             found = growth(
@@ -180,7 +176,7 @@ def _lookups(
             if len(found.values):
                 grown[name] = found
                 new = found.values.select(["value", "id"]).cast(values.schema)
-                more = engine.store(connection, f"{table}_more", pa.concat_tables([values, new]))
+                more = engine.store(f"{table}_more", pa.concat_tables([values, new]))
                 lookups[name] = Lookup(more, feature.encoding)
     return lookups, grown
 
@@ -188,7 +184,7 @@ def _lookups(
 def _grown_schema(
     schema: Schema, plan: Plan, counts: dict[str, dict[str, int]], grown: dict[str, Growth], folder: Path, work: Path
 ) -> Schema:
-    """The schema with the new days, their shards still missing; writes the vocabularies that have grown."""
+    """The schema, its splits the new days alone, without shards; writes the vocabularies that have grown."""
     assert schema.days is not None
     digest = hashlib.sha256(json.dumps([schema.dataset_id, counts], sort_keys=True).encode())
     for name, found in grown.items():
@@ -211,7 +207,7 @@ def _grown_schema(
         update={
             "dataset_id": dataset_id,
             "features": features,
-            "splits": {**schema.splits, **empty_splits(counts, schema.labels)},
+            "splits": empty_splits(counts, schema.labels),
             "days": Days(names=[*schema.days.names, *plan.splits], fitted=schema.days.fitted),
             "additions": [*schema.additions, addition],
         }

@@ -11,12 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from ibis.backends.duckdb import Backend
 from ibis.expr.types import Table
 
-from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup, distinct_values, hash_lookup, log_transform, value_counts
-from ssr_rec.data.engine import ROW
 from ssr_rec.data.sources import Log
 from ssr_rec.data.split import (
     ORDER,
@@ -62,15 +59,16 @@ class Plan:
         return with_split(with_time(rows, time_column, self.whole[time_column]), spec)
 
 
-def make_plan(connection: Backend, log: Log, spec: TableSpec, seed: int) -> Plan:
+def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
     """Draw the shuffle, and settle what only the data says: whether text ids are numbers, what time ratios come to."""
     whole = {name: whole_numbers(log.rows([name]), name) for name in (spec.group_id, spec.time_column) if name}
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
+    log = shuffled(log, seed)
     if not isinstance(spec.split, DaySplit):
-        return Plan(shuffled(connection, log, seed), spec, whole)
-    plan = by_days(connection, log, spec, spec.split, whole, seed)
+        return Plan(log, spec, whole)
+    plan = by_days(log, spec, spec.split, whole)
     if len(plan.splits) <= plan.fitted:
         raise ValueError(
             f"column {spec.split.column!r} has {len(plan.splits)} days and the encodings are fitted on {plan.fitted}: "
@@ -79,28 +77,23 @@ def make_plan(connection: Backend, log: Log, spec: TableSpec, seed: int) -> Plan
     return plan
 
 
-def shuffled(connection: Backend, log: Log, seed: int, first_row: int = 0) -> Log:
+def shuffled(log: Log, seed: int, first_row: int = 0) -> Log:
     """The log with ``ORDER``, kept because the split of every row is asked for again with every column."""
-    rows = with_order(log.rows([]), seed, first_row)
-    return replace(log, table=engine.with_column(connection, log.table, ORDER, rows))
+    table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed, first_row))
+    return replace(log, table=table)
 
 
-def by_days(
-    connection: Backend,
-    log: Log,
-    spec: TableSpec,
-    rule: DaySplit,
-    whole: dict[str, bool],
-    seed: int,
-    first_row: int = 0,
-) -> Plan:
-    """The plan of a log whose days are splits, with ``ORDER`` and ``SPLIT`` staged."""
-    log = shuffled(connection, log, seed, first_row)
+def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
+    """The plan of a shuffled log whose days are splits."""
     rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
     days = distinct_days(rows, rule.column)
-    numbers = engine.store(connection, "days", days)
-    numbered = rows.join(numbers, rows[TIME] == numbers["day"]).select(ROW, **{SPLIT: numbers["index"]})
-    table = engine.with_column(connection, log.table, SPLIT, numbered)
+    numbers = log.engine.store("days", days)
+
+    def numbered(rows: Table) -> Table:
+        dated = with_day(rows, rule.column, whole[rule.column])
+        return dated.join(numbers, dated[TIME] == numbers["day"]).select(*rows.columns, **{SPLIT: numbers["index"]})
+
+    table = log.engine.with_column(log.table, SPLIT, [rule.column], numbered)
     return Plan(replace(log, table=table), spec, whole, tuple(days["name"].to_pylist()), rule.fit_days)
 
 
@@ -119,27 +112,25 @@ def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
     return {split: by_split[split] for split in plan.splits}
 
 
-def fit(connection: Backend, plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
+def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
     """Fit vocabularies (written under ``folder``) and bucket ranges on the training rows, or the first days, alone."""
-    spec = plan.spec
+    spec, engine = plan.spec, plan.log.engine
     # A view, so that the expression that draws the split is compiled once and not for every column.
-    rows = connection.create_view("keyed", plan.rows(spec.used))
+    rows = engine.create_view("keyed", plan.rows(spec.used))
     train = rows.filter(rows[SPLIT] < plan.fitted)
     (folder / VOCABULARY_FOLDER).mkdir()
     names = [*spec.categorical, *spec.lists]
-    counted = engine.fetched_ahead(
-        connection, (value_counts(train, name, spec.min_count) for name in names if spec.buckets(name) is None)
-    )
+    counted = engine.results(value_counts(train, name, spec.min_count) for name in names if spec.buckets(name) is None)
     lookups: dict[str, Lookup] = {}
     for number, name in enumerate(names):
         lookup_table = f"lookup{number}"
         buckets = spec.buckets(name)
         if buckets is None:
             vocabulary, entries = _vocabulary(next(counted), name, spec.min_count, folder)
-            lookups[name] = Lookup(engine.store(connection, lookup_table, entries), vocabulary)
+            lookups[name] = Lookup(engine.store(lookup_table, entries), vocabulary)
         else:
             hashing = Hashing(column=name, num_buckets=buckets)
-            lookups[name] = hashed(connection, plan.log, name, hashing, lookup_table)
+            lookups[name] = hashed(plan.log, name, hashing, lookup_table)
     ranges = {}
     if spec.numeric:
         extremes = {f"low{i}": train[name].min() for i, name in enumerate(spec.numeric)}
@@ -151,11 +142,10 @@ def fit(connection: Backend, plan: Plan, folder: Path) -> tuple[dict[str, Lookup
     return lookups, ranges
 
 
-def hashed(connection: Backend, log: Log, name: str, hashing: Hashing, table: str) -> Lookup:
+def hashed(log: Log, name: str, hashing: Hashing, table: str) -> Lookup:
     """The hashes of all values of a column, staged as ``table``."""
-    return Lookup(
-        connection.create_table(table, hash_lookup(distinct_values(log.rows([name]), name), hashing)), hashing
-    )
+    hashes = hash_lookup(distinct_values(log.rows([name]), name), hashing)
+    return Lookup(log.engine.create_table(table, hashes), hashing)
 
 
 def measured(lookups: dict[str, Lookup]) -> dict[str, dict[str, int]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from ibis.expr import datatypes as dt
+from ibis.expr.types import Column, Table
 
+from ssr_rec.data.engine import Engine
 from ssr_rec.data.sources import Log
+from ssr_rec.data.split import SPLIT
 from ssr_rec.data.table_spec import TableSpec
 from ssr_rec.schema import Schema, Vocabulary
 
@@ -33,17 +35,27 @@ def kind_of(kind: dt.DataType) -> str:
     return "timestamp" if kind.is_timestamp() else str(kind).removeprefix("!")
 
 
-def without_later_ids(batch: pa.RecordBatch, schema: Schema, sizes: Mapping[str, int]) -> pa.RecordBatch:
-    """A batch of ids in which those from ``sizes`` on are out of vocabulary."""
+def without_later_ids(encoded: Table, engine: Engine, schema: Schema, after: Mapping[str, Sequence[int]]) -> Table:
+    """Encoded rows in which ids that only a later split gave are out of vocabulary.
+
+    Args:
+        after: feature -> rows of its table after each split.
+    """
+    if not after:
+        return encoded
+    places = {name: f"__size{place}__" for place, name in enumerate(after)}
+    splits = pa.array(range(len(next(iter(after.values())))), pa.int64())
+    sizes = pa.table({"__day__": splits, **{places[name]: pa.array(found) for name, found in after.items()}})
+    table = engine.store("sizes", sizes)
+    joined = encoded.join(table, encoded[SPLIT] == table["__day__"])
+    columns: dict[str, Column] = {}
     for feature in schema.features:
-        if feature.name not in sizes:
-            continue
-        assert isinstance(feature.encoding, Vocabulary)
-        place, oov = batch.schema.get_field_index(feature.name), feature.encoding.oov_id
-        column = batch.column(place)
-        ids = column.values if feature.kind == "list" else column
-        ids = pc.if_else(pc.less(ids, sizes[feature.name]), ids, pa.scalar(oov, ids.type))
-        if feature.kind == "list":
-            ids = pa.ListArray.from_arrays(column.offsets, ids)
-        batch = batch.set_column(place, batch.schema.field(place), ids)
-    return batch
+        if feature.name in after:
+            assert isinstance(feature.encoding, Vocabulary)
+            ids, size, oov = joined[feature.name], joined[places[feature.name]], feature.encoding.oov_id
+            columns[feature.name] = (
+                ids.map(lambda item, size=size, oov=oov: (item < size).ifelse(item, oov))
+                if feature.kind == "list"
+                else (ids < size).ifelse(ids, oov)
+            )
+    return joined.select(**{name: columns.get(name, joined[name]) for name in encoded.columns})

@@ -10,31 +10,23 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from ibis.backends.duckdb import Backend
 from ibis.expr.types import BooleanValue, Table
 
-from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup, encode
-from ssr_rec.data.engine import ROW
+from ssr_rec.data.engine import ROW, Progress
+from ssr_rec.data.engines import duck
 from ssr_rec.data.fit import Plan, count_splits, fit, make_plan, measured
-from ssr_rec.data.grown import staged_as, without_later_ids
-from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
-from ssr_rec.data.sources import Log, Progress, Read, find_files, read_table
+from ssr_rec.data.grown import staged_as
+from ssr_rec.data.shards import new_folder
+from ssr_rec.data.sources import Log, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
-from ssr_rec.data.table_spec import DaySplit, RandomSplit, TableSpec
+from ssr_rec.data.table_spec import DaySplit, TableSpec
 from ssr_rec.schema import Days, Feature, LogBuckets, Schema, Split, Vocabulary
-
-ROWS_PER_CHUNK = 1_000_000
-"""Rows whose lists are encoded at once; their items are in memory together."""
-STREAM_ROWS = 65_536
-DAYS_FOLDER = "days"
 
 
 def prepare(
@@ -62,55 +54,20 @@ def prepare(
     """
     files = find_files(inputs)
     progress = progress_lines()
-    with new_folder(output) as folder, engine.connect(folder / ".spill", memory_limit, threads, files) as connection:
-        log = read(connection, files, spec, progress)
+    with new_folder(output) as folder, duck.connect(folder / ".spill", memory_limit, threads, files) as engine:
+        log = read(engine, files, spec, progress)
         check_values(log, spec)
-        plan = make_plan(connection, log, spec, seed)
+        plan = make_plan(log, spec, seed)
         counts = count_splits(plan)
-        lookups, buckets = fit(connection, plan, folder)
+        lookups, buckets = fit(plan, folder)
         progress("fit vocabularies and buckets", log.count)
         schema = _schema(folder, plan, lookups, buckets, counts, {"preset": preset, "seed": seed})
         # What an addition must know of these rows; after the digest, of which it is no part.
         schema.preparation.update(staged=staged_as(plan.log, plan.spec, plan.whole), hashed=measured(lookups))
-        splits = write_encoded(connection, plan, lookups, buckets, schema, counts, folder, progress)
-        schema = schema.model_copy(update={"splits": splits})
+        ids = encoded(plan, lookups, buckets, progress)
+        schema = engine.write(schema, ids, plan.rows([]).select(SPLIT, ORDER), counts, folder, progress)
         schema.write(folder)
         return schema
-
-
-def write_encoded(
-    connection: Backend,
-    plan: Plan,
-    lookups: dict[str, Lookup],
-    buckets: dict[str, LogBuckets],
-    schema: Schema,
-    counts: dict[str, dict[str, int]],
-    folder: Path,
-    progress: Progress,
-    sizes: Mapping[str, Mapping[str, int]] | None = None,
-) -> dict[str, Split]:
-    """Encode the rows of a plan and write its splits under ``folder``.
-
-    Args:
-        schema: the dataset's, with the plan's splits, their shards still missing.
-        sizes: split -> feature -> rows its table had by then, where ids from there on were given only later.
-    """
-    encoded = _encoded(connection, plan, lookups, buckets, progress)
-    # A random split cuts the shuffled order itself, and one sort key is cheaper than two.
-    ordered = encoded.order_by(*([] if isinstance(plan.spec.split, RandomSplit) else [SPLIT]), ORDER)
-    splits: dict[str, Split] = {}
-    columns, held = arrow_schema(schema), list[pa.RecordBatch]()
-    with closing(engine.stream(connection, ordered, STREAM_ROWS, columns)) as batches:
-        for name in plan.splits:
-            rows = counts[name]["rows"]
-            place = name if schema.days is None else f"{DAYS_FOLDER}/{name}"
-            taken: Iterator[pa.RecordBatch] = _take(batches, rows, held)
-            if sizes:
-                taken = (without_later_ids(batch, schema, sizes[name]) for batch in taken)
-            shards = write_shards(taken, columns, folder, place, row_group_rows(rows))
-            splits[name] = schema.splits[name].model_copy(update={"num_rows": rows, "shards": shards})
-            progress(f"wrote {name}", rows)
-    return splits
 
 
 def check_values(log: Log, spec: TableSpec) -> None:
@@ -139,29 +96,25 @@ def check_values(log: Log, spec: TableSpec) -> None:
             raise ValueError(f"{log.where(row)}: column {name!r} is {shown}; {rule}")
 
 
-def _encoded(
-    connection: Backend,
-    plan: Plan,
-    lookups: dict[str, Lookup],
-    buckets: dict[str, LogBuckets],
-    progress: Progress,
-) -> Table:
-    spec, total = plan.spec, plan.log.count
+def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
+    """The rows as they are stored, with ``SPLIT`` and ``ORDER``."""
+    spec, total, engine = plan.spec, plan.log.count, plan.log.engine
     keyed = plan.rows(spec.used)
     if spec.group_id:
         keyed = with_group(keyed, spec.group_id, plan.whole[spec.group_id])
-    if not spec.lists:
+    step = engine.chunk_rows
+    if not spec.lists or step is None:
         return encode(keyed, spec, lookups, buckets)
     # The items of a list are regrouped in memory, so only some rows' lists are taken at a time.
-    for first in range(0, total, ROWS_PER_CHUNK):
-        chunk = keyed.filter((keyed[ROW] >= first) & (keyed[ROW] < first + ROWS_PER_CHUNK))
+    for first in range(0, total, step):
+        chunk = keyed.filter((keyed[ROW] >= first) & (keyed[ROW] < first + step))
         ids = encode(chunk, spec, lookups, buckets)
         if first == 0:
-            connection.create_table("encoded", ids)
+            table = engine.create_table("encoded", ids)
         else:
-            connection.insert("encoded", ids)
-        progress("encoded", min(total, first + ROWS_PER_CHUNK))
-    return connection.table("encoded")
+            engine.append("encoded", ids)
+        progress("encoded", min(total, first + step))
+    return table
 
 
 def _schema(
@@ -220,17 +173,6 @@ def _feature(
         return Feature(name=name, kind="list", num_embeddings=size, encoding=encoding, max_length=length)
     kind: Literal["numeric", "categorical"] = "numeric" if name in buckets else "categorical"
     return Feature(name=name, kind=kind, num_embeddings=size, encoding=encoding)
-
-
-def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The next ``rows`` rows; ``held`` carries what is left of a batch to the next call."""
-    while rows:
-        batch = held.pop() if held else next(batches)
-        if batch.num_rows > rows:
-            held.append(batch.slice(rows))
-        head = batch.slice(0, rows)
-        rows -= head.num_rows
-        yield head
 
 
 def progress_lines() -> Progress:
