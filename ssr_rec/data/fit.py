@@ -65,20 +65,28 @@ def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
-    # Kept, because the split of every row is asked for again with every column.
-    table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed))
-    log = replace(log, table=table)
-    return _by_days(log, spec, spec.split, whole) if isinstance(spec.split, DaySplit) else Plan(log, spec, whole)
+    log = shuffled(log, seed)
+    if not isinstance(spec.split, DaySplit):
+        return Plan(log, spec, whole)
+    plan = by_days(log, spec, spec.split, whole)
+    if len(plan.splits) <= plan.fitted:
+        raise ValueError(
+            f"column {spec.split.column!r} has {len(plan.splits)} days and the encodings are fitted on {plan.fitted}: "
+            "none is left to evaluate; lower --fit-days or give more days"
+        )
+    return plan
 
 
-def _by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
+def shuffled(log: Log, seed: int, first_row: int = 0) -> Log:
+    """The log with ``ORDER``, kept because the split of every row is asked for again with every column."""
+    table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed, first_row))
+    return replace(log, table=table)
+
+
+def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
+    """The plan of a shuffled log whose days are splits."""
     rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
     days = distinct_days(rows, rule.column)
-    if len(days) <= rule.fit_days:
-        raise ValueError(
-            f"column {rule.column!r} has {len(days)} days and the encodings are fitted on {rule.fit_days}: none is "
-            "left to evaluate; lower --fit-days or give more days"
-        )
     numbers = log.engine.store("days", days)
 
     def numbered(rows: Table) -> Table:
@@ -122,8 +130,7 @@ def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBucke
             lookups[name] = Lookup(engine.store(lookup_table, entries), vocabulary)
         else:
             hashing = Hashing(column=name, num_buckets=buckets)
-            hashes = hash_lookup(distinct_values(plan.log.rows([name]), name), hashing)
-            lookups[name] = Lookup(engine.create_table(lookup_table, hashes), hashing)
+            lookups[name] = hashed(plan.log, name, hashing, lookup_table)
     ranges = {}
     if spec.numeric:
         extremes = {f"low{i}": train[name].min() for i, name in enumerate(spec.numeric)}
@@ -133,6 +140,22 @@ def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBucke
             low, high = (log_transform(found[f"{end}{i}"] or 0.0) for end in ("low", "high"))
             ranges[name] = LogBuckets(column=name, low=low, high=high, num_buckets=spec.num_buckets)
     return lookups, ranges
+
+
+def hashed(log: Log, name: str, hashing: Hashing, table: str) -> Lookup:
+    """The hashes of all values of a column, staged as ``table``."""
+    hashes = hash_lookup(distinct_values(log.rows([name]), name), hashing)
+    return Lookup(log.engine.create_table(table, hashes), hashing)
+
+
+def measured(lookups: dict[str, Lookup]) -> dict[str, dict[str, int]]:
+    """Of each hashed column: its distinct ``values`` in the whole log, and the distinct ``ids`` they share."""
+    found = {}
+    for name, lookup in lookups.items():
+        if isinstance(lookup.encoding, Hashing):
+            figures = lookup.table.aggregate(values=lookup.table.count(), ids=lookup.table["id"].nunique())
+            found[name] = figures.to_pyarrow().to_pylist()[0]
+    return found
 
 
 def _vocabulary(counted: pa.Table, name: str, min_count: int, folder: Path) -> tuple[Vocabulary, pa.Table]:
