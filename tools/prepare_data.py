@@ -147,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-buckets", type=int, help="buckets of a numeric column (default 64)")
     parser.add_argument("--hash-buckets", type=int, metavar="N", help="hash every column instead of a vocabulary")
     parser.add_argument("--max-list-length", type=int, metavar="N", help="items kept of every list")
-    parser.add_argument("--memory-limit", default="4GB", help="of the engine, which spills beyond it (default 4GB)")
+    parser.add_argument(
+        "--memory-limit",
+        default="3GB",
+        help="of the engine, which spills beyond (default 3GB: the process stays below 4GB)",
+    )
     parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
     return parser
 

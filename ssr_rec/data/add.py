@@ -42,7 +42,7 @@ def add(
     *,
     preset: str = "table",
     extend: bool = False,
-    memory_limit: str = "4GB",
+    memory_limit: str = "3GB",
     threads: int | None = None,
 ) -> Schema:
     """Add the log in ``inputs``, whose days all come after the dataset's, to the dataset ``folder`` as further splits.

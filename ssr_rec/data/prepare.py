@@ -36,7 +36,7 @@ def prepare(
     *,
     read: Read = read_table,
     seed: int = 0,
-    memory_limit: str = "4GB",
+    memory_limit: str = "3GB",
     threads: int | None = None,
     preset: str = "table",
 ) -> Schema:
