@@ -17,6 +17,9 @@ from ssr_rec.yaml_file import read_yaml
 MAX_BUCKETS = 2**31 - 1
 """Buckets of a hash: the remainder of an md5 is taken 32 bits at a time, which must fit an int64."""
 
+MAX_ITEMS = 2**22
+"""Of a list: position and id of an item travel in one int64 (``encode.list_ids``), the id in 40 of its bits."""
+
 
 class TextFormat(Settings):
     """How CSV and TSV files are cut into columns; parquet files ignore it."""
@@ -34,7 +37,7 @@ class TextFormat(Settings):
 
 
 class ListColumn(Settings):
-    max_length: int = Field(ge=1, description="items kept per row")
+    max_length: int = Field(ge=1, le=MAX_ITEMS, description="items kept per row")
     keep: Literal["first", "last"] = Field("first", description="which end of a longer list is kept")
     separator: str | None = Field(None, min_length=1, description="between the items, where the list is text")
 
