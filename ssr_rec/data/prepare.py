@@ -10,30 +10,23 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from ibis.backends.duckdb import Backend
 from ibis.expr.types import BooleanValue, Table
 
-from ssr_rec.data import engine
 from ssr_rec.data.encode import Lookup, encode
-from ssr_rec.data.engine import ROW
-from ssr_rec.data.fit import Plan, count_splits, fit, make_plan
-from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
-from ssr_rec.data.sources import Log, Progress, Read, find_files, read_table
+from ssr_rec.data.engine import ROW, Progress
+from ssr_rec.data.engines import duck
+from ssr_rec.data.fit import Plan, count_splits, fit, make_plan, measured
+from ssr_rec.data.grown import staged_as
+from ssr_rec.data.shards import new_folder
+from ssr_rec.data.sources import Log, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
-from ssr_rec.data.table_spec import DaySplit, RandomSplit, TableSpec
-from ssr_rec.schema import Days, Feature, LogBuckets, Schema, Split, Vocabulary
-
-ROWS_PER_CHUNK = 1_000_000
-"""Rows whose lists are encoded at once; their items are in memory together."""
-STREAM_ROWS = 65_536
-DAYS_FOLDER = "days"
+from ssr_rec.data.table_spec import DaySplit, TableSpec
+from ssr_rec.schema import LISTED, Days, Feature, LogBuckets, Schema, Split, Vocabulary
 
 
 def prepare(
@@ -43,7 +36,7 @@ def prepare(
     *,
     read: Read = read_table,
     seed: int = 0,
-    memory_limit: str = "4GB",
+    memory_limit: str = "3GB",
     threads: int | None = None,
     preset: str = "table",
 ) -> Schema:
@@ -60,20 +53,21 @@ def prepare(
         ValueError: bad input, naming the file, the column, the row where there is one, and the fix.
     """
     files = find_files(inputs)
-    progress = _progress()
-    with new_folder(output) as folder, engine.connect(folder / ".spill", memory_limit, threads, files) as connection:
-        log = read(connection, files, spec, progress)
+    progress = progress_lines()
+    with new_folder(output) as folder, duck.connect(folder / ".spill", memory_limit, threads, files) as engine:
+        log = read(engine, files, spec, progress)
         check_values(log, spec)
-        plan = make_plan(connection, log, spec, seed)
+        plan = make_plan(log, spec, seed)
         counts = count_splits(plan)
-        lookups, buckets = fit(connection, plan, folder)
+        lookups, buckets = fit(plan, folder)
         progress("fit vocabularies and buckets", log.count)
         schema = _schema(folder, plan, lookups, buckets, counts, {"preset": preset, "seed": seed})
-        encoded = _encoded(connection, plan, lookups, buckets, progress)
-        # A random split cuts the shuffled order itself, and one sort key is cheaper than two.
-        ordered = encoded.order_by(*([] if isinstance(plan.spec.split, RandomSplit) else [SPLIT]), ORDER)
-        with closing(engine.stream(connection, ordered, STREAM_ROWS, arrow_schema(schema))) as batches:
-            return _write(schema, counts, batches, folder, progress)
+        # What an addition must know of these rows; after the digest, of which it is no part.
+        schema.preparation.update(staged=staged_as(plan.log, plan.spec, plan.whole), hashed=measured(lookups))
+        ids = encoded(plan, lookups, buckets, progress)
+        schema = engine.write(schema, ids, plan.rows([]).select(SPLIT, ORDER), counts, folder, progress)
+        schema.write(folder)
+        return schema
 
 
 def check_values(log: Log, spec: TableSpec) -> None:
@@ -102,29 +96,25 @@ def check_values(log: Log, spec: TableSpec) -> None:
             raise ValueError(f"{log.where(row)}: column {name!r} is {shown}; {rule}")
 
 
-def _encoded(
-    connection: Backend,
-    plan: Plan,
-    lookups: dict[str, Lookup],
-    buckets: dict[str, LogBuckets],
-    progress: Progress,
-) -> Table:
-    spec, total = plan.spec, plan.log.count
+def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
+    """The rows as they are stored, with ``SPLIT`` and ``ORDER``."""
+    spec, total, engine = plan.spec, plan.log.count, plan.log.engine
     keyed = plan.rows(spec.used)
     if spec.group_id:
         keyed = with_group(keyed, spec.group_id, plan.whole[spec.group_id])
-    if not spec.lists:
+    step = engine.chunk_rows
+    if not spec.lists or step is None:
         return encode(keyed, spec, lookups, buckets)
     # The items of a list are regrouped in memory, so only some rows' lists are taken at a time.
-    for first in range(0, total, ROWS_PER_CHUNK):
-        chunk = keyed.filter((keyed[ROW] >= first) & (keyed[ROW] < first + ROWS_PER_CHUNK))
+    for first in range(0, total, step):
+        chunk = keyed.filter((keyed[ROW] >= first) & (keyed[ROW] < first + step))
         ids = encode(chunk, spec, lookups, buckets)
         if first == 0:
-            connection.create_table("encoded", ids)
+            table = engine.create_table("encoded", ids)
         else:
-            connection.insert("encoded", ids)
-        progress("encoded", min(total, first + ROWS_PER_CHUNK))
-    return connection.table("encoded")
+            engine.append("encoded", ids)
+        progress("encoded", min(total, first + step))
+    return table
 
 
 def _schema(
@@ -138,11 +128,13 @@ def _schema(
     """The schema, the shards of its splits still missing."""
     spec = plan.spec
     preparation = {**preparation, **spec.model_dump(mode="json", exclude={"name"})}
+    if spec.hash_min_count == 1:  # the dataset_id is that of before there was admission
+        del preparation["hash_min_count"]
     features = [_feature(name, folder, spec, lookups, buckets) for name in spec.features]
     digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
     for feature in features:
         digest.update(feature.model_dump_json().encode())
-        if isinstance(feature.encoding, Vocabulary):
+        if isinstance(feature.encoding, LISTED):
             for column in pq.read_table(folder / feature.encoding.file).itercolumns():
                 for buffer in column.combine_chunks().buffers():
                     digest.update(buffer or b"")
@@ -152,17 +144,22 @@ def _schema(
         features=features,
         labels=spec.labels,
         group_id=spec.group_id,
-        splits={
-            split: Split(
-                num_rows=0,
-                positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(spec.labels)},
-                shards=[],
-            )
-            for split, found in counts.items()
-        },
+        splits=empty_splits(counts, spec.labels),
         days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
         preparation=preparation,
     )
+
+
+def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> dict[str, Split]:
+    """The splits of ``count_splits``, their shards still missing."""
+    return {
+        split: Split(
+            num_rows=0,
+            positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(labels)},
+            shards=[],
+        )
+        for split, found in counts.items()
+    }
 
 
 def _feature(
@@ -180,39 +177,8 @@ def _feature(
     return Feature(name=name, kind=kind, num_embeddings=size, encoding=encoding)
 
 
-def _write(
-    schema: Schema,
-    counts: dict[str, dict[str, int]],
-    batches: Iterator[pa.RecordBatch],
-    folder: Path,
-    progress: Progress,
-) -> Schema:
-    """Write the shards from ``batches``, which hold the splits one after the other, and schema.json."""
-    held: list[pa.RecordBatch] = []
-    splits: dict[str, Split] = {}
-    for name, split in schema.splits.items():
-        rows = counts[name]["rows"]
-        place = name if schema.days is None else f"{DAYS_FOLDER}/{name}"
-        shards = write_shards(_take(batches, rows, held), arrow_schema(schema), folder, place, row_group_rows(rows))
-        splits[name] = split.model_copy(update={"num_rows": rows, "shards": shards})
-        progress(f"wrote {name}", rows)
-    schema = schema.model_copy(update={"splits": splits})
-    schema.write(folder)
-    return schema
-
-
-def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The next ``rows`` rows; ``held`` carries what is left of a batch to the next call."""
-    while rows:
-        batch = held.pop() if held else next(batches)
-        if batch.num_rows > rows:
-            held.append(batch.slice(rows))
-        head = batch.slice(0, rows)
-        rows -= head.num_rows
-        yield head
-
-
-def _progress() -> Progress:
+def progress_lines() -> Progress:
+    """Rows and rates so far, to stderr."""
     started = time.perf_counter()
 
     def report(stage: str, rows: int) -> None:

@@ -14,8 +14,8 @@ import ibis
 from ibis.backends.duckdb import Backend
 from ibis.expr.types import ArrayColumn, BooleanValue, Column, StringColumn, Table
 
-from ssr_rec.data.engine import ROW
-from ssr_rec.data.sources import Log, Progress, Read, Source, cut_list, open_source, read_table, selected, stage_all
+from ssr_rec.data.engine import ROW, Engine, Progress, Source
+from ssr_rec.data.sources import Log, Read, cut_list, open_source, read_table, selected, stage_all
 from ssr_rec.data.table_spec import ListColumn, TableSpec, TextFormat
 
 
@@ -52,15 +52,16 @@ AVAZU = TableSpec(
 )
 
 
-def read_avazu(connection: Backend, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
+def read_avazu(engine: Engine, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
     """Avazu's CSV with ``hour_of_day`` (00 to 23) and ``weekday`` (0 Monday) made of ``hour`` (YYMMDDHH)."""
-    sources = []
-    for path in files:
-        source = open_source(connection, path, spec.text, spec.labels)
-        if "hour" not in source.rows.columns:
-            raise ValueError(f"{path}: no column 'hour'; an Avazu file begins with a header line")
-        sources.append(replace(source, rows=_with_hour_and_weekday(source.rows)))
-    return stage_all(connection, sources, partial(selected, spec=spec), progress)
+    return stage_all(engine, files, partial(_open_avazu, spec=spec), progress)
+
+
+def _open_avazu(connection: Backend, path: Path, spec: TableSpec) -> Source:
+    source = open_source(connection, path, spec.text, spec.labels)
+    if "hour" not in source.rows.columns:
+        raise ValueError(f"{path}: no column 'hour'; an Avazu file begins with a header line")
+    return selected(replace(source, rows=_with_hour_and_weekday(source.rows)), spec)
 
 
 def _with_hour_and_weekday(rows: Table) -> Table:
@@ -88,10 +89,13 @@ ALIBABA = TableSpec(
     text=TextFormat(delimiter=",", header=False, quote=False, columns=_SKELETON),
 )
 
+Parse = Callable[[Table, ArrayColumn, TableSpec], dict[str, Column]]
+"""Rows, their split feature lists, and the spec to the columns it uses."""
+
 _ITEM, _FIELD, _VALUE = "\x01", "\x02", "\x03"
 
 
-def read_alibaba(connection: Backend, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
+def read_alibaba(engine: Engine, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
     """Ali-CCP: each ``sample_skeleton_X.csv`` joined by index with the ``common_features_X.csv`` beside it.
 
     A single-valued field that a row repeats keeps its first value; one it lacks is missing.
@@ -109,12 +113,12 @@ def read_alibaba(connection: Backend, files: list[Path], spec: TableSpec, progre
             raise ValueError(f"{path}: common_features{_pair(path)} is not among the inputs; give both")
     if not skeletons:
         raise ValueError(f"{', '.join(map(str, files))}: no sample_skeleton_*.csv among the inputs")
-    common = _staged_common(connection, [commons[_pair(path)] for path in skeletons], spec, progress)
-    log = _staged(connection, "skeleton", skeletons, _SKELETON, _item_columns, spec, progress)
+    common = _staged_common(engine, [commons[_pair(path)] for path in skeletons], spec, progress)
+    log = _staged(engine, "skeleton", skeletons, _SKELETON, _item_columns, spec, progress)
     rows = log.rows(log.table.columns)
     joined = rows.left_join(common.rename(common_key="key"), rows["key"] == common["key"])
     _refuse(log, joined, joined["common_key"].isnull(), "common_index is not in the common_features file")
-    return Log(connection.create_table("log", joined.select(ROW, *spec.used)), log.files)
+    return Log(engine, engine.create_table("log", joined.select(ROW, *spec.used)), log.files)
 
 
 def _pair(path: Path) -> str:
@@ -122,8 +126,8 @@ def _pair(path: Path) -> str:
     return name.removeprefix("sample_skeleton").removeprefix("common_features")
 
 
-def _staged_common(connection: Backend, files: list[Path], spec: TableSpec, progress: Progress) -> Table:
-    log = _staged(connection, "common", files, _COMMON, _user_columns, spec, progress)
+def _staged_common(engine: Engine, files: list[Path], spec: TableSpec, progress: Progress) -> Table:
+    log = _staged(engine, "common", files, _COMMON, _user_columns, spec, progress)
     rows = log.rows(["key"])
     firsts = rows.group_by("key").agg(first=rows[ROW].min())
     repeated = rows.anti_join(firsts, rows[ROW] == firsts["first"])
@@ -132,29 +136,30 @@ def _staged_common(connection: Backend, files: list[Path], spec: TableSpec, prog
 
 
 def _staged(
-    connection: Backend,
+    engine: Engine,
     table: str,
     files: list[Path],
     columns: list[str],
-    parse: Callable[[Table, ArrayColumn, TableSpec], dict[str, Column]],
+    parse: Parse,
     spec: TableSpec,
     progress: Progress,
 ) -> Log:
     """Stage the parsed columns of files of one kind, and ``key``, the index that pairs skeleton and common rows."""
-    form = spec.text.model_copy(update={"columns": columns})
-
-    def select(source: Source) -> Table:
-        rows = source.rows
-        items = rows["features"].split(_ITEM)
-        key = ibis.literal(f"{_pair(source.path)}/") + rows["common_index"].fill_null("")
-        wrong = rows["feature_count"] != items.length().fill_null(0)
-        return rows.select(key=key, wrong=wrong.fill_null(True), **parse(rows, items, spec))
-
-    sources = [open_source(connection, path, form, {"feature_count", *spec.labels}) for path in files]
-    log = stage_all(connection, sources, select, progress, table)
+    open_parsed = partial(_open_alibaba, spec=spec, columns=columns, parse=parse)
+    log = stage_all(engine, files, open_parsed, progress, table)
     rows = log.rows(["wrong"])
     _refuse(log, rows, rows["wrong"], "feature_count is not the number of features in the list")
     return log
+
+
+def _open_alibaba(connection: Backend, path: Path, spec: TableSpec, columns: list[str], parse: Parse) -> Source:
+    form = spec.text.model_copy(update={"columns": columns})
+    source = open_source(connection, path, form, {"feature_count", *spec.labels})
+    rows = source.rows
+    items = rows["features"].split(_ITEM)
+    key = ibis.literal(f"{_pair(path)}/") + rows["common_index"].fill_null("")
+    wrong = rows["feature_count"] != items.length().fill_null(0)
+    return replace(source, rows=rows.select(key=key, wrong=wrong.fill_null(True), **parse(rows, items, spec)))
 
 
 def _user_columns(rows: Table, items: ArrayColumn, spec: TableSpec) -> dict[str, Column]:

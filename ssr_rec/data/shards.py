@@ -11,16 +11,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SHARD_KEY, Schema, Shard
+from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SHARD_KEY, Schema, Shard, Split
 
 ROWS_PER_SHARD = 4_194_304
+DAYS_FOLDER = "days"
 
 
 def row_group_rows(num_rows: int) -> int:
@@ -82,6 +83,46 @@ def write_shards(
     if writer is not None:
         close(writer)
     return shards
+
+
+def split_folder(schema: Schema, split: str) -> str:
+    """Where the shards of a split lie within the dataset."""
+    return split if schema.days is None else f"{DAYS_FOLDER}/{split}"
+
+
+def write_splits(
+    schema: Schema,
+    counts: dict[str, dict[str, int]],
+    batches: Iterator[pa.RecordBatch],
+    folder: Path,
+    progress: Callable[[str, int], None],
+) -> Schema:
+    """Write the shards from ``batches``, which hold the splits one after the other; the schema with them.
+
+    Args:
+        counts: ``rows`` of every split.
+        progress: called after each split with its rows.
+    """
+    held: list[pa.RecordBatch] = []
+    splits: dict[str, Split] = {}
+    for name, split in schema.splits.items():
+        rows = counts[name]["rows"]
+        place = split_folder(schema, name)
+        shards = write_shards(_take(batches, rows, held), arrow_schema(schema), folder, place, row_group_rows(rows))
+        splits[name] = split.model_copy(update={"num_rows": rows, "shards": shards})
+        progress(f"wrote {name}", rows)
+    return schema.model_copy(update={"splits": splits})
+
+
+def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The next ``rows`` rows; ``held`` carries what is left of a batch to the next call."""
+    while rows:
+        batch = held.pop() if held else next(batches)
+        if batch.num_rows > rows:
+            held.append(batch.slice(rows))
+        head = batch.slice(0, rows)
+        rows -= head.num_rows
+        yield head
 
 
 def footer_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ import glob
 import gzip
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,36 +16,26 @@ from ibis.backends.duckdb import Backend
 from ibis.expr import datatypes as dt
 from ibis.expr.types import ArrayColumn, Column, Table
 
-from ssr_rec.data import engine
+from ssr_rec.data import duck_files
+from ssr_rec.data.engine import Engine, OpenSource, Progress, Source
 from ssr_rec.data.table_spec import ListColumn, TableSpec, TextFormat
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-
-Progress = Callable[[str, int], None]
-"""Called with what was just finished and the rows it covered so far."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input file: its raw rows, and what to say of the row that broke reading it (None: nothing known)."""
-
-    path: Path
-    rows: Table
-    explain: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Log:
     """All input rows, staged, one column per used column of the spec."""
 
+    engine: Engine
     table: Table
     files: list[tuple[Path, int]]
     """Each file, in order, and the rows up to and including it."""
 
     def rows(self, columns: Sequence[str]) -> Table:
         """Some of the columns, and ``ROW``."""
-        return engine.numbered(self.table, columns)
+        return self.engine.numbered(self.table, columns)
 
     @property
     def count(self) -> int:
@@ -61,8 +51,7 @@ class Log:
         raise IndexError(row)
 
 
-Select = Callable[[Source], Table]
-Read = Callable[[Backend, list[Path], TableSpec, Progress], Log]
+Read = Callable[[Engine, list[Path], TableSpec, Progress], Log]
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -91,11 +80,14 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     return files
 
 
-def read_table(connection: Backend, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
+def read_table(engine: Engine, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
     """Stage CSV, TSV and parquet files as they are."""
-    numbers = [*spec.labels, *spec.numeric]
-    sources = [open_source(connection, path, spec.text, numbers) for path in files]
-    return stage_all(connection, sources, partial(selected, spec=spec), progress)
+    return stage_all(engine, files, partial(open_table, spec=spec), progress)
+
+
+def open_table(connection: Backend, path: Path, spec: TableSpec) -> Source:
+    """The columns of one file that ``spec`` uses, typed."""
+    return selected(open_source(connection, path, spec.text, [*spec.labels, *spec.numeric]), spec)
 
 
 def open_source(connection: Backend, path: Path, form: TextFormat, numbers: Collection[str]) -> Source:
@@ -106,45 +98,31 @@ def open_source(connection: Backend, path: Path, form: TextFormat, numbers: Coll
     """
     suffix = _suffix(path)
     if suffix == ".parquet":
-        return Source(path, engine.read_parquet(connection, path))
+        return Source(path, duck_files.read_parquet(connection, path))
     if suffix not in TEXT_SUFFIXES:
         raise ValueError(f"{path}: unknown kind of file; give {', '.join(SUFFIXES)}, text also with .gz")
     delimiter = form.delimiter or ("," if suffix == ".csv" else "\t")
     columns = form.columns or _header(path, delimiter, form)
     types = {column: "float64" if column in numbers else "string" for column in columns}
-    rows = engine.read_text(connection, path, types, form, delimiter)
+    rows = duck_files.read_text(connection, path, types, form, delimiter)
     return Source(path, rows, partial(_explain_text, connection, path, types, form, delimiter))
 
 
 def stage_all(
-    connection: Backend, sources: Sequence[Source], select: Select, progress: Progress, table: str = "log"
+    engine: Engine, files: Sequence[Path], open_source: OpenSource, progress: Progress, table: str = "log"
 ) -> Log:
-    """Stage what ``select`` makes of every source, in order, as one table.
+    """Stage the rows of every file, in order, as one table.
 
     Raises:
-        ValueError: a broken file, no rows at all, or what ``select`` finds wrong with a file.
+        ValueError: a broken file, no rows at all, or what ``open_source`` finds wrong with a file.
     """
-    files: list[tuple[Path, int]] = []
-    for source in sources:
-        rows = select(source)
-        if files:
-            # The first file decides: a column that is whole in one file and float in the next is still one column.
-            rows = rows.cast(connection.table(table).schema())
-        try:
-            count = engine.stage(connection, table, rows, source.path)
-        except ValueError:
-            reason = source.explain()
-            if reason is None:
-                raise
-            raise ValueError(f"{source.path}: {reason}") from None
-        files.append((source.path, count))
-        progress(f"read {source.path.name}", count)
-    if not files[-1][1]:
-        raise ValueError(f"{', '.join(str(path) for path, _ in files)}: no rows at all")
-    return Log(connection.table(table), files)
+    staged, upto = engine.stage(table, files, open_source, progress)
+    if not upto[-1][1]:
+        raise ValueError(f"{', '.join(str(path) for path in files)}: no rows at all")
+    return Log(engine, staged, upto)
 
 
-def selected(source: Source, spec: TableSpec) -> Table:
+def selected(source: Source, spec: TableSpec) -> Source:
     """The columns that ``spec`` uses, typed.
 
     Raises:
@@ -152,9 +130,10 @@ def selected(source: Source, spec: TableSpec) -> Table:
     """
     spec.check_columns(source.rows.columns, source.path)
     try:
-        return source.rows.select(**{name: typed(source.rows[name], name, spec) for name in spec.used})
+        rows = source.rows.select(**{name: typed(source.rows[name], name, spec) for name in spec.used})
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from None
+    return replace(source, rows=rows)
 
 
 def typed(column: Column, name: str, spec: TableSpec) -> Column:
@@ -206,7 +185,7 @@ def _is_id(kind: dt.DataType) -> bool:
 def _explain_text(
     connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str
 ) -> str | None:
-    found = engine.first_rejected(connection, path, types, form, delimiter)
+    found = duck_files.first_rejected(connection, path, types, form, delimiter)
     if found is None:
         return None
     row, column, error, line = found

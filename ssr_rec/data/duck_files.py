@@ -1,0 +1,78 @@
+"""One input file as a lazy DuckDB table, and what is wrong with its first bad row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+from ibis.backends.duckdb import Backend
+from ibis.expr.types import Table
+
+from ssr_rec.data.engine import Source
+from ssr_rec.data.table_spec import TextFormat
+
+_SQL_TYPES = {"float64": "DOUBLE", "string": "VARCHAR"}
+
+
+def read_text(connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str) -> Table:
+    """A CSV or TSV file, plain or gzip, as a lazy table; empty means null.
+
+    Args:
+        types: float64 or string for every column, in file order.
+    """
+    quote = '"' if form.quote else ""
+    return connection.read_csv(
+        str(path),
+        columns={name: _SQL_TYPES[kind] for name, kind in types.items()},
+        header=form.header,
+        delim=delimiter,
+        quote=quote,
+        escape=quote,
+        nullstr="",
+        auto_detect=False,
+    )
+
+
+def read_parquet(connection: Backend, path: Path) -> Table:
+    """A parquet file as a lazy table.
+
+    Raises:
+        ValueError: not a complete parquet file.
+    """
+    try:
+        return connection.read_parquet(str(path))
+    except duckdb.Error as error:
+        raise ValueError(f"{path}: cannot be read as parquet, is it complete? {first_line(error)}") from None
+
+
+def first_rejected(
+    connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str
+) -> tuple[int, str | None, str, str] | None:
+    """The first row of a text file that does not parse: (row from 1, column, what is wrong, the line); None if all do.
+
+    Read in a second pass, only after the first failed.
+    """
+    quote = '"' if form.quote else ""
+    columns = {name: _SQL_TYPES[kind] for name, kind in types.items()}
+    try:
+        connection.con.execute(
+            "select count(columns(*)) from read_csv($path, columns=$columns, header=$header, delim=$delim,"
+            " quote=$quote, escape=$quote, nullstr='', auto_detect=false, store_rejects=true)",
+            {"path": str(path), "columns": columns, "header": form.header, "delim": delimiter, "quote": quote},
+        ).fetchall()
+        found = connection.con.execute(
+            "select line, column_name, error_type, csv_line from reject_errors order by line limit 1"
+        ).fetchall()
+    except duckdb.Error:
+        return None
+    return (found[0][0] - form.header, *found[0][1:]) if found else None
+
+
+def unreadable(source: Source, error: duckdb.Error) -> ValueError:
+    """What to say of a file whose reading ended with ``error``: its first bad row, if that can be found."""
+    reason = source.explain()
+    return ValueError(f"{source.path}: {reason or f'cannot be read, is it complete? {first_line(error)}'}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
