@@ -72,6 +72,19 @@ class Hashing(Settings):
     first_id: int = 1
 
 
+class AdmittedHashing(Settings):
+    """``first_id + md5(value) mod num_buckets`` for values frequent in training; ``oov_id`` for all others."""
+
+    type: Literal["admitted_hash"] = "admitted_hash"
+    column: str
+    num_buckets: int = Field(ge=1)
+    min_count: int = Field(ge=2, description="occurrences in the training split that admit a value")
+    missing_id: int = 0
+    oov_id: int = 1
+    first_id: int = 2
+    file: InnerPath = Field(description="parquet of the admitted values, as that of a vocabulary")
+
+
 class LogBuckets(Settings):
     """Equal-width buckets of ``sign(v) * log1p(|v|)`` between the training split's extremes; outside is clipped."""
 
@@ -91,7 +104,11 @@ class Drawn(Settings):
     column: str
 
 
-Encoding = Annotated[Vocabulary | Hashing | LogBuckets | Drawn, Field(discriminator="type")]
+Encoding = Annotated[Vocabulary | Hashing | AdmittedHashing | LogBuckets | Drawn, Field(discriminator="type")]
+
+
+LISTED = (Vocabulary, AdmittedHashing)
+"""Encodings that know their values by a file."""
 
 
 class Feature(Settings):

@@ -24,7 +24,7 @@ from ssr_rec.schema import Schema
 
 SETTLED = (
     *("spec", "seed", "ratios", "time_column", "boundaries", "days", "fit_days"),
-    *("min_count", "num_buckets", "hash_buckets", "max_list_length"),
+    *("min_count", "num_buckets", "hash_buckets", "hash_min_count", "max_list_length"),
 )
 """Options that a dataset was made with, and rows added later follow."""
 
@@ -91,7 +91,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
         read, spec = PRESETS[options.preset].read, PRESETS[options.preset].spec
     changes: dict[str, Any] = {
         name: value
-        for name in ("min_count", "num_buckets", "hash_buckets")
+        for name in ("min_count", "num_buckets", "hash_buckets", "hash_min_count")
         if (value := getattr(options, name)) is not None
     }
     if options.max_list_length is not None:
@@ -146,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-count", type=int, help="training occurrences that earn a value an id (default 6)")
     parser.add_argument("--num-buckets", type=int, help="buckets of a numeric column (default 64)")
     parser.add_argument("--hash-buckets", type=int, metavar="N", help="hash every column instead of a vocabulary")
+    parser.add_argument(
+        "--hash-min-count", type=int, metavar="N", help="training occurrences that admit a value to its hash bucket"
+    )
     parser.add_argument("--max-list-length", type=int, metavar="N", help="items kept of every list")
     parser.add_argument(
         "--memory-limit",

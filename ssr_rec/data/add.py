@@ -31,7 +31,7 @@ from ssr_rec.data.shards import DAYS_FOLDER
 from ssr_rec.data.sources import Log, find_files, read_table
 from ssr_rec.data.split import MAX_DAYS, ORDER, SPLIT, whole_numbers
 from ssr_rec.data.table_spec import DaySplit, TableSpec, make_spec
-from ssr_rec.schema import SCHEMA_FILE, Addition, Days, Hashing, LogBuckets, Schema, Vocabulary
+from ssr_rec.schema import LISTED, SCHEMA_FILE, Addition, Days, Hashing, LogBuckets, Schema, Vocabulary
 
 WORK_FOLDER = ".adding"
 
@@ -165,10 +165,10 @@ def _lookups(plan: Plan, schema: Schema, folder: Path, extend: bool) -> tuple[di
         name, table = feature.name, f"lookup{number}"
         if isinstance(feature.encoding, Hashing):
             lookups[name] = hashed(plan.log, name, feature.encoding, table)
-        elif isinstance(feature.encoding, Vocabulary):
+        elif isinstance(feature.encoding, LISTED):
             values = known_values(folder, feature.encoding, rows[name])
             lookups[name] = Lookup(engine.store(table, values), feature.encoding)
-            if not extend:
+            if not extend or not isinstance(feature.encoding, Vocabulary):
                 continue
             found = growth(
                 rows, name, lookups[name].table, feature.num_embeddings, feature.encoding.min_count, len(plan.splits)
@@ -228,7 +228,7 @@ def _remove_leftovers(schema: Schema, folder: Path) -> None:
     """Remove what is in the dataset's folders and not in its schema: of additions that were killed, or outgrown."""
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
     days = {str(Path(shard.path).parent) for split in schema.splits.values() for shard in split.shards}
-    files = {str(Path(f.encoding.file).parent) for f in schema.features if isinstance(f.encoding, Vocabulary)}
+    files = {str(Path(f.encoding.file).parent) for f in schema.features if isinstance(f.encoding, LISTED)}
     for place, named in ((DAYS_FOLDER, days), (VOCABULARY_FOLDER, files)):
         for path in (folder / place).iterdir():
             if path.is_dir() and f"{place}/{path.name}" not in named:

@@ -14,7 +14,7 @@ from ibis.expr.types import Column, IntegerValue, Table
 from ssr_rec.data.engine import ROW
 from ssr_rec.data.split import ORDER, SPLIT, digits_of
 from ssr_rec.data.table_spec import TableSpec
-from ssr_rec.schema import GROUP_COLUMN, Hashing, LogBuckets, Vocabulary
+from ssr_rec.schema import GROUP_COLUMN, AdmittedHashing, Hashing, LogBuckets, Vocabulary
 
 _POSITION_BITS = 40
 
@@ -24,11 +24,11 @@ class Lookup:
     """A staged table (``value``, ``id``) of the ids of a column's values; a value it lacks is out of vocabulary."""
 
     table: Table
-    encoding: Vocabulary | Hashing
+    encoding: Vocabulary | Hashing | AdmittedHashing
 
 
-def hash_lookup(values: Table, encoding: Hashing) -> Table:
-    """(value, id) of distinct ``values``, the id being ``first_id + int(md5(text), 16) % num_buckets``.
+def hash_lookup(values: Table, encoding: Hashing | AdmittedHashing) -> Table:
+    """Distinct ``values`` with their ``id``, ``first_id + int(md5(text), 16) % num_buckets``.
 
     Only distinct values are hashed; rows look them up.
     """
@@ -37,7 +37,7 @@ def hash_lookup(values: Table, encoding: Hashing) -> Table:
     for word in range(4):
         # Horner's rule over 32-bit words, since no engine's integer holds all 128 bits.
         remainder = (remainder * 2**32 + digits_of(hashed["digest"], 8 * word, 8)) % encoding.num_buckets
-    return hashed.select("value", id=(encoding.first_id + remainder).cast("int32"))
+    return hashed.select(*values.columns, id=(encoding.first_id + remainder).cast("int32"))
 
 
 def distinct_values(rows: Table, column: str) -> Table:

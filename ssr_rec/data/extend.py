@@ -14,7 +14,7 @@ from ibis.expr.types import Column, Table
 
 from ssr_rec.data.fit import VOCABULARY_FOLDER
 from ssr_rec.data.split import SPLIT
-from ssr_rec.schema import Vocabulary
+from ssr_rec.schema import AdmittedHashing, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Growth:
     """Rows of the table before each of the days, and after the last."""
 
 
-def known_values(folder: Path, encoding: Vocabulary, column: Column) -> pa.Table:
-    """(value as in ``column``, id) of a vocabulary file."""
+def known_values(folder: Path, encoding: Vocabulary | AdmittedHashing, column: Column) -> pa.Table:
+    """(value as in ``column``, id) of a values file."""
     table = pq.read_table(folder / encoding.file, columns=["value", "id"])
     kind = column.type().value_type if column.type().is_array() else column.type()
     # Later files may hold the same numbers in a narrower type.

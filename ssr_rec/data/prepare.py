@@ -26,7 +26,7 @@ from ssr_rec.data.shards import new_folder
 from ssr_rec.data.sources import Log, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
 from ssr_rec.data.table_spec import DaySplit, TableSpec
-from ssr_rec.schema import Days, Feature, LogBuckets, Schema, Split, Vocabulary
+from ssr_rec.schema import LISTED, Days, Feature, LogBuckets, Schema, Split, Vocabulary
 
 
 def prepare(
@@ -128,11 +128,13 @@ def _schema(
     """The schema, the shards of its splits still missing."""
     spec = plan.spec
     preparation = {**preparation, **spec.model_dump(mode="json", exclude={"name"})}
+    if spec.hash_min_count == 1:  # the dataset_id is that of before there was admission
+        del preparation["hash_min_count"]
     features = [_feature(name, folder, spec, lookups, buckets) for name in spec.features]
     digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
     for feature in features:
         digest.update(feature.model_dump_json().encode())
-        if isinstance(feature.encoding, Vocabulary):
+        if isinstance(feature.encoding, LISTED):
             for column in pq.read_table(folder / feature.encoding.file).itercolumns():
                 for buffer in column.combine_chunks().buffers():
                     digest.update(buffer or b"")

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import duckdb
 
-from ssr_rec.schema import Feature, Hashing, Schema, Vocabulary
+from ssr_rec.schema import AdmittedHashing, Feature, Hashing, Schema
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _use(engine: duckdb.DuckDBPyConnection, paths: list[str], feature: Feature, 
         oov=None if _oov(feature) is None else share(3),
         top_id=lines[0][0] / lookups if lookups else math.nan,
         top_percent=top / lookups if lookups else math.nan,
-        buckets=feature.encoding.num_buckets if isinstance(feature.encoding, Hashing) else None,
+        buckets=feature.encoding.num_buckets if isinstance(feature.encoding, (Hashing, AdmittedHashing)) else None,
         values=hashed.get("values"),
         values_ids=hashed.get("ids"),
     )
@@ -127,4 +127,4 @@ def _missing(feature: Feature) -> int | None:
 
 
 def _oov(feature: Feature) -> int | None:
-    return feature.encoding.oov_id if isinstance(feature.encoding, Vocabulary) else None
+    return getattr(feature.encoding, "oov_id", None)
