@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ssr_rec.data.engines import SparkSettings
 from ssr_rec.data.prepare import prepare
 from ssr_rec.data.presets import PRESETS
 from ssr_rec.data.sources import Read, read_table
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             memory_limit=options.memory_limit,
             threads=options.threads,
             preset=options.preset,
+            spark=_spark(options),
         )
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -70,6 +72,17 @@ def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
     if split := _split(options, spec.split):
         changes["split"] = split
     return read, make_spec({**spec.model_dump(), **changes}, "command line") if changes else spec
+
+
+def _spark(options: argparse.Namespace) -> SparkSettings | None:
+    if options.engine == "spark":
+        for entry in options.spark_conf:
+            if "=" not in entry:
+                raise ValueError(f"--spark-conf {entry}: not key=value, as in spark.executor.memory=8g")
+        return SparkSettings(options.spark_master, dict(entry.split("=", 1) for entry in options.spark_conf))
+    if options.spark_master or options.spark_conf:
+        raise ValueError("--spark-master and --spark-conf are for --engine spark")
+    return None
 
 
 def _split(options: argparse.Namespace, split: RandomSplit | TimeSplit | DaySplit) -> dict[str, Any] | None:
@@ -112,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hash-buckets", type=int, metavar="N", help="hash every column instead of a vocabulary")
     parser.add_argument("--max-list-length", type=int, metavar="N", help="items kept of every list")
     parser.add_argument("--memory-limit", default="4GB", help="of the engine, which spills beyond it (default 4GB)")
+    parser.add_argument("--engine", choices=["duckdb", "spark"], default="duckdb", help="same result on both")
+    parser.add_argument("--spark-master", metavar="URL", help="as local[2], spark://host:7077 or yarn")
+    parser.add_argument("--spark-conf", action="append", default=[], metavar="KEY=VALUE", help="a setting of Spark")
     parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
     return parser
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 from ibis.backends.duckdb import Backend as DuckDB
@@ -29,15 +30,14 @@ class Source:
 OpenSource = Callable[[DuckDB, Path], Source]
 """Every engine parses files with DuckDB, wherever it does so, lest a quote or a number be read in two ways."""
 
+T = TypeVar("T")
+
 Progress = Callable[[str, int], None]
 """Called with what was just finished and the rows it covered so far."""
 
 
 class Engine(Protocol):
     """Where tables are kept and expressions run. Its methods raise ValueError for what the user can mend."""
-
-    chunk_rows: int | None
-    """Rows whose lists are encoded at once, their items being in memory together; None: any number."""
 
     def stage(
         self, name: str, files: Sequence[Path], open_source: OpenSource, progress: Progress
@@ -66,8 +66,12 @@ class Engine(Protocol):
     def create_table(self, name: str, rows: Table) -> Table:
         """A table that is computed once."""
 
-    def append(self, name: str, rows: Table) -> None:
-        """Add rows to a created table."""
+    def in_parts(self, name: str, rows: Table, compute: Callable[[Table], Table], progress: Progress) -> Table:
+        """What ``compute`` makes of ``rows``, whose lists it regroups; perhaps some at a time, into a table.
+
+        Args:
+            rows: they have ``ROW``.
+        """
 
     def create_view(self, name: str, rows: Table) -> Table:
         """A name for an expression, so that it is compiled once."""
@@ -91,3 +95,16 @@ class Engine(Protocol):
             keys: SPLIT and ORDER alone, cheaper to ask for.
             counts: ``rows`` of every split.
         """
+
+
+def one_ahead(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """The results of ``calls`` in order; each runs while the caller uses the result of the one before."""
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        coming: Future[T] | None = None
+        for call in calls:
+            following = ahead.submit(call)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -15,12 +16,14 @@ from ibis.backends.duckdb import Backend
 from ibis.expr.types import Table
 
 from ssr_rec.data.duck_files import first_line, unreadable
-from ssr_rec.data.engine import ROW, OpenSource, Progress
+from ssr_rec.data.engine import ROW, OpenSource, Progress, one_ahead
 from ssr_rec.data.shards import arrow_schema, write_splits
 from ssr_rec.data.split import ORDER, SPLIT
 from ssr_rec.schema import Schema
 
 STREAM_ROWS = 65_536
+PART_ROWS = 1_000_000
+"""Rows whose lists are encoded at once; their items are in memory together."""
 STAGED_SHARE = 5
 """Text takes two to three times its size once staged, and joins and sorts need the rest of the memory."""
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -40,9 +43,8 @@ def connect(spill: Path, memory_limit: str, threads: int | None, files: Sequence
     try:
         # Compression makes staged text about ten times smaller, so much less of it ever spills; where nothing will,
         # it only costs time, about a tenth of the whole preparation.
-        limit = connection.con.execute("select current_setting('memory_limit')").fetchall()[0][0]
         text = sum(path.stat().st_size * (8 if path.suffix == ".gz" else 1) for path in files)
-        compress = "(compress)" if text > _bytes(limit) / STAGED_SHARE else ""
+        compress = "(compress)" if text > limit_bytes(connection) / STAGED_SHARE else ""
         _execute(connection, f"attach ':memory:' as staged {compress}")
         _execute(connection, "use staged")
         yield DuckEngine(connection)
@@ -71,8 +73,6 @@ def open_duckdb(spill: Path, memory_limit: str, threads: int | None) -> Backend:
 class DuckEngine:
     """See ``Engine``."""
 
-    chunk_rows: int | None = 1_000_000
-
     def __init__(self, connection: Backend) -> None:
         self.connection = connection
 
@@ -84,7 +84,7 @@ class DuckEngine:
             source = open_source(self.connection, path)
             try:
                 if upto:
-                    self.append(name, source.rows.cast(self.connection.table(name).schema()))
+                    self.connection.insert(name, source.rows.cast(self.connection.table(name).schema()))
                 else:
                     self.create_table(name, source.rows)
             except duckdb.OutOfMemoryException:
@@ -123,8 +123,16 @@ class DuckEngine:
     def create_table(self, name: str, rows: Table) -> Table:
         return self.connection.create_table(name, rows)
 
-    def append(self, name: str, rows: Table) -> None:
-        self.connection.insert(name, rows)
+    def in_parts(self, name: str, rows: Table, compute: Callable[[Table], Table], progress: Progress) -> Table:
+        total = int(rows.count().to_pyarrow().as_py())
+        for first in range(0, total, PART_ROWS):
+            part = compute(rows.filter((rows[ROW] >= first) & (rows[ROW] < first + PART_ROWS)))
+            if first:
+                self.connection.insert(name, part)
+            else:
+                self.create_table(name, part)
+            progress(name, min(total, first + PART_ROWS))
+        return self.connection.table(name)
 
     def create_view(self, name: str, rows: Table) -> Table:
         return self.connection.create_view(name, rows)
@@ -137,15 +145,7 @@ class DuckEngine:
         def result(statement: str) -> pa.Table:
             return cursor.sql(statement).to_arrow_table()
 
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            coming: Future[pa.Table] | None = None
-            for query in queries:
-                following = ahead.submit(result, self.connection.compile(query))
-                if coming is not None:
-                    yield coming.result()
-                coming = following
-            if coming is not None:
-                yield coming.result()
+        return one_ahead(partial(result, self.connection.compile(query)) for query in queries)
 
     def write(
         self,
@@ -179,9 +179,10 @@ def _stream(connection: Backend, rows: Table, columns: pa.Schema) -> Generator[p
             yield batch
 
 
-def _bytes(size: str) -> float:
-    """Of DuckDB's way to write a size, such as ``3.7 GiB``."""
-    number, unit = size.split()
+def limit_bytes(connection: Backend) -> float:
+    """The memory limit of a connection."""
+    # Written as ``3.7 GiB``.
+    number, unit = connection.con.execute("select current_setting('memory_limit')").fetchall()[0][0].split()
     return float(number) * _UNITS[unit]
 
 
