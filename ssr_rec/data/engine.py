@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,14 +98,13 @@ class Engine(Protocol):
         """
 
 
-def one_ahead(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """The results of ``calls`` in order; each runs while the caller uses the result of the one before."""
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        coming: Future[T] | None = None
+def ahead(calls: Iterable[Callable[[], T]], most: int = 1) -> Generator[T, None, None]:
+    """The results of ``calls`` in order; up to ``most`` run while the caller uses the result of the one before."""
+    with ThreadPoolExecutor(max_workers=most) as pool:
+        coming: deque[Future[T]] = deque()
         for call in calls:
-            following = ahead.submit(call)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
+            coming.append(pool.submit(call))
+            if len(coming) > most:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

@@ -16,7 +16,7 @@ from ibis.backends.duckdb import Backend
 from ibis.expr.types import Table
 
 from ssr_rec.data.duck_files import first_line, unreadable
-from ssr_rec.data.engine import ROW, OpenSource, Progress, one_ahead
+from ssr_rec.data.engine import ROW, OpenSource, Progress, ahead
 from ssr_rec.data.shards import arrow_schema, write_splits
 from ssr_rec.data.split import ORDER, SPLIT
 from ssr_rec.schema import Schema
@@ -145,7 +145,7 @@ class DuckEngine:
         def result(statement: str) -> pa.Table:
             return cursor.sql(statement).to_arrow_table()
 
-        return one_ahead(partial(result, self.connection.compile(query)) for query in queries)
+        return ahead(partial(result, self.connection.compile(query)) for query in queries)
 
     def write(
         self,

@@ -18,17 +18,20 @@ import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import sqlglot as sg
+import sqlglot.expressions as sge
 from ibis.backends.pyspark import Backend as SparkBackend
 from ibis.backends.pyspark.datatypes import PySparkSchema
 from ibis.backends.sql.compilers.pyspark import PySparkCompiler
 from ibis.expr import datatypes as dt
 from ibis.expr.types import IntegerValue, Table
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as pt
 
-from ssr_rec.data.engine import ROW, OpenSource, Progress, one_ahead
+from ssr_rec.data.engine import ROW, OpenSource, Progress, ahead
 from ssr_rec.data.engines.duck import limit_bytes, open_duckdb
 from ssr_rec.data.engines.spark_tasks import (
     FILE,
@@ -64,6 +67,16 @@ class _Compiler(PySparkCompiler):
         # that lie on the edge of a bucket, so the executors ask Arrow, which asks C.
         return self.f.anon.c_ln(arg)
 
+    def visit_IsInf(self, op: Any, *, arg: Any) -> Any:
+        # Ibis 12 compares the two terms of the query itself here, and says that no number is infinite.
+        return sg.or_(arg.eq(self.POS_INF), arg.eq(self.NEG_INF))
+
+    def visit_NonNullLiteral(self, op: Any, *, value: Any, dtype: dt.DataType) -> Any:
+        # A bare number is an int to Spark, and so would be what is computed with it.
+        if dtype.is_int64():
+            return self.cast(sge.convert(value), dtype)
+        return super().visit_NonNullLiteral(op, value=value, dtype=dtype)
+
 
 class _Backend(SparkBackend):
     compiler = _Compiler()
@@ -91,16 +104,17 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
     # Said of every call, of parts of Spark that are not used here.
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")
     running = SparkSession.getActiveSession()
-    base = running or _start(master, settings, memory_limit)
+    base = running or start(master, settings, memory_limit)
     # Views and settings of its own.
     session = base.newSession()
     for key, value in _SETTINGS.items():
         session.conf.set(key, value)
-    session.udf.register("c_ln", F.arrow_udf(c_ln, pt.DoubleType()))
+    arrow_udf: Any = F.arrow_udf
+    session.udf.register("c_ln", arrow_udf(c_ln, pt.DoubleType()))
     engine = SparkEngine(session, memory_limit)
     try:
         yield engine
-    except PySparkException as error:
+    except (PySparkException, Py4JError) as error:
         raise ValueError(refusal(error) or f"Spark: {_shown(error)}") from error
     finally:
         engine.release()
@@ -108,7 +122,8 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
             base.stop()
 
 
-def _start(master: str | None, settings: Mapping[str, str], memory_limit: str) -> SparkSession:
+def start(master: str | None, settings: Mapping[str, str], memory_limit: str) -> SparkSession:
+    """A Spark session, see ``connect``."""
     builder = SparkSession.builder.appName("ssr_rec prepare_data")
     if master is not None:
         builder = builder.master(master)
@@ -158,10 +173,8 @@ class SparkEngine:
         counts = np.zeros(len(files), dtype=np.int64)
         counts[counted[FILE].to_numpy()] = counted["count"].to_numpy()
         ends = np.cumsum(counts)
-        starts = self.session.createDataFrame(
-            pa.table({FILE: np.arange(len(files), dtype=np.int32), "__start__": ends - counts})
-        )
-        numbered = rows.join(F.broadcast(starts), FILE).withColumn(ROW, F.col("__start__") + F.col(POSITION))
+        start = F.element_at(F.lit((ends - counts).tolist()).cast("array<bigint>"), F.col(FILE) + 1)
+        numbered = rows.withColumn(ROW, start + F.col(POSITION))
         progress(f"read {len(files)} files", int(ends[-1]))
         return self._named(name, numbered.select(ROW, *types)), list(zip(files, ends.tolist(), strict=True))
 
@@ -175,7 +188,7 @@ class SparkEngine:
             raise ValueError(f"{path}: {error}") from None
 
     def numbered(self, table: Table, columns: Sequence[str]) -> Table:
-        return table.select(ROW, *columns)
+        return table.select(ROW, *(name for name in columns if name != ROW))
 
     def with_column(self, table: Table, name: str, needed: Sequence[str], compute: Callable[[Table], Table]) -> Table:
         # Not kept: cheaper to compute again than to store.
@@ -195,7 +208,8 @@ class SparkEngine:
         return self._named(name, self._frame(rows))
 
     def results(self, queries: Iterable[Table]) -> Iterator[pa.Table]:
-        return one_ahead(self._frame(query).toArrow for query in queries)
+        # Several at once, as small jobs leave cores idle.
+        return ahead((self._frame(query).toArrow for query in queries), 3)
 
     def write(
         self,
