@@ -21,7 +21,7 @@ from ssr_rec.metrics import evaluate_predictions
 from ssr_rec.packed_tables import Precision
 from ssr_rec.restore import Restored, restore_model
 from ssr_rec.run_folder import git_commit, versions
-from ssr_rec.schema import Schema, Vocabulary
+from ssr_rec.schema import LISTED, Schema
 from ssr_rec.serving import MAX_ROWS, Scorer
 from ssr_rec.serving_model import Layout, ServingModel, make_layout, stacked_tables
 
@@ -149,7 +149,7 @@ def _write_tables(packed: dict[str, Tensor], folder: Path) -> dict[str, str]:
 
 def _copy_vocabularies(schema: Schema, data: Path, folder: Path) -> None:
     for feature in schema.features:
-        if isinstance(feature.encoding, Vocabulary):
+        if isinstance(feature.encoding, LISTED):
             target = folder / feature.encoding.file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(data / feature.encoding.file, target)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssr_rec.data.encode import log_transform
-from ssr_rec.schema import Drawn, Feature, Hashing, LogBuckets, Vocabulary
+from ssr_rec.schema import LISTED, AdmittedHashing, Drawn, Feature, Hashing, LogBuckets, Vocabulary
 
 MAX_EXACT = 2**53
 """Beyond it a float does not say which integer it was."""
@@ -44,14 +44,14 @@ def make_to_id(feature: Feature, folder: Path) -> ToId:
         return _bucket_id(encoding)
     if isinstance(encoding, Hashing):
         return _hash_id(encoding)
-    if isinstance(encoding, Vocabulary):
+    if isinstance(encoding, LISTED):
         table = pq.read_table(folder / encoding.file, columns=["value", "id"])
         ids = dict(zip(table["value"].to_pylist(), table["id"].to_pylist(), strict=True))
-        return _vocabulary_id(encoding, ids)
+        return _listed_id(encoding, ids)
     return _drawn_id(encoding, feature.num_embeddings)
 
 
-def _vocabulary_id(encoding: Vocabulary, ids: dict[str, int]) -> ToId:
+def _listed_id(encoding: Vocabulary | AdmittedHashing, ids: dict[str, int]) -> ToId:
     missing, oov, find = encoding.missing_id, encoding.oov_id, ids.get
 
     def to_id(value: Any) -> int:

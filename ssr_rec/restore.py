@@ -54,9 +54,10 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
         folder = Path(data or config.data.path or "")
     schema = Schema.read(folder).select(config.data.features, config.data.labels)
     if (run / REPORT_FILE).is_file():
-        trained_on = read_report(run)["dataset"].get("dataset_id")
-        if trained_on != schema.dataset_id:
-            raise ValueError(f"{folder}: dataset {schema.dataset_id}, the run {run} was trained on {trained_on}")
+        trained_on = str(read_report(run)["dataset"].get("dataset_id"))
+        if trained_on not in schema.same_tables_ids:
+            grown = ", before its vocabularies were extended: warm-start a run on it" * (trained_on in schema.known_ids)
+            raise ValueError(f"{folder}: dataset {schema.dataset_id}, the run {run} was trained on {trained_on}{grown}")
     model = build_plain_model(config, schema)
     load_plain_weights(model, checkpoint)
     return Restored(model, schema, config, folder, checkpoint)

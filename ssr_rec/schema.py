@@ -72,6 +72,19 @@ class Hashing(Settings):
     first_id: int = 1
 
 
+class AdmittedHashing(Settings):
+    """``first_id + md5(value) mod num_buckets`` for values frequent in training; ``oov_id`` for all others."""
+
+    type: Literal["admitted_hash"] = "admitted_hash"
+    column: str
+    num_buckets: int = Field(ge=1)
+    min_count: int = Field(ge=2, description="occurrences in the training split that admit a value")
+    missing_id: int = 0
+    oov_id: int = 1
+    first_id: int = 2
+    file: InnerPath = Field(description="parquet of the admitted values, as that of a vocabulary")
+
+
 class LogBuckets(Settings):
     """Equal-width buckets of ``sign(v) * log1p(|v|)`` between the training split's extremes; outside is clipped."""
 
@@ -91,7 +104,11 @@ class Drawn(Settings):
     column: str
 
 
-Encoding = Annotated[Vocabulary | Hashing | LogBuckets | Drawn, Field(discriminator="type")]
+Encoding = Annotated[Vocabulary | Hashing | AdmittedHashing | LogBuckets | Drawn, Field(discriminator="type")]
+
+
+LISTED = (Vocabulary, AdmittedHashing)
+"""Encodings that know their values by a file."""
 
 
 class Feature(Settings):
@@ -134,6 +151,18 @@ class Days(Settings):
     fitted: int = Field(ge=1, description="vocabularies and bucket ranges are those of so many first days")
 
 
+class Addition(Settings):
+    """Days added to a dataset after it was made (``data/add.py``)."""
+
+    before: str = Field(description="dataset_id until then")
+    days: list[str] = Field(min_length=1, description="the added ones, in order of time")
+    grown: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = Field(
+        default_factory=dict,
+        description="day -> feature -> rows of its table before the new values of that day got ids; "
+        "empty: no value got one",
+    )
+
+
 class Schema(Settings):
     format_version: Literal[1] = 1
     name: str
@@ -143,6 +172,7 @@ class Schema(Settings):
     group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
     splits: dict[str, Split]
     days: Days | None = Field(None, description="None: the splits are train, validation and test")
+    additions: list[Addition] = Field(default_factory=list, description="in the order they were made")
     ceiling: dict[str, dict[str, Ceiling]] = Field(default_factory=dict, description="split -> label, synthetic only")
     preparation: dict[str, Any] = Field(default_factory=dict, description="what made it: preset, seed, split rule")
 
@@ -157,11 +187,43 @@ class Schema(Settings):
             _refuse_repeated("days", self.days.names)
             if set(self.days.names) != set(self.splits) or self.days.fitted >= len(self.days.names):
                 raise ValueError("days: its names must be the splits, and fitted fewer than there are")
+        added = [day for addition in self.additions for day in addition.days]
+        if added and (self.days is None or self.days.names[-len(added) :] != added):
+            raise ValueError("additions: their days must be the last of days.names")
+        vocabularies = {feature.name for feature in self.features if isinstance(feature.encoding, Vocabulary)}
+        for addition in self.additions:
+            if not set(addition.grown) <= set(addition.days):
+                raise ValueError("additions: grown names a day that was not added")
+            for sizes in addition.grown.values():
+                if not set(sizes) <= vocabularies:
+                    raise ValueError("additions: grown names a feature without a vocabulary")
         return self
 
     @property
     def feature_names(self) -> list[str]:
         return [feature.name for feature in self.features]
+
+    @property
+    def known_ids(self) -> set[str]:
+        """``dataset_id``, and those from before each addition, which older shards carry."""
+        return {self.dataset_id, *(addition.before for addition in self.additions)}
+
+    @property
+    def same_tables_ids(self) -> set[str]:
+        """Those of ``known_ids`` under which every value had the id, and every table the rows, that it has now."""
+        found = {self.dataset_id}
+        for addition in reversed(self.additions):
+            if addition.grown:
+                break
+            found.add(addition.before)
+        return found
+
+    def new_from(self, day: str) -> dict[str, int]:
+        """Feature -> the first id that only the rows of ``day``, or of days after it, gave to a value."""
+        for addition in self.additions:
+            if day in addition.grown:
+                return {name: size for name, size in addition.grown[day].items() if name in self.feature_names}
+        return {}
 
     def select(self, features: Sequence[str] | None, labels: Sequence[str] | None) -> Schema:
         """The same dataset seen through some of its features and labels, in the order given (None: all).
@@ -183,8 +245,9 @@ class Schema(Settings):
 
     def write(self, folder: Path) -> None:
         values = self.model_dump(mode="json")
-        if self.days is None:  # so that programs from before there were days read it
-            del values["days"]
+        for key in ("days", "additions"):
+            if not values[key]:  # so that programs from before there were any read it
+                del values[key]
         text = json.dumps({**values, CHECKSUM_KEY: _checksum(values)}, indent=1)
         (folder / SCHEMA_FILE).write_text(text + "\n")
 

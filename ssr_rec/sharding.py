@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
 from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from pydantic import Field
 from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -121,7 +122,8 @@ def build_sharder(config: ShardingConfig, device_type: str, batch_size: int = 1)
         for codecs in registry.values():
             # A power of two changes no digit.
             codecs.backward = _ScaledCodec(2.0 ** math.floor(math.log2(batch_size)))
-    return EmbeddingBagCollectionSharder(qcomm_codecs_registry=registry)
+    # FBGEMM's default takes an id beyond its table for id 0, on the CPU without a word.
+    return EmbeddingBagCollectionSharder({"bounds_check_mode": BoundsCheckMode.FATAL}, qcomm_codecs_registry=registry)
 
 
 class _ScaledCodec(QuantizedCommCodec):

@@ -18,6 +18,7 @@ from ssr_rec.data.course import Course
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import running_statistics
 from ssr_rec.saver import Contents
+from ssr_rec.schema import Schema
 from ssr_rec.trainer import Fitted
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
@@ -113,7 +114,13 @@ def restore(
     """
     here = train.position()
     for key, value in here.items():
-        if (there := info["position"].get(key)) != value:
+        if not _continues(key, there := info["position"].get(key), value, train.schema):
+            if key == "dataset_id" and isinstance(there, str) and there in train.schema.known_ids:
+                raise ValueError(
+                    f"{folder}: since then the vocabularies of dataset {train.schema.name!r} have been extended, so "
+                    "its tables are larger than the checkpoint's; begin a new run with --warm_start and "
+                    "--warm_start_optimizer=true, which keep the old rows, on the days that are left (data.days)"
+                )
             raise ValueError(
                 f"{folder}: stopped in the middle of {key}={there}, this run has {value}: the "
                 "same step would mean other rows. Resume with the same data, batch size, seed and data.num_lanes, or "
@@ -139,6 +146,15 @@ def restore(
         # Other ranks than those that drew before: any draws do, as long as no two ranks' are the same.
         torch.manual_seed(seed * 1_000_003 + rank + 7919 * info["step"])
     return fitted
+
+
+def _continues(key: str, there: Any, here: Any, schema: Schema) -> bool:
+    """Whether steps up to a checkpoint mean the same rows here: as it was, or days have been added after them."""
+    if key == "dataset_id":
+        return isinstance(there, str) and there in schema.same_tables_ids
+    if key == "num_rows" and isinstance(here, Mapping) and isinstance(there, Mapping):
+        return list(here.items())[: len(there)] == list(there.items())
+    return bool(there == here)
 
 
 def _restore_own(own: Mapping[str, Tensor], model: nn.Module, running: RunningAUC) -> None:

@@ -278,6 +278,7 @@ def open_reader(
         num_lanes=config.data.num_lanes,
         seed=config.seed if is_train and config.data.shuffle else None,
         prefetch=config.data.prefetch,
+        hide_new=not is_train,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from inference_cases import Rows
 
-from ssr_rec.schema import Drawn, Feature, LogBuckets, Schema, Vocabulary
+from ssr_rec.schema import LISTED, Drawn, Feature, LogBuckets, Schema
 
 UNKNOWN = "a value that no vocabulary has"
 
@@ -42,7 +42,7 @@ def _values(feature: Feature, folder: Path) -> Any:
         return lambda i: (
             None if i == encoding.missing_id else _unlog(encoding.low + (i - encoding.first_id + 0.5) * width)
         )
-    if isinstance(encoding, Vocabulary):
+    if isinstance(encoding, LISTED):
         stored = pq.read_table(folder / encoding.file)
         texts = dict(zip(stored["id"].to_pylist(), stored["value"].to_pylist(), strict=True))
         return lambda i: None if i == encoding.missing_id else texts.get(i, UNKNOWN)

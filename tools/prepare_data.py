@@ -2,6 +2,7 @@
 
 python tools/prepare_data.py criteo --input train.txt --output data/criteo
 python tools/prepare_data.py table --spec configs/data/kuairand.yaml --input logs/ --output data/kuairand
+python tools/prepare_data.py table --input logs/2022-05-09.parquet --add-to data/kuairand_days
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ssr_rec.data.add import add
 from ssr_rec.data.engines import SparkSettings
 from ssr_rec.data.prepare import prepare
 from ssr_rec.data.presets import PRESETS
 from ssr_rec.data.sources import Read, read_table
 from ssr_rec.data.table_spec import DaySplit, RandomSplit, TableSpec, TimeSplit, make_spec, read_spec
+from ssr_rec.schema import Schema
+
+SETTLED = (
+    *("spec", "seed", "ratios", "time_column", "boundaries", "days", "fit_days"),
+    *("min_count", "num_buckets", "hash_buckets", "hash_min_count", "max_list_length"),
+)
+"""Options that a dataset was made with, and rows added later follow."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,27 +35,50 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
     try:
-        read, spec = _chosen(options)
-        schema = prepare(
-            options.input,
-            options.output,
-            spec,
-            read=read,
-            seed=options.seed,
-            memory_limit=options.memory_limit,
-            threads=options.threads,
-            preset=options.preset,
-            spark=_spark(options),
-        )
+        schema = _add(options) if options.add_to else _prepare(options)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - started
     splits = {name: split.num_rows for name, split in schema.splits.items()}
+    if options.add_to:
+        splits = {day: splits[day] for day in schema.additions[-1].days}
     rows = sum(splits.values())
     figures = {"rows": rows, "seconds": round(seconds, 3), "rows_per_s": round(rows / seconds), "splits": splits}
-    print(json.dumps({**figures, "dataset_id": schema.dataset_id, "output": str(options.output)}))
+    print(json.dumps({**figures, "dataset_id": schema.dataset_id, "output": str(options.output or options.add_to)}))
     return 0
+
+
+def _prepare(options: argparse.Namespace) -> Schema:
+    if options.extend_vocabulary:
+        raise ValueError("--extend-vocabulary is for --add-to; with --output vocabularies are fitted anew")
+    read, spec = _chosen(options)
+    return prepare(
+        options.input,
+        options.output,
+        spec,
+        read=read,
+        seed=options.seed or 0,
+        memory_limit=options.memory_limit,
+        threads=options.threads,
+        preset=options.preset,
+        spark=_spark(options),
+    )
+
+
+def _add(options: argparse.Namespace) -> Schema:
+    for key in SETTLED:
+        if getattr(options, key) is not None:
+            raise ValueError(f"--{key.replace('_', '-')} is settled by the dataset that --add-to names; leave it out")
+    return add(
+        options.input,
+        options.add_to,
+        preset=options.preset,
+        extend=options.extend_vocabulary,
+        memory_limit=options.memory_limit,
+        threads=options.threads,
+        spark=_spark(options),
+    )
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
@@ -62,7 +94,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
         read, spec = PRESETS[options.preset].read, PRESETS[options.preset].spec
     changes: dict[str, Any] = {
         name: value
-        for name in ("min_count", "num_buckets", "hash_buckets")
+        for name in ("min_count", "num_buckets", "hash_buckets", "hash_min_count")
         if (value := getattr(options, name)) is not None
     }
     if options.max_list_length is not None:
@@ -111,9 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Prepare a raw click log for training, as docs/data.md says.")
     parser.add_argument("preset", choices=[*PRESETS, "table"])
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or glob patterns; text also as .gz")
-    parser.add_argument("--output", type=Path, required=True, help="dataset folder, new or empty")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output", type=Path, help="dataset folder, new or empty")
+    place.add_argument("--add-to", type=Path, metavar="DATASET", help="add further days to this dataset (docs/ids.md)")
+    parser.add_argument(
+        "--extend-vocabulary", action="store_true", help="with --add-to: ids for values frequent on an added day"
+    )
     parser.add_argument("--spec", type=Path, help="preset table: YAML that says what each column is")
-    parser.add_argument("--seed", type=int, default=0, help="of the random split and of the shuffle")
+    parser.add_argument("--seed", type=int, help="of the random split and of the shuffle (default 0)")
     shares = ("TRAIN", "VALIDATION", "TEST")
     parser.add_argument("--ratios", nargs=3, type=float, metavar=shares, help="shares of the splits, as in 8 1 1")
     parser.add_argument("--time-column", help="split by this column instead of at random")
@@ -123,8 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-count", type=int, help="training occurrences that earn a value an id (default 6)")
     parser.add_argument("--num-buckets", type=int, help="buckets of a numeric column (default 64)")
     parser.add_argument("--hash-buckets", type=int, metavar="N", help="hash every column instead of a vocabulary")
+    parser.add_argument(
+        "--hash-min-count", type=int, metavar="N", help="training occurrences that admit a value to its hash bucket"
+    )
     parser.add_argument("--max-list-length", type=int, metavar="N", help="items kept of every list")
-    parser.add_argument("--memory-limit", default="4GB", help="of the engine, which spills beyond it (default 4GB)")
+    parser.add_argument(
+        "--memory-limit",
+        default="3GB",
+        help="of the engine, which spills beyond (default 3GB: the process stays below 4GB)",
+    )
     parser.add_argument("--engine", choices=["duckdb", "spark"], default="duckdb", help="same result on both")
     parser.add_argument("--spark-master", metavar="URL", help="as local[2], spark://host:7077 or yarn")
     parser.add_argument("--spark-conf", action="append", default=[], metavar="KEY=VALUE", help="a setting of Spark")

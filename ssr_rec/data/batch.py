@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+
+from ssr_rec.schema import Schema, Vocabulary
 
 
 @dataclass
@@ -42,3 +45,17 @@ class Batch(Pipelineable):
     def record_stream(self, stream: torch.Stream) -> None:
         self.sparse.record_stream(stream)
         self.labels.record_stream(stream)
+
+
+def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> Batch:
+    """The batch, changed in place: ids from ``new_from`` on (feature -> id) are out of vocabulary.
+
+    So a day is evaluated as it would be served: values that its own rows gave ids to had none the day before.
+    """
+    values, ends = batch.sparse.values(), batch.sparse.offset_per_key()
+    for place, feature in enumerate(schema.features):
+        if feature.name in new_from:
+            assert isinstance(feature.encoding, Vocabulary)
+            ids = values[ends[place] : ends[place + 1]]
+            ids[ids >= new_from[feature.name]] = feature.encoding.oov_id
+    return batch

@@ -91,7 +91,7 @@ class SplitFiles:
             raise ValueError(f"{path}: damaged, or not the file that was written in its place; {again}")
         found, metadata = file.schema_arrow, file.metadata
         dataset_id = (metadata.metadata or {}).get(DATASET_ID_KEY, self.schema.dataset_id.encode())
-        if dataset_id != self.schema.dataset_id.encode():
+        if dataset_id not in [known.encode() for known in self.schema.known_ids]:
             raise ValueError(
                 f"{path}: dataset id {dataset_id.decode(errors='replace')}, the schema's is {self.schema.dataset_id}; "
                 f"{again}"

@@ -28,7 +28,7 @@ from ssr_rec.data.split import (
     with_time,
 )
 from ssr_rec.data.table_spec import DaySplit, TableSpec, TimeSplit
-from ssr_rec.schema import SPLITS, Hashing, LogBuckets, Vocabulary
+from ssr_rec.schema import SPLITS, AdmittedHashing, Hashing, LogBuckets, Vocabulary
 
 VOCABULARY_FOLDER = "vocabularies"
 
@@ -65,20 +65,28 @@ def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
-    # Kept, because the split of every row is asked for again with every column.
-    table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed))
-    log = replace(log, table=table)
-    return _by_days(log, spec, spec.split, whole) if isinstance(spec.split, DaySplit) else Plan(log, spec, whole)
+    log = shuffled(log, seed)
+    if not isinstance(spec.split, DaySplit):
+        return Plan(log, spec, whole)
+    plan = by_days(log, spec, spec.split, whole)
+    if len(plan.splits) <= plan.fitted:
+        raise ValueError(
+            f"column {spec.split.column!r} has {len(plan.splits)} days and the encodings are fitted on {plan.fitted}: "
+            "none is left to evaluate; lower --fit-days or give more days"
+        )
+    return plan
 
 
-def _by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
+def shuffled(log: Log, seed: int, first_row: int = 0) -> Log:
+    """The log with ``ORDER``, kept because the split of every row is asked for again with every column."""
+    table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed, first_row))
+    return replace(log, table=table)
+
+
+def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, bool]) -> Plan:
+    """The plan of a shuffled log whose days are splits."""
     rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
     days = distinct_days(rows, rule.column)
-    if len(days) <= rule.fit_days:
-        raise ValueError(
-            f"column {rule.column!r} has {len(days)} days and the encodings are fitted on {rule.fit_days}: none is "
-            "left to evaluate; lower --fit-days or give more days"
-        )
     numbers = log.engine.store("days", days)
 
     def numbered(rows: Table) -> Table:
@@ -112,18 +120,20 @@ def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBucke
     train = rows.filter(rows[SPLIT] < plan.fitted)
     (folder / VOCABULARY_FOLDER).mkdir()
     names = [*spec.categorical, *spec.lists]
-    counted = engine.results(value_counts(train, name, spec.min_count) for name in names if spec.buckets(name) is None)
+    counted = engine.results(
+        _counted(train, name, spec) for name in names if spec.buckets(name) is None or spec.hash_min_count > 1
+    )
     lookups: dict[str, Lookup] = {}
     for number, name in enumerate(names):
         lookup_table = f"lookup{number}"
         buckets = spec.buckets(name)
-        if buckets is None:
-            vocabulary, entries = _vocabulary(next(counted), name, spec.min_count, folder)
-            lookups[name] = Lookup(engine.store(lookup_table, entries), vocabulary)
+        if buckets is None or spec.hash_min_count > 1:
+            encoding = _listed(name, spec)
+            entries = _write_values(next(counted), encoding, folder)
+            lookups[name] = Lookup(engine.store(lookup_table, entries), encoding)
         else:
             hashing = Hashing(column=name, num_buckets=buckets)
-            hashes = hash_lookup(distinct_values(plan.log.rows([name]), name), hashing)
-            lookups[name] = Lookup(engine.create_table(lookup_table, hashes), hashing)
+            lookups[name] = hashed(plan.log, name, hashing, lookup_table)
     ranges = {}
     if spec.numeric:
         extremes = {f"low{i}": train[name].min() for i, name in enumerate(spec.numeric)}
@@ -135,19 +145,52 @@ def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBucke
     return lookups, ranges
 
 
-def _vocabulary(counted: pa.Table, name: str, min_count: int, folder: Path) -> tuple[Vocabulary, pa.Table]:
-    """Write the vocabulary file of a column and return (value as in the column, id) beside its description.
+def _listed(name: str, spec: TableSpec) -> Vocabulary | AdmittedHashing:
+    file = f"{VOCABULARY_FOLDER}/{quote(name, safe='')}.parquet"
+    buckets = spec.buckets(name)
+    if buckets is None:
+        return Vocabulary(column=name, min_count=spec.min_count, file=file)
+    return AdmittedHashing(column=name, num_buckets=buckets, min_count=spec.hash_min_count, file=file)
+
+
+def _counted(train: Table, name: str, spec: TableSpec) -> Table:
+    """(value, count) of the values that a vocabulary knows, or (value, count, id) of those a hash admits."""
+    encoding = _listed(name, spec)
+    counted = value_counts(train, name, encoding.min_count)
+    return hash_lookup(counted, encoding) if isinstance(encoding, AdmittedHashing) else counted
+
+
+def hashed(log: Log, name: str, hashing: Hashing, table: str) -> Lookup:
+    """The hashes of all values of a column, staged as ``table``."""
+    hashes = hash_lookup(distinct_values(log.rows([name]), name), hashing)
+    return Lookup(log.engine.create_table(table, hashes), hashing)
+
+
+def measured(lookups: dict[str, Lookup]) -> dict[str, dict[str, int]]:
+    """Of each hashed column: its distinct ``values`` in the whole log, and the distinct ``ids`` they share.
+
+    Of one that admits only frequent values, these.
+    """
+    found = {}
+    for name, lookup in lookups.items():
+        if isinstance(lookup.encoding, (Hashing, AdmittedHashing)):
+            figures = lookup.table.aggregate(values=lookup.table.count(), ids=lookup.table["id"].nunique())
+            found[name] = figures.to_pyarrow().to_pylist()[0]
+    return found
+
+
+def _write_values(counted: pa.Table, encoding: Vocabulary | AdmittedHashing, folder: Path) -> pa.Table:
+    """Write the values file of a column and return (value as in the column, id).
 
     Args:
-        counted: (value, count) of the values that earn an id.
+        counted: see ``_counted``; values without ids get them by descending count.
     """
-    file = f"{VOCABULARY_FOLDER}/{quote(name, safe='')}.parquet"
-    encoding = Vocabulary(column=name, min_count=min_count, file=file)
     # Numbered here and not by a window: the values that remain fit memory, and ids do not depend on the engine.
     text = pa.table({"value": counted["value"].cast(pa.string()), "count": counted["count"].cast(pa.int64())})
     order = pc.sort_indices(text, sort_keys=[("count", "descending"), ("value", "ascending")])
     first = encoding.oov_id + 1
     ids = pa.array(np.arange(first, first + len(counted), dtype=np.int64))
-    written = text.take(order).add_column(1, "id", ids)
-    pq.write_table(written, folder / file, compression="zstd")
-    return encoding, pa.table({"value": counted["value"].take(order), "id": ids.cast(pa.int32())})
+    if "id" in counted.column_names:
+        ids = counted["id"].take(order).combine_chunks().cast(pa.int64())
+    pq.write_table(text.take(order).add_column(1, "id", ids), folder / encoding.file, compression="zstd")
+    return pa.table({"value": counted["value"].take(order), "id": ids.cast(pa.int32())})

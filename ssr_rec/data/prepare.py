@@ -21,12 +21,13 @@ from ibis.expr.types import BooleanValue, Table
 from ssr_rec.data.encode import Lookup, encode
 from ssr_rec.data.engine import ROW, Progress
 from ssr_rec.data.engines import SparkSettings, connect
-from ssr_rec.data.fit import Plan, count_splits, fit, make_plan
+from ssr_rec.data.fit import Plan, count_splits, fit, make_plan, measured
+from ssr_rec.data.grown import staged_as
 from ssr_rec.data.shards import new_folder
 from ssr_rec.data.sources import Log, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
 from ssr_rec.data.table_spec import DaySplit, TableSpec
-from ssr_rec.schema import Days, Feature, LogBuckets, Schema, Split, Vocabulary
+from ssr_rec.schema import LISTED, Days, Feature, LogBuckets, Schema, Split, Vocabulary
 
 
 def prepare(
@@ -36,7 +37,7 @@ def prepare(
     *,
     read: Read = read_table,
     seed: int = 0,
-    memory_limit: str = "4GB",
+    memory_limit: str = "3GB",
     threads: int | None = None,
     preset: str = "table",
     spark: SparkSettings | None = None,
@@ -55,7 +56,7 @@ def prepare(
         ValueError: bad input, naming the file, the column, the row where there is one, and the fix.
     """
     files = find_files(inputs)
-    progress = _progress()
+    progress = progress_lines()
     with new_folder(output) as folder, connect(folder / ".spill", memory_limit, threads, files, spark) as engine:
         log = read(engine, files, spec, progress)
         check_values(log, spec)
@@ -64,8 +65,10 @@ def prepare(
         lookups, buckets = fit(plan, folder)
         progress("fit vocabularies and buckets", log.count)
         schema = _schema(folder, plan, lookups, buckets, counts, {"preset": preset, "seed": seed})
-        encoded = _encoded(plan, lookups, buckets, progress)
-        schema = engine.write(schema, encoded, plan.rows([]).select(SPLIT, ORDER), counts, folder, progress)
+        # What an addition must know of these rows; after the digest, of which it is no part.
+        schema.preparation.update(staged=staged_as(plan.log, plan.spec, plan.whole), hashed=measured(lookups))
+        ids = encoded(plan, lookups, buckets, progress)
+        schema = engine.write(schema, ids, plan.rows([]).select(SPLIT, ORDER), counts, folder, progress)
         schema.write(folder)
         return schema
 
@@ -96,7 +99,8 @@ def check_values(log: Log, spec: TableSpec) -> None:
             raise ValueError(f"{log.where(row)}: column {name!r} is {shown}; {rule}")
 
 
-def _encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
+def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
+    """The rows as they are stored, with ``SPLIT`` and ``ORDER``."""
     spec = plan.spec
     keyed = plan.rows(spec.used)
     if spec.group_id:
@@ -116,11 +120,13 @@ def _schema(
     """The schema, the shards of its splits still missing."""
     spec = plan.spec
     preparation = {**preparation, **spec.model_dump(mode="json", exclude={"name"})}
+    if spec.hash_min_count == 1:  # the dataset_id is that of before there was admission
+        del preparation["hash_min_count"]
     features = [_feature(name, folder, spec, lookups, buckets) for name in spec.features]
     digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
     for feature in features:
         digest.update(feature.model_dump_json().encode())
-        if isinstance(feature.encoding, Vocabulary):
+        if isinstance(feature.encoding, LISTED):
             for column in pq.read_table(folder / feature.encoding.file).itercolumns():
                 for buffer in column.combine_chunks().buffers():
                     digest.update(buffer or b"")
@@ -130,17 +136,22 @@ def _schema(
         features=features,
         labels=spec.labels,
         group_id=spec.group_id,
-        splits={
-            split: Split(
-                num_rows=0,
-                positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(spec.labels)},
-                shards=[],
-            )
-            for split, found in counts.items()
-        },
+        splits=empty_splits(counts, spec.labels),
         days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
         preparation=preparation,
     )
+
+
+def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> dict[str, Split]:
+    """The splits of ``count_splits``, their shards still missing."""
+    return {
+        split: Split(
+            num_rows=0,
+            positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(labels)},
+            shards=[],
+        )
+        for split, found in counts.items()
+    }
 
 
 def _feature(
@@ -158,7 +169,8 @@ def _feature(
     return Feature(name=name, kind=kind, num_embeddings=size, encoding=encoding)
 
 
-def _progress() -> Progress:
+def progress_lines() -> Progress:
+    """Rows and rates so far, to stderr."""
     started = time.perf_counter()
 
     def report(stage: str, rows: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ssr_rec.data.batch import Batch
+from ssr_rec.data.batch import Batch, hide_new_ids
 from ssr_rec.data.blocks import Block, SplitFiles
 from ssr_rec.data.lanes import Lanes, lanes_of_rank
 from ssr_rec.schema import Schema
@@ -35,6 +35,7 @@ class Reader:
         num_lanes: rows are dealt to this many lanes (lanes.py); fewer than ``world_size`` means ``world_size``.
         seed: of the shuffle; None keeps the stored order.
         prefetch: batches decoded ahead in a background thread.
+        hide_new: take ids that the rows of this day themselves gave to values as out of vocabulary.
 
     Raises:
         ValueError: see ``SplitFiles``; also a batch size smaller than the number of lanes, or too few rows.
@@ -51,9 +52,11 @@ class Reader:
         num_lanes: int = 16,
         seed: int | None = None,
         prefetch: int = 4,
+        hide_new: bool = False,
     ) -> None:
         self.files, self.split = SplitFiles(folder, schema, split), split
         self.schema, self.batch_size, self.seed, self.prefetch = schema, batch_size, seed, prefetch
+        self.new_from = schema.new_from(split) if hide_new else {}
         self.num_lanes = max(num_lanes, world_size)
         if batch_size < self.num_lanes:
             raise ValueError(
@@ -131,7 +134,8 @@ class Reader:
                     slices.append((block, position, stop))
                     left[index] = (block, stop) if stop < block.num_rows else None
                     wanted -= stop - position
-            yield self._assemble(slices, lanes.rows_in_step(step))
+            batch = self._assemble(slices, lanes.rows_in_step(step))
+            yield hide_new_ids(batch, self.schema, self.new_from) if self.new_from else batch
 
     def _blocks(self, lanes: Lanes, lane: int, epoch: int, start_step: int) -> Iterator[Block]:
         for piece in lanes.pieces(lane, start_step):

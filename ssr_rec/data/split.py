@@ -37,18 +37,23 @@ _MULTIPLIERS = (0x7FEB352D, 0x046CA68B, 0x05EBCA6B)
 _SHIFTS = (16, 15, 13)
 
 
-def with_order(rows: Table, seed: int) -> Table:
+def with_order(rows: Table, seed: int, first_row: int = 0) -> Table:
     """``rows`` with ``ORDER``: 31 pseudo-random bits of row number and seed, then the row number's high bits.
 
     The bits are a bijection of the row number modulo 2**31 (xor, shift and multiply, every product below 2**62), so
     there are no ties; rows 2**31 apart start from different salts.
+
+    Args:
+        first_row: how many rows of the dataset come before these.
     """
     salt = (seed * 0x9E3779B1 + 0x2C1B3C6D) & _MASK
-    rows = rows.mutate(**{ORDER: (rows[ROW] ^ ((rows[ROW] >> _BITS) * _MULTIPLIERS[0] + salt)) & _MASK})
+    number = rows[ROW] + first_row
+    rows = rows.mutate(**{ORDER: (number ^ ((number >> _BITS) * _MULTIPLIERS[0] + salt)) & _MASK})
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=True):
         # Each round is a column of its own: as one nested expression the text doubles with every xor.
         rows = rows.mutate(**{ORDER: ((rows[ORDER] ^ (rows[ORDER] >> shift)) * multiplier) & _MASK})
-    return rows.mutate(**{ORDER: (rows[ORDER] ^ (rows[ORDER] >> 16)) * 2**_BITS + (rows[ROW] >> _BITS)})
+    high = (rows[ROW] + first_row) >> _BITS
+    return rows.mutate(**{ORDER: (rows[ORDER] ^ (rows[ORDER] >> 16)) * 2**_BITS + high})
 
 
 def with_split(rows: Table, spec: TableSpec) -> Table:

@@ -17,6 +17,9 @@ from ssr_rec.yaml_file import read_yaml
 MAX_BUCKETS = 2**31 - 1
 """Buckets of a hash: the remainder of an md5 is taken 32 bits at a time, which must fit an int64."""
 
+MAX_ITEMS = 2**22
+"""Of a list: position and id of an item travel in one int64 (``encode.list_ids``), the id in 40 of its bits."""
+
 
 class TextFormat(Settings):
     """How CSV and TSV files are cut into columns; parquet files ignore it."""
@@ -34,7 +37,7 @@ class TextFormat(Settings):
 
 
 class ListColumn(Settings):
-    max_length: int = Field(ge=1, description="items kept per row")
+    max_length: int = Field(ge=1, le=MAX_ITEMS, description="items kept per row")
     keep: Literal["first", "last"] = Field("first", description="which end of a longer list is kept")
     separator: str | None = Field(None, min_length=1, description="between the items, where the list is text")
 
@@ -102,6 +105,9 @@ class TableSpec(Settings):
     hash_buckets: int | dict[str, int] = Field(
         default_factory=dict, description="hash instead of a vocabulary: for all columns, or per column"
     )
+    hash_min_count: int = Field(
+        1, ge=1, description="training occurrences that admit a value to a hash bucket; the others share an id"
+    )
     text: TextFormat = Field(default_factory=TextFormat)
 
     @model_validator(mode="after")
@@ -119,8 +125,11 @@ class TableSpec(Settings):
         for column, count in counts.items():
             if isinstance(self.hash_buckets, dict) and column not in (*self.categorical, *self.lists):
                 raise ValueError(f"hash_buckets: {column!r} is neither categorical nor a list")
-            if not 1 <= count <= MAX_BUCKETS:
-                raise ValueError(f"hash_buckets: {count} for {column} is not within 1..{MAX_BUCKETS}")
+            most = MAX_BUCKETS - (self.hash_min_count > 1)  # whose ids begin one later
+            if not 1 <= count <= most:
+                raise ValueError(f"hash_buckets: {count} for {column} is not within 1..{most}")
+        if self.hash_min_count > 1 and not counts:
+            raise ValueError(f"hash_min_count: {self.hash_min_count} has no effect without hash_buckets; see min_count")
         return self
 
     @property

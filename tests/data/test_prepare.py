@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ssr_rec.data.engines import duck
+from ssr_rec.data.prepare import prepare
 from ssr_rec.schema import GROUP_COLUMN, SPLITS
 from tests.prepare_log import Row, make_rows, md5_id, run, spec_with, write_csv, write_parquet
 
@@ -209,6 +211,30 @@ def test_memory_below_the_data_spills_and_leaves_nothing(tmp_path: Path) -> None
     assert sorted(p.name for p in (tmp_path / "tight").iterdir()) == [
         *("schema.json", "test", "train", "validation", "vocabularies")
     ]
+
+
+@pytest.mark.parametrize("kind", ["random", "time", "days"])
+def test_a_log_staged_on_disk_is_prepared_to_the_same_bytes(tmp_path: Path, monkeypatch, kind: str) -> None:
+    rules = {"random": {"type": "random"}, "time": {"type": "time", "column": "day", "ratios": [8, 1, 1]}}
+    spec = spec_with(split=rules.get(kind, {"type": "days", "column": "day", "fit_days": 2}))
+    path = write_parquet(make_rows(3_000), tmp_path / "log.parquet")
+    # A quote in a path must not end a string of SQL.
+    here, there = tmp_path / "in its memory", tmp_path / "on the user's disk"
+    prepare([str(path)], here, spec)
+    staged = []
+    monkeypatch.setattr(duck, "STAGED_SHARE", 1e9)
+    view = duck.DuckEngine.create_view
+
+    def seen(*arguments: Any) -> Any:
+        staged.append(any(tmp_path.glob(".*/.spill/*.duckdb")))
+        return view(*arguments)
+
+    monkeypatch.setattr(duck.DuckEngine, "create_view", seen)
+    prepare([str(path)], there, spec)
+    assert staged and all(staged)
+    files = sorted(path.relative_to(here) for path in here.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(there) for path in there.rglob("*") if path.is_file())
+    assert all((here / file).read_bytes() == (there / file).read_bytes() for file in files)
 
 
 def test_preparation_is_recorded(tmp_path: Path) -> None:

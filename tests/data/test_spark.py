@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ssr_rec.data.add import add
 from ssr_rec.data.engines import SparkSettings
 from ssr_rec.data.prepare import prepare
 from ssr_rec.data.presets import PRESETS
@@ -129,20 +130,29 @@ def test_numbers_on_the_edges_of_buckets(tmp_path: Path) -> None:
 
 KINDS: dict[str, Any] = {
     "text": str,
-    "dates": datetime.date.fromisoformat,
     "moments": lambda text: datetime.datetime.fromisoformat(f"{text}T{int(text[-2:]):02d}:59:59"),
-    "numbers": lambda text: int(text[-2:]),
 }
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_days_and_groups_of_every_kind(tmp_path: Path, kind: str) -> None:
+def test_days_of_two_kinds_and_groups_that_are_text(tmp_path: Path, kind: str) -> None:
     rows = [{**row, "day": KINDS[kind](row["day"])} for row in make_rows(1000)]
     for row in rows:
-        row["user"] = {"text": f"u{row['user']}", "numbers": f"{row['user']}"}.get(kind, row["user"])
+        row["user"] = f"u{row['user']}" if kind == "text" else str(row["user"])
     changes: Row = {"split": {"type": "days", "column": "day", "fit_days": 3}, "hash_buckets": 1013}
     schema = same(tmp_path, [write_parquet(rows, tmp_path / "log.parquet")], spec_with(**changes))
     assert schema.days is not None and len(schema.days.names) == 20
+
+
+def test_days_added_with_new_values(tmp_path: Path) -> None:
+    rows = make_rows(2400)
+    early = write_parquet([row for row in rows if row["day"] < "2024-01-19"], tmp_path / "early.parquet")
+    late = write_parquet([row for row in rows if row["day"] >= "2024-01-19"], tmp_path / "late.parquet")
+    same(tmp_path, [early], spec_with(split={"type": "days", "column": "day", "fit_days": 2}))
+    schema = add([str(late)], tmp_path / "duckdb", extend=True)
+    assert add([str(late)], tmp_path / "spark", extend=True, spark=SparkSettings()) == schema
+    assert schema.additions[0].grown
+    assert files_of(tmp_path / "spark") == files_of(tmp_path / "duckdb")
 
 
 def test_unsigned_and_narrow_types(tmp_path: Path) -> None:
