@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssr_rec.data.encode import log_transform
+from ssr_rec.places import source
 from ssr_rec.schema import LISTED, AdmittedHashing, Drawn, Feature, Hashing, LogBuckets, Vocabulary
 
 MAX_EXACT = 2**53
@@ -45,7 +46,7 @@ def make_to_id(feature: Feature, folder: Path) -> ToId:
     if isinstance(encoding, Hashing):
         return _hash_id(encoding)
     if isinstance(encoding, LISTED):
-        table = pq.read_table(folder / encoding.file, columns=["value", "id"])
+        table = pq.read_table(source(folder / encoding.file), columns=["value", "id"])
         ids = dict(zip(table["value"].to_pylist(), table["id"].to_pylist(), strict=True))
         return _listed_id(encoding, ids)
     return _drawn_id(encoding, feature.num_embeddings)

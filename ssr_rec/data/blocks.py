@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ssr_rec.data.lanes import Piece
 from ssr_rec.data.shards import arrow_schema, footer_digest
+from ssr_rec.places import source
 from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, Feature, Schema, Shard
 
 
@@ -81,7 +82,8 @@ class SplitFiles:
         try:
             # Before a decoder sees the footer: a damaged one might crash it.
             digest = footer_digest(path)
-            file = pq.ParquetFile(path, page_checksum_verification=True) if shard.footer in (None, digest) else None
+            known = shard.footer in (None, digest)
+            file = pq.ParquetFile(source(path), page_checksum_verification=True) if known else None
         except FileNotFoundError:
             raise ValueError(f"{path}: no such shard; {again}") from None
         # Not only its own errors: what stands in a file can raise anything within the decoder.
