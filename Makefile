@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready-$(STACK)
 RUNS ?= runs/quickstart
 
-.PHONY: setup train test test-slow test-faults lint format bench clean
+.PHONY: setup setup-spark train test test-slow test-faults lint format bench clean
 
 setup: $(READY)
 
@@ -23,6 +23,13 @@ $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
 	$(BIN)/python -c 'from ssr_rec.kernels.extension import load; load()'
 	touch $@
 
+# What prepare_data.py --engine spark needs besides Java: some 430 MB, so not part of the set-up.
+setup-spark: $(VENV)/.ready-spark
+
+$(VENV)/.ready-spark: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[spark]'
+	touch $@
+
 # The synthetic log, SSR-S and the Dense MLP of the default configs, side by side: about five minutes on two cores.
 train: setup
 	rm -rf $(RUNS)
@@ -35,7 +42,8 @@ test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow and not faults and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow and not faults and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow and not faults and not gpu and not spark"
+	$(BIN)/python -m pytest -m "slow and spark"
 
 test-faults: setup
 	$(BIN)/python -m pytest -m "faults and not gpu"

@@ -142,6 +142,9 @@ class Shard(Settings):
     path: InnerPath
     num_rows: int = Field(ge=0)
     footer: str | None = Field(None, description="sha256 of the file's parquet footer; None: written without")
+    group_rows: int | None = Field(
+        None, ge=1, description="rows of every row group but the last; None: the footer says, as in older datasets"
+    )
 
 
 class Split(Settings):

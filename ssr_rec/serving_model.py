@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ssr_rec.embeddings import columns_per_dim
+from ssr_rec.kernels import view_scoring
 from ssr_rec.model import CTRModel, DenseArch
 from ssr_rec.over_archs import OverArch
 from ssr_rec.over_archs.filters import StaticRandomFilter
-from ssr_rec.over_archs.ssr import SSRLayer
+from ssr_rec.over_archs.ssr import SSR, ViewFusion
 from ssr_rec.packed_tables import Precision, pack, pooled, stored_as
 from ssr_rec.schema import Schema
 
@@ -95,7 +96,7 @@ class ServingModel(nn.Module):
 
     def __init__(self, dense: DenseArch, layout: Layout, bf16: bool) -> None:
         super().__init__()
-        self.over_arch = with_bf16_views(dense.over_arch) if bf16 else dense.over_arch
+        self.over_arch = for_scoring(dense.over_arch, bf16)
         self.heads, self.layout, self.bf16 = dense.heads, layout, bf16
         for number, stacks in enumerate(layout.sets):
             for place, stack in enumerate(stacks):
@@ -140,13 +141,47 @@ class ServingModel(nn.Module):
         return torch.cat([pieces[feature] for feature in sorted(pieces)], dim=1)
 
 
-def with_bf16_views(over_arch: OverArch) -> OverArch:
-    """A copy whose static filters' fusions multiply in bfloat16, which autocast leaves to the type of their weights."""
+class ScoringLayer(nn.Module):
+    """Static filter ``indices`` (V, N) and one dense layer a view, by the operator for scoring."""
+
+    indices: Tensor
+    weight_t: Tensor
+    bias: Tensor
+    scale: Tensor
+    shift: Tensor
+    weight: Tensor | None
+
+    def __init__(self, indices: Tensor, fusion: ViewFusion, bf16: bool) -> None:
+        super().__init__()
+        dense, norm = fusion.dense, fusion.norm
+        weight = dense.weight.detach()
+        kept = {
+            "indices": indices,
+            "weight_t": weight.mT.contiguous().to(torch.bfloat16 if bf16 else weight.dtype),
+            "bias": dense.bias.detach(),
+            "scale": norm.weight.detach(),
+            "shift": norm.bias.detach(),
+            # A row must not score differently in a small batch: in bfloat16 all are multiplied alike.
+            "weight": None if bf16 else weight,
+        }
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor)
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return view_scoring(
+            x.float(), self.indices, self.weight_t, self.bias, self.scale, self.shift, self.eps, self.weight
+        )
+
+
+def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
+    """A copy whose layers have their form for scoring, where there is one."""
     copied = copy.deepcopy(over_arch)
-    for layer in copied.modules():
-        if isinstance(layer, SSRLayer) and isinstance(layer.filter, StaticRandomFilter) and not layer.fusion.residual:
-            weight = layer.fusion.dense.weight
-            weight.data = weight.detach().mT.to(torch.bfloat16).contiguous().mT
+    if isinstance(copied, SSR):
+        for place, layer in enumerate(copied.blocks()):
+            chosen, fusion = layer.filter, layer.fusion
+            if isinstance(chosen, StaticRandomFilter) and fusion.dense2 is None and not fusion.residual:
+                copied.layers[place] = ScoringLayer(chosen.indices, fusion, bf16)
     return copied
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ssr_rec.data.add import add
+from ssr_rec.data.engines import SparkSettings
 from ssr_rec.data.prepare import prepare
 from ssr_rec.data.presets import PRESETS
 from ssr_rec.data.sources import Read, read_table
@@ -61,6 +62,7 @@ def _prepare(options: argparse.Namespace) -> Schema:
         memory_limit=options.memory_limit,
         threads=options.threads,
         preset=options.preset,
+        spark=_spark(options),
     )
 
 
@@ -75,6 +77,7 @@ def _add(options: argparse.Namespace) -> Schema:
         extend=options.extend_vocabulary,
         memory_limit=options.memory_limit,
         threads=options.threads,
+        spark=_spark(options),
     )
 
 
@@ -101,6 +104,17 @@ def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
     if split := _split(options, spec.split):
         changes["split"] = split
     return read, make_spec({**spec.model_dump(), **changes}, "command line") if changes else spec
+
+
+def _spark(options: argparse.Namespace) -> SparkSettings | None:
+    if options.engine == "spark":
+        for entry in options.spark_conf:
+            if "=" not in entry:
+                raise ValueError(f"--spark-conf {entry}: not key=value, as in spark.executor.memory=8g")
+        return SparkSettings(options.spark_master, dict(entry.split("=", 1) for entry in options.spark_conf))
+    if options.spark_master or options.spark_conf:
+        raise ValueError("--spark-master and --spark-conf are for --engine spark")
+    return None
 
 
 def _split(options: argparse.Namespace, split: RandomSplit | TimeSplit | DaySplit) -> dict[str, Any] | None:
@@ -155,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         default="3GB",
         help="of the engine, which spills beyond (default 3GB: the process stays below 4GB)",
     )
+    parser.add_argument("--engine", choices=["duckdb", "spark"], default="duckdb", help="same result on both")
+    parser.add_argument("--spark-master", metavar="URL", help="as local[2], spark://host:7077 or yarn")
+    parser.add_argument("--spark-conf", action="append", default=[], metavar="KEY=VALUE", help="a setting of Spark")
     parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
     return parser
 

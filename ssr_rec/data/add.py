@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from ssr_rec.data.encode import Lookup
-from ssr_rec.data.engines import duck
+from ssr_rec.data.engines import SparkSettings, connect
 from ssr_rec.data.extend import Growth, growth, known_values, write_grown
 from ssr_rec.data.fit import VOCABULARY_FOLDER, Plan, by_days, count_splits, hashed, shuffled
 from ssr_rec.data.grown import staged_as, without_later_ids
@@ -44,13 +44,14 @@ def add(
     extend: bool = False,
     memory_limit: str = "3GB",
     threads: int | None = None,
+    spark: SparkSettings | None = None,
 ) -> Schema:
     """Add the log in ``inputs``, whose days all come after the dataset's, to the dataset ``folder`` as further splits.
 
     Args:
         preset: that of the dataset.
         extend: give ids to values that occur at least ``min_count`` times on one of the added days.
-        memory_limit, threads: as ``prepare``.
+        memory_limit, threads, spark: as ``prepare``.
 
     Raises:
         ValueError: a dataset that cannot grow so, rows that do not continue it, bad input, or another addition to it
@@ -67,7 +68,7 @@ def add(
         try:
             files = find_files(inputs)
             progress = progress_lines()
-            with duck.connect(work / ".spill", memory_limit, threads, files) as engine:
+            with connect(work / ".spill", memory_limit, threads, files, spark) as engine:
                 read = read_table if preset == "table" else PRESETS[preset].read
                 log = read(engine, files, spec, progress)
                 check_values(log, spec)

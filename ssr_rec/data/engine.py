@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 from ibis.backends.duckdb import Backend as DuckDB
@@ -29,15 +31,14 @@ class Source:
 OpenSource = Callable[[DuckDB, Path], Source]
 """Every engine parses files with DuckDB, wherever it does so, lest a quote or a number be read in two ways."""
 
+T = TypeVar("T")
+
 Progress = Callable[[str, int], None]
 """Called with what was just finished and the rows it covered so far."""
 
 
 class Engine(Protocol):
     """Where tables are kept and expressions run. Its methods raise ValueError for what the user can mend."""
-
-    chunk_rows: int | None
-    """Rows whose lists are encoded at once, their items being in memory together; None: any number."""
 
     def stage(
         self, name: str, files: Sequence[Path], open_source: OpenSource, progress: Progress
@@ -66,8 +67,12 @@ class Engine(Protocol):
     def create_table(self, name: str, rows: Table) -> Table:
         """A table that is computed once."""
 
-    def append(self, name: str, rows: Table) -> None:
-        """Add rows to a created table."""
+    def in_parts(self, name: str, rows: Table, compute: Callable[[Table], Table], progress: Progress) -> Table:
+        """What ``compute`` makes of ``rows``, whose lists it regroups; perhaps some at a time, into a table.
+
+        Args:
+            rows: they have ``ROW``.
+        """
 
     def create_view(self, name: str, rows: Table) -> Table:
         """A name for an expression, so that it is compiled once."""
@@ -91,3 +96,15 @@ class Engine(Protocol):
             keys: SPLIT and ORDER alone, cheaper to ask for.
             counts: ``rows`` of every split.
         """
+
+
+def ahead(calls: Iterable[Callable[[], T]], most: int = 1) -> Generator[T, None, None]:
+    """The results of ``calls`` in order; up to ``most`` run while the caller uses the result of the one before."""
+    with ThreadPoolExecutor(max_workers=most) as pool:
+        coming: deque[Future[T]] = deque()
+        for call in calls:
+            coming.append(pool.submit(call))
+            if len(coming) > most:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

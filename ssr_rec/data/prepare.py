@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from ibis.expr.types import BooleanValue, Table
 
 from ssr_rec.data.encode import Lookup, encode
 from ssr_rec.data.engine import ROW, Progress
-from ssr_rec.data.engines import duck
+from ssr_rec.data.engines import SparkSettings, connect
 from ssr_rec.data.fit import Plan, count_splits, fit, make_plan, measured
 from ssr_rec.data.grown import staged_as
 from ssr_rec.data.shards import new_folder
@@ -39,14 +40,16 @@ def prepare(
     memory_limit: str = "3GB",
     threads: int | None = None,
     preset: str = "table",
+    spark: SparkSettings | None = None,
 ) -> Schema:
     """Prepare the log in ``inputs`` (files, folders, globs) as the dataset folder ``output``.
 
     The result is the same for the same rows in the same order, spec and seed, whatever the number of threads or
-    files. ``output`` appears whole or not at all.
+    files and whichever the engine. ``output`` appears whole or not at all.
 
     Args:
         seed: of the random split and of the shuffle.
+        spark: prepare on this Spark instead of DuckDB; the result is the same.
         memory_limit: of the engine, which spills to a temporary folder beside ``output`` beyond it.
 
     Raises:
@@ -54,7 +57,7 @@ def prepare(
     """
     files = find_files(inputs)
     progress = progress_lines()
-    with new_folder(output) as folder, duck.connect(folder / ".spill", memory_limit, threads, files) as engine:
+    with new_folder(output) as folder, connect(folder / ".spill", memory_limit, threads, files, spark) as engine:
         log = read(engine, files, spec, progress)
         check_values(log, spec)
         plan = make_plan(log, spec, seed)
@@ -98,23 +101,12 @@ def check_values(log: Log, spec: TableSpec) -> None:
 
 def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
     """The rows as they are stored, with ``SPLIT`` and ``ORDER``."""
-    spec, total, engine = plan.spec, plan.log.count, plan.log.engine
+    spec = plan.spec
     keyed = plan.rows(spec.used)
     if spec.group_id:
         keyed = with_group(keyed, spec.group_id, plan.whole[spec.group_id])
-    step = engine.chunk_rows
-    if not spec.lists or step is None:
-        return encode(keyed, spec, lookups, buckets)
-    # The items of a list are regrouped in memory, so only some rows' lists are taken at a time.
-    for first in range(0, total, step):
-        chunk = keyed.filter((keyed[ROW] >= first) & (keyed[ROW] < first + step))
-        ids = encode(chunk, spec, lookups, buckets)
-        if first == 0:
-            table = engine.create_table("encoded", ids)
-        else:
-            engine.append("encoded", ids)
-        progress("encoded", min(total, first + step))
-    return table
+    encoding = partial(encode, spec=spec, lookups=lookups, buckets=buckets)
+    return plan.log.engine.in_parts("encoded", keyed, encoding, progress) if spec.lists else encoding(keyed)
 
 
 def _schema(

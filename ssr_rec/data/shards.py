@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,36 +54,44 @@ def write_shards(
     Batches are cut and joined to row groups of exactly ``rows_in_group`` rows (the last one shorter), so memory
     holds about one row group whatever the size of the split. A split without rows has no shards.
     """
-    (folder / split).mkdir(parents=True)
+    tables = _exact_tables(batches, columns, rows_in_group)
     shards: list[Shard] = []
-    writer: pq.ParquetWriter | None = None
-    path, rows_in_shard = "", 0
-
-    def close(writer: pq.ParquetWriter) -> None:
-        writer.close()
-        shards.append(Shard(path=path, num_rows=rows_in_shard, footer=footer_digest(folder / path)))
-
-    for table in _exact_tables(batches, columns, rows_in_group):
-        if writer is not None and rows_in_shard >= ROWS_PER_SHARD:
-            close(writer)
-            writer = None
-        if writer is None:
-            path, rows_in_shard = f"{split}/{len(shards):05d}.parquet", 0
-            # All columns are integers: against dictionaries, packed differences write and read about 1.5 times as
-            # fast for a seventh more bytes, and never fall back to plain where a column has many values.
-            writer = pq.ParquetWriter(
-                folder / path,
-                columns.with_metadata({**columns.metadata, SHARD_KEY: path.encode()}),
-                compression="zstd",
-                use_dictionary=False,
-                column_encoding="DELTA_BINARY_PACKED",
-                write_page_checksum=True,
-            )
-        writer.write_table(table, row_group_size=rows_in_group)
-        rows_in_shard += table.num_rows
-    if writer is not None:
-        close(writer)
+    for first in tables:
+        groups = rows_in_shard(rows_in_group) // rows_in_group
+        own = chain([first], islice(tables, groups - 1))
+        shards.append(_write_shard(own, columns, folder, f"{split}/{len(shards):05d}.parquet", rows_in_group))
     return shards
+
+
+def rows_in_shard(rows_in_group: int) -> int:
+    """Rows of every shard of a split but its last."""
+    return -(-ROWS_PER_SHARD // rows_in_group) * rows_in_group
+
+
+def write_shard(
+    batches: Iterable[pa.RecordBatch], columns: pa.Schema, folder: Path, path: str, rows_in_group: int
+) -> Shard:
+    """Write the rows of one shard, as ``write_shards`` does for those of a split."""
+    return _write_shard(_exact_tables(batches, columns, rows_in_group), columns, folder, path, rows_in_group)
+
+
+def _write_shard(groups: Iterator[pa.Table], columns: pa.Schema, folder: Path, path: str, rows_in_group: int) -> Shard:
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    num_rows = 0
+    # All columns are integers: packed differences are written and read faster than dictionaries and take less room;
+    # after them, lz4 takes a quarter less time to read than zstd, for a fortieth more bytes.
+    with pq.ParquetWriter(
+        folder / path,
+        columns.with_metadata({**columns.metadata, SHARD_KEY: path.encode()}),
+        compression="lz4",
+        use_dictionary=False,
+        column_encoding="DELTA_BINARY_PACKED",
+        write_page_checksum=True,
+    ) as writer:
+        for table in groups:
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+            num_rows += table.num_rows
+    return Shard(path=path, num_rows=num_rows, footer=footer_digest(folder / path), group_rows=rows_in_group)
 
 
 def split_folder(schema: Schema, split: str) -> str:

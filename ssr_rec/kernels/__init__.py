@@ -23,10 +23,13 @@ view's dense layer sees, ``A`` the type the arithmetic is done in: float64 for f
 From ``means`` the thresholds follow: theta_0 = 0, theta_{t+1} = theta_t + alpha_t * means_t. On the CPU they are C++
 (``extension.py``); a GPU's are registered for the same operators: ``torch.library.impl("ssr_rec::ics_forward",
 "CUDA", function)``. ``reference.py`` is the plain form: the fallback, and what the tests compare with.
+
+``view_scoring`` is ``view_fusion`` for scoring, an operator without gradients, on the CPU alone.
 """
 
 from ssr_rec.kernels.ics import ics
 from ssr_rec.kernels.reference import gather_views, ics_reference, view_fusion_reference
 from ssr_rec.kernels.view_fusion import view_fusion
+from ssr_rec.kernels.view_scoring import view_scoring
 
-__all__ = ["gather_views", "ics", "ics_reference", "view_fusion", "view_fusion_reference"]
+__all__ = ["gather_views", "ics", "ics_reference", "view_fusion", "view_fusion_reference", "view_scoring"]

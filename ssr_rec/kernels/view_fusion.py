@@ -32,9 +32,7 @@ def view_fusion(
     Args:
         x: (B, width) with ``indices``, else (B, V, N).
         indices: (V, N) int64, dims below ``width``.
-        weight: (V, N, d). For scoring on the CPU, with ``indices`` and without residual, it may be bfloat16 beside
-            float32 for all else: products of bfloat16, summed in float32. That is fastest with a contiguous
-            ``weight.mT``. The output then has its samples side by side, as the next layer reads it best.
+        weight: (V, N, d).
         bias: (V, d).
         residual: (B, V, d), added before LN; None for none.
         scale: (V, d); None for no LN at all.
@@ -50,15 +48,13 @@ def view_fusion(
     check_shapes(x, indices, weight, bias, residual, scale, shift)
     device = x.device.type
     if device in FAST_TYPES and torch.is_autocast_enabled(device):
-        # A GPU's form has products of 16 bits, as autocast wants them; the CPU's only with such weights.
-        dtype = bias.dtype if device == "cpu" else torch.get_autocast_dtype(device)
+        # A GPU's form has products of 16 bits, as autocast wants them; the CPU's has none.
+        dtype = weight.dtype if device == "cpu" else torch.get_autocast_dtype(device)
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
-    parameters = {t.dtype for t in (bias, scale, shift) if t is not None}
-    if not (device == "cpu" and weight.dtype == torch.bfloat16 and indices is not None and residual is None):
-        parameters.add(weight.dtype)
+    parameters = {t.dtype for t in (weight, bias, scale, shift) if t is not None}
     if _has_form(x, residual, parameters) and has_operators(device):
         return torch.ops.ssr_rec.view_fusion(x, indices, weight, bias, residual, scale, shift, eps)
-    return view_fusion_reference(x, indices, weight.to(bias.dtype), bias, residual, scale, shift, eps)
+    return view_fusion_reference(x, indices, weight, bias, residual, scale, shift, eps)
 
 
 def _has_form(x: Tensor, residual: Tensor | None, parameters: set[torch.dtype]) -> bool:

@@ -10,6 +10,9 @@ TOOLS = Path(__file__).parents[2] / "tools"
 # In one process, as what all of them import takes seconds.
 ASK_ALL = """
 import runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+import ssr_rec, launch
+del sys.path[0]
 for path in sys.argv[1:]:
     sys.argv[1:] = ["-h"]
     print("==", path, flush=True)
@@ -24,12 +27,10 @@ def test_every_tool_explains_itself(tmp_path: Path) -> None:
     paths = [str(path) for path in sorted(TOOLS.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
     # fuxictr_child runs in another environment.
     paths = [path for path in paths if not path.endswith("fuxictr_child.py")]
-    # A script's folder comes first in its path, and the repository's root is not in it.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PYTHONPATH"] = str(TOOLS)
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_ALL, *paths], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    # A script's folder comes first in its path; of the repository's root only the installed packages are found.
+    environment = {**os.environ, "PYTHONPATH": str(TOOLS)}
+    command = [sys.executable, "-c", ASK_ALL, str(TOOLS.parent), *paths]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(paths) > 10
     for path in paths:

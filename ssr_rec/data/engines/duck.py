@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -15,12 +16,14 @@ from ibis.backends.duckdb import Backend
 from ibis.expr.types import Table
 
 from ssr_rec.data.duck_files import first_line, unreadable
-from ssr_rec.data.engine import ROW, OpenSource, Progress
+from ssr_rec.data.engine import ROW, OpenSource, Progress, ahead
 from ssr_rec.data.shards import arrow_schema, write_splits
 from ssr_rec.data.split import ORDER, SPLIT
 from ssr_rec.schema import Schema
 
 STREAM_ROWS = 65_536
+PART_ROWS = 1_000_000
+"""Rows whose lists are encoded at once; their items are in memory together."""
 STAGED_SHARE = 5
 """Text takes two to three times its size once staged, and joins and sorts need the rest of the memory."""
 PACKED = 8
@@ -43,9 +46,8 @@ def connect(spill: Path, memory_limit: str, threads: int | None, files: Sequence
     try:
         # A database on disk is written compressed and only cached in memory, where one in memory would be spilled as
         # it is, or compressed all at once at its first update; where all fits, both only cost time.
-        limit = connection.con.execute("select current_setting('memory_limit')").fetchall()[0][0]
         text = sum(path.stat().st_size * (PACKED if path.suffix in (".gz", ".parquet") else 1) for path in files)
-        on_disk = text > _bytes(limit) / STAGED_SHARE
+        on_disk = text > limit_bytes(connection) / STAGED_SHARE
         spill.mkdir(exist_ok=True)
         place = str(spill / STAGED_FILE).replace("'", "''") if on_disk else ":memory:"
         _execute(connection, f"attach '{place}' as staged")
@@ -76,8 +78,6 @@ def open_duckdb(spill: Path, memory_limit: str, threads: int | None) -> Backend:
 class DuckEngine:
     """See ``Engine``."""
 
-    chunk_rows: int | None = 1_000_000
-
     def __init__(self, connection: Backend, on_disk: bool) -> None:
         self.connection, self.on_disk = connection, on_disk
 
@@ -89,7 +89,7 @@ class DuckEngine:
             source = open_source(self.connection, path)
             try:
                 if upto:
-                    self.append(name, source.rows.cast(self.connection.table(name).schema()))
+                    self.connection.insert(name, source.rows.cast(self.connection.table(name).schema()))
                 else:
                     self.create_table(name, source.rows)
             except duckdb.OutOfMemoryException:
@@ -131,8 +131,16 @@ class DuckEngine:
     def create_table(self, name: str, rows: Table) -> Table:
         return self.connection.create_table(name, rows)
 
-    def append(self, name: str, rows: Table) -> None:
-        self.connection.insert(name, rows)
+    def in_parts(self, name: str, rows: Table, compute: Callable[[Table], Table], progress: Progress) -> Table:
+        total = int(rows.count().to_pyarrow().as_py())
+        for first in range(0, total, PART_ROWS):
+            part = compute(rows.filter((rows[ROW] >= first) & (rows[ROW] < first + PART_ROWS)))
+            if first:
+                self.connection.insert(name, part)
+            else:
+                self.create_table(name, part)
+            progress(name, min(total, first + PART_ROWS))
+        return self.connection.table(name)
 
     def create_view(self, name: str, rows: Table) -> Table:
         return self.connection.create_view(name, rows)
@@ -145,15 +153,7 @@ class DuckEngine:
         def result(statement: str) -> pa.Table:
             return cursor.sql(statement).to_arrow_table()
 
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            coming: Future[pa.Table] | None = None
-            for query in queries:
-                following = ahead.submit(result, self.connection.compile(query))
-                if coming is not None:
-                    yield coming.result()
-                coming = following
-            if coming is not None:
-                yield coming.result()
+        return ahead(partial(result, self.connection.compile(query)) for query in queries)
 
     def write(
         self,
@@ -191,9 +191,10 @@ def _but_row(table: Table) -> list[str]:
     return [name for name in table.columns if name != ROW]
 
 
-def _bytes(size: str) -> float:
-    """Of DuckDB's way to write a size, such as ``3.7 GiB``."""
-    number, unit = size.split()
+def limit_bytes(connection: Backend) -> float:
+    """The memory limit of a connection."""
+    # Written as ``3.7 GiB``.
+    number, unit = connection.con.execute("select current_setting('memory_limit')").fetchall()[0][0].split()
     return float(number) * _UNITS[unit]
 
 

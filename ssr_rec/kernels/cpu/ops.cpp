@@ -134,11 +134,16 @@ std::tuple<Tensor, Tensor, Tensor> view_fusion_forward_meta(
     const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
     const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps, bool save) {
   const auto B = x.sym_size(0), V = weight.sym_size(0), d = weight.sym_size(2);
-  const bool columns = weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kFloat;
-  const auto y = columns ? x.new_empty_symint({V, d, B + COLUMNS_APART}).narrow_symint(2, 0, B).permute({2, 0, 1})
-                         : x.new_empty_symint({B, V, d});
-  return {y, save ? x.new_empty_symint({V, B, d}) : x.new_empty({0}),
+  return {x.new_empty_symint({B, V, d}), save ? x.new_empty_symint({V, B, d}) : x.new_empty({0}),
           save && scale ? x.new_empty_symint({V, B, 2}, x.options().dtype(accumulate_type(x))) : x.new_empty({0})};
+}
+
+Tensor view_scoring_meta(
+    const Tensor& x, const Tensor& indices, const Tensor& weight_t, const Tensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, double eps, const OptionalTensor& weight) {
+  const auto B = x.sym_size(0);
+  const auto y = x.new_empty_symint({weight_t.sym_size(0), weight_t.sym_size(1), B + COLUMNS_APART});
+  return y.narrow_symint(2, 0, B).permute({2, 0, 1});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> view_fusion_backward_meta(
@@ -172,6 +177,10 @@ TORCH_LIBRARY(ssr_rec, m) {
       "view_fusion_backward(Tensor grad, Tensor x, Tensor? indices, Tensor weight, Tensor bias, Tensor? residual, "
       "Tensor? scale, Tensor pre, Tensor stats, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "view_scoring(Tensor x, Tensor indices, Tensor weight_t, Tensor bias, Tensor? scale, Tensor? shift, "
+      "float eps, Tensor? weight) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(ssr_rec, CompositeExplicitAutograd, m) {
@@ -187,6 +196,7 @@ TORCH_LIBRARY_IMPL(ssr_rec, Autograd, m) {
 TORCH_LIBRARY_IMPL(ssr_rec, CPU, m) {
   m.impl("view_fusion_forward", ssr_rec::view_fusion_forward);
   m.impl("view_fusion_backward", ssr_rec::view_fusion_backward);
+  m.impl("view_scoring", ssr_rec::view_scoring);
   m.impl("ics_forward", ssr_rec::ics_forward);
   m.impl("ics_backward", ssr_rec::ics_backward);
 }
@@ -194,6 +204,7 @@ TORCH_LIBRARY_IMPL(ssr_rec, CPU, m) {
 TORCH_LIBRARY_IMPL(ssr_rec, Meta, m) {
   m.impl("view_fusion_forward", ssr_rec::view_fusion_forward_meta);
   m.impl("view_fusion_backward", ssr_rec::view_fusion_backward_meta);
+  m.impl("view_scoring", ssr_rec::view_scoring_meta);
   m.impl("ics_forward", ssr_rec::ics_forward_meta);
   m.impl("ics_backward", ssr_rec::ics_backward_meta);
 }

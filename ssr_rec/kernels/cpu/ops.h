@@ -25,7 +25,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& bias, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
     const at::Tensor& pre, const at::Tensor& stats, bool need_x);
 
-// With weights in bfloat16 view_fusion_forward's y (B, V, d) has strides (1, d (B + COLUMNS_APART), B + COLUMNS_APART).
+// Its y (B, V, d) has strides (1, d (B + COLUMNS_APART), B + COLUMNS_APART).
+at::Tensor view_scoring(
+    const at::Tensor& x, const at::Tensor& indices, const at::Tensor& weight_t, const at::Tensor& bias,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps,
+    const std::optional<at::Tensor>& weight);
+
 constexpr int64_t COLUMNS_APART = 16;
 
 } // namespace ssr_rec

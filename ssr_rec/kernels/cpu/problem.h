@@ -70,6 +70,9 @@ struct Problem {
   }
 };
 
+// y (B, V, d), by blocks of rows; the rows of x must lie one after another.
+void fuse_rows(const Problem<float>& problem, float* y);
+
 // Rows of a block: few enough that its pieces fit the second-level cache and that small batches keep two cores busy.
 inline int64_t block_rows(int64_t B) {
   return B >= 512 ? 128 : B >= 128 ? 64 : 32;
@@ -78,6 +81,19 @@ inline int64_t block_rows(int64_t B) {
 // How many tasks of so many multiplications a thread must at least get, lest waking it costs more than it saves.
 inline int64_t grain(int64_t multiplications) {
   return std::max<int64_t>(1, (int64_t(1) << 19) / std::max<int64_t>(1, multiplications));
+}
+
+// Checked, because a checkpoint brings them.
+inline std::vector<int32_t> checked(const std::optional<at::Tensor>& indices, int64_t width) {
+  if (!indices) {
+    return {};
+  }
+  const auto all = indices->contiguous();
+  const int64_t* from = all.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < all.numel(); ++i) {
+    TORCH_CHECK_VALUE(from[i] >= 0 && from[i] < width, "view_fusion: index ", from[i], " of an input of ", width, " dims");
+  }
+  return std::vector<int32_t>(from, from + all.numel());
 }
 
 } // namespace ssr_rec

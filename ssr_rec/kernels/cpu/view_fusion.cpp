@@ -4,8 +4,8 @@
 // after another: what a view gathers, multiplies and normalises is still near when the next step reads it. Only x,
 // the products before the bias and two figures a row are kept for the backward pass, which gathers again.
 
-#include "fuse_columns.h"
 #include "ops.h"
+#include "problem.h"
 #include "transpose.h"
 
 #include <ATen/Dispatch.h>
@@ -155,19 +155,6 @@ struct Inputs {
   Problem<T> problem;
 };
 
-// Checked, because a checkpoint brings them.
-std::vector<int32_t> checked(const std::optional<at::Tensor>& indices, int64_t width) {
-  if (!indices) {
-    return {};
-  }
-  const auto all = indices->contiguous();
-  const int64_t* from = all.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < all.numel(); ++i) {
-    TORCH_CHECK_VALUE(from[i] >= 0 && from[i] < width, "view_fusion: index ", from[i], " of an input of ", width, " dims");
-  }
-  return std::vector<int32_t>(from, from + all.numel());
-}
-
 at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->contiguous() : at::Tensor();
 }
@@ -181,9 +168,8 @@ template <typename T>
 Inputs<T> inputs(
     const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, double eps, bool columns = false) {
-  const bool as_it_is = x.stride(-1) == 1 || (columns && x.stride(0) == 1);
-  Inputs<T> in{as_it_is ? x : x.contiguous(), columns ? at::Tensor() : weight.contiguous(), bias.contiguous(), contiguous(residual),
+    const std::optional<at::Tensor>& shift, double eps) {
+  Inputs<T> in{x.stride(-1) == 1 ? x : x.contiguous(), weight.contiguous(), bias.contiguous(), contiguous(residual),
                contiguous(scale), contiguous(shift), checked(indices, x.size(-1)), {}};
   in.problem = {
       x.size(0), weight.size(0), weight.size(1), weight.size(2), x.size(-1), pointer<T>(in.x), in.x.stride(0),
@@ -192,43 +178,20 @@ Inputs<T> inputs(
   return in;
 }
 
-void forward_in_bfloat16(
-    const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
-    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps, at::Tensor& y) {
-  if (has_bf16_brgemm() && weight.size(1) % 2 == 0) {
-    const auto in = inputs<float>(x, indices, weight, bias, std::nullopt, scale, shift, eps, true);
-    const auto turned = weight.transpose(1, 2).contiguous();
-    forward_columns(in.problem, turned.const_data_ptr<at::BFloat16>(), y.mutable_data_ptr<float>(), y.stride(2));
-    return;
-  }
-  const auto in = inputs<float>(x, indices, weight.to(at::kFloat), bias, std::nullopt, scale, shift, eps);
-  auto rows = at::empty(y.sizes(), y.options());
-  forward_kernel<float>(in.problem, rows.mutable_data_ptr<float>(), nullptr, nullptr);
-  y.copy_(rows);
-}
-
 } // namespace
+
+void fuse_rows(const Problem<float>& problem, float* y) {
+  forward_kernel<float>(problem, y, nullptr, nullptr);
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> view_fusion_forward(
     const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, double eps, bool save) {
   const int64_t B = x.size(0), V = weight.size(0), d = weight.size(2);
-  const bool columns = weight.scalar_type() == at::kBFloat16;
-  if (columns) {
-    TORCH_CHECK_VALUE(
-        indices && !residual && !save && x.scalar_type() == at::kFloat,
-        "view_fusion: weights in bfloat16 are for scoring of float32 with indices, without residual and gradients");
-  }
-  // A few numbers between the dims, lest all of them fall into the same lines of the caches.
-  auto y = columns ? at::empty({V, d, B + COLUMNS_APART}, x.options()).narrow(2, 0, B).permute({2, 0, 1})
-                   : at::empty({B, V, d}, x.options());
+  auto y = at::empty({B, V, d}, x.options());
   auto pre = save ? at::empty({V, B, d}, x.options()) : at::empty({0}, x.options());
   auto stats = save && scale ? at::empty({V, B, 2}, x.options()) : at::empty({0}, x.options());
-  if (columns) {
-    forward_in_bfloat16(x, indices, weight, bias, scale, shift, eps, y);
-    return {y, pre, stats};
-  }
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_forward", [&] {
     const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, shift, eps);
     forward_kernel(
