@@ -11,6 +11,7 @@ from ssr_rec.checkpoint import read_checkpoint, stored_tensors, verify
 from ssr_rec.config import RunConfig, load_config
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.embeddings import plain_tables
+from ssr_rec.managed import managed_ids
 from ssr_rec.model import CTRModel, DenseArch
 from ssr_rec.over_archs import OVER_ARCHS
 from ssr_rec.places import place
@@ -104,7 +105,8 @@ def build_plain_model(config: RunConfig, schema: Schema) -> CTRModel:
         torch.manual_seed(config.seed)
         dense = build_dense(config, schema)
         tables = plain_tables(schema, embeddings, torch.device("cpu"), dense.over_arch.extra_tables)
-    return CTRModel(tables, dense).eval()
+    managed = managed_ids(schema, config.embeddings, config.train.batch_size, config.seed, torch.device("cpu"))
+    return CTRModel(tables, dense, managed).eval()
 
 
 def load_plain_weights(model: CTRModel, checkpoint: Path) -> None:

@@ -86,6 +86,14 @@ class AdmittedHashing(Settings):
     file: InnerPath = Field(description="parquet of the admitted values, as that of a vocabulary")
 
 
+class RawHash(Settings):
+    """``1 + the first 60 bits of md5(value)``: ids without end, for tables that admit and evict them in training."""
+
+    type: Literal["raw_hash"] = "raw_hash"
+    column: str
+    missing_id: int = 0
+
+
 class LogBuckets(Settings):
     """Equal-width buckets of ``sign(v) * log1p(|v|)`` between the training split's extremes; outside is clipped."""
 
@@ -105,7 +113,10 @@ class Drawn(Settings):
     column: str
 
 
-Encoding = Annotated[Vocabulary | Hashing | AdmittedHashing | LogBuckets | Drawn, Field(discriminator="type")]
+Encoding = Annotated[Vocabulary | Hashing | AdmittedHashing | RawHash | LogBuckets | Drawn, Field(discriminator="type")]
+RAW_HASHES = 2**60 + 1
+MAX_EMBEDDINGS = 2**40
+"""Of a table."""
 
 
 LISTED = (Vocabulary, AdmittedHashing)
@@ -115,7 +126,7 @@ LISTED = (Vocabulary, AdmittedHashing)
 class Feature(Settings):
     name: str
     kind: Literal["categorical", "numeric", "list"]
-    num_embeddings: int = Field(ge=1, le=2**40, description="ids lie in [0, num_embeddings)")
+    num_embeddings: int = Field(ge=1, le=RAW_HASHES, description="ids lie in [0, num_embeddings)")
     encoding: Encoding = Field(description="how the column was made")
     max_length: int | None = Field(None, ge=1, description="list features: most ids a row holds")
 
@@ -123,6 +134,8 @@ class Feature(Settings):
     def _list_has_length(self) -> Feature:
         if (self.kind == "list") != (self.max_length is not None):
             raise ValueError(f"feature {self.name!r}: max_length is for list features, and a list feature needs it")
+        if self.num_embeddings > MAX_EMBEDDINGS and not isinstance(self.encoding, RawHash):
+            raise ValueError(f"feature {self.name!r}: num_embeddings: should be less than or equal to {MAX_EMBEDDINGS}")
         return self
 
 
@@ -130,6 +143,9 @@ class Shard(Settings):
     path: InnerPath
     num_rows: int = Field(ge=0)
     footer: str | None = Field(None, description="sha256 of the file's parquet footer; None: written without")
+    group_rows: int | None = Field(
+        None, ge=1, description="rows of every row group but the last; None: the footer says, as in older datasets"
+    )
 
 
 class Split(Settings):

@@ -27,7 +27,7 @@ from ssr_rec.data.shards import new_dataset
 from ssr_rec.data.sources import Log, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
 from ssr_rec.data.table_spec import DaySplit, TableSpec
-from ssr_rec.schema import LISTED, Days, Feature, LogBuckets, Schema, Split, Vocabulary
+from ssr_rec.schema import LISTED, RAW_HASHES, Days, Feature, LogBuckets, RawHash, Schema, Split, Vocabulary
 
 
 def prepare(
@@ -124,8 +124,9 @@ def _schema(
     """The schema, the shards of its splits still missing."""
     spec = plan.spec
     preparation = {**preparation, **spec.model_dump(mode="json", exclude={"name"})}
-    if spec.hash_min_count == 1:  # the dataset_id is that of before there was admission
-        del preparation["hash_min_count"]
+    for key in ("hash_min_count", "raw_hash"):
+        if preparation[key] == TableSpec.model_fields[key].get_default(call_default_factory=True):
+            del preparation[key]  # so that the dataset_id is that of before there was such a key
     features = [_feature(name, folder, spec, lookups, buckets) for name in spec.features]
     digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
     for feature in features:
@@ -161,6 +162,8 @@ def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> di
 def _feature(
     name: str, folder: Path, spec: TableSpec, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets]
 ) -> Feature:
+    if name in spec.raw_hash:
+        return Feature(name=name, kind="categorical", num_embeddings=RAW_HASHES, encoding=RawHash(column=name))
     encoding = buckets[name] if name in buckets else lookups[name].encoding
     if isinstance(encoding, Vocabulary):
         size = encoding.oov_id + 1 + pq.read_metadata(folder / encoding.file).num_rows

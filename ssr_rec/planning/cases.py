@@ -68,6 +68,13 @@ class Case:
     lengths: Mapping[str, float]
     world: World
 
+    def __post_init__(self) -> None:
+        if self.config.embeddings.managed:
+            raise ValueError(
+                "embeddings.managed: the map of ids that every rank holds, and the exchange of ids that comes before "
+                "the tables', are not in the estimates; plan without it, with the same rows in a tables file"
+            )
+
     @property
     def rows_per_rank(self) -> int:
         """Of one batch, rounded up: the rank with the most decides."""
