@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +14,15 @@ import pyarrow.parquet as pq
 
 from ssr_rec.data.lanes import Piece
 from ssr_rec.data.shards import arrow_schema, footer_digest
+from ssr_rec.places import source
 from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, Feature, Schema, Shard
+
+OPEN_FILES = 32
+"""Shards kept open at once by a rank, some 3 MB each with their footers; opening one again takes 3 ms."""
 
 
 class Lists(NamedTuple):
-    """A list feature of ``n`` rows: its ids one row after another, (n + 1,) offsets into them, (n,) lengths; int64."""
+    """A list feature of ``n`` rows: ids one row after another, int64 (n + 1,) offsets into them and (n,) lengths."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -25,10 +31,10 @@ class Lists(NamedTuple):
 
 @dataclass
 class Block:
-    """``n`` decoded rows.
+    """``n`` decoded rows; ids are int32 where all tables are small enough, else int64.
 
     Attributes:
-        scalars: (S, n) int64, single-valued features in schema order.
+        scalars: (S, n) ids of the single-valued features in schema order.
         lists: list features in schema order.
         labels: (n, T) float32.
         group_ids: (n,) int64 or None.
@@ -47,6 +53,13 @@ class Block:
 class SplitFiles:
     """The row groups of one split, checked against the schema when opened and against its id ranges when read.
 
+    At most ``OPEN_FILES`` shards are open. Of a split with more, the footers are compared with their digests at once,
+    and what stands in them with the schema when a shard is opened.
+
+    Attributes:
+        paths: of the shards.
+        group_rows: (G,) rows of every row group, shard after shard.
+
     Raises:
         ValueError: unknown or empty split; a shard that is missing, damaged, not the one that was written, of another
             dataset, or whose columns or rows are not what the schema says. The message names the file and the fix.
@@ -57,38 +70,61 @@ class SplitFiles:
             raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(schema.splits)}")
         if schema.splits[split].num_rows == 0:
             raise ValueError(f"{folder}: split {split!r} is empty; prepare the log again with another split rule")
-        self.schema = schema
+        self.schema, self.schema_file = schema, folder / SCHEMA_FILE
         self.columns = arrow_schema(schema)
-        self.files: list[pq.ParquetFile] = []
-        self.groups: list[tuple[int, int]] = []
-        self.first_rows: list[int] = []
-        """Of each row group, within its file."""
-        rows: list[int] = []
-        for shard in schema.splits[split].shards:
-            file = self._open(folder / shard.path, shard, folder / SCHEMA_FILE)
-            first_row = 0
-            for group in range(file.metadata.num_row_groups):
-                self.groups.append((len(self.files), group))
-                self.first_rows.append(first_row)
-                rows.append(file.metadata.row_group(group).num_rows)
-                first_row += rows[-1]
-            self.files.append(file)
-        self.paths = [folder / shard.path for shard in schema.splits[split].shards]
-        self.group_rows = np.array(rows, dtype=np.int64)
+        self.ids = np.int32 if all(f.num_embeddings <= 2**31 for f in schema.features) else np.int64
+        self.shards = schema.splits[split].shards
+        self.paths = [folder / shard.path for shard in self.shards]
+        self._open_files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()
+        rows: list[np.ndarray] = []
+        for file, shard in enumerate(self.shards):
+            if shard.group_rows is None or shard.footer is None or len(self.shards) <= OPEN_FILES:
+                rows.append(_group_rows(self._file(file)))
+            else:
+                self._check_footer(self.paths[file], shard)
+                rows.append(_even_groups(shard.num_rows, shard.group_rows))
+        self.group_rows = np.concatenate(rows)
+        self._first_groups = np.cumsum([0, *(len(groups) for groups in rows)])
 
-    def _open(self, path: Path, shard: Shard, schema_file: Path) -> pq.ParquetFile:
-        again = f"it does not belong to {schema_file}; prepare the log again"
+    def locate(self, group: int) -> tuple[int, int, int]:
+        """The shard that a row group is in, its number there, and the number of its first row there."""
+        file = int(np.searchsorted(self._first_groups, group, side="right")) - 1
+        first = int(self._first_groups[file])
+        return file, group - first, int(self.group_rows[first:group].sum())
+
+    def _file(self, file: int) -> pq.ParquetFile:
+        with self._lock:
+            if file in self._open_files:
+                self._open_files.move_to_end(file)
+                return self._open_files[file]
+            found = self._open(self.paths[file], self.shards[file])
+            self._open_files[file] = found
+            if len(self._open_files) > OPEN_FILES:
+                # Closed with its last reference: another thread may be reading it.
+                self._open_files.popitem(last=False)
+            return found
+
+    def _check_footer(self, path: Path, shard: Shard) -> None:
+        # Before a decoder sees the footer: a damaged one might crash it.
+        again = f"it does not belong to {self.schema_file}; prepare the log again"
         try:
-            # Before a decoder sees the footer: a damaged one might crash it.
-            digest = footer_digest(path)
-            file = pq.ParquetFile(path, page_checksum_verification=True) if shard.footer in (None, digest) else None
+            same = shard.footer in (None, footer_digest(path))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such shard; {again}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable parquet file ({_line(error)}); prepare the log again") from None
+        if not same:
+            raise ValueError(f"{path}: damaged, or not the file that was written in its place; {again}")
+
+    def _open(self, path: Path, shard: Shard) -> pq.ParquetFile:
+        again = f"it does not belong to {self.schema_file}; prepare the log again"
+        self._check_footer(path, shard)
+        try:
+            file = pq.ParquetFile(source(path), page_checksum_verification=True)
         # Not only its own errors: what stands in a file can raise anything within the decoder.
         except Exception as error:
             raise ValueError(f"{path}: not a readable parquet file ({_line(error)}); prepare the log again") from None
-        if file is None:
-            raise ValueError(f"{path}: damaged, or not the file that was written in its place; {again}")
         found, metadata = file.schema_arrow, file.metadata
         dataset_id = (metadata.metadata or {}).get(DATASET_ID_KEY, self.schema.dataset_id.encode())
         if dataset_id not in [known.encode() for known in self.schema.known_ids]:
@@ -103,9 +139,11 @@ class SplitFiles:
             have = found.field(field.name).type
             if have != field.type and not (pa.types.is_list(have) and have.equals(field.type)):
                 raise ValueError(f"{path}: column {field.name!r} holds {have}, the schema says {field.type}; {again}")
-        group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        if metadata.num_rows != shard.num_rows or sum(group_rows) != shard.num_rows or min(group_rows, default=0) < 0:
+        rows = _group_rows(file)
+        if metadata.num_rows != shard.num_rows or rows.sum() != shard.num_rows or rows.min(initial=0) < 0:
             raise ValueError(f"{path}: {metadata.num_rows} rows, the schema says {shard.num_rows}; {again}")
+        if shard.group_rows is not None and rows.tolist() != _even_groups(shard.num_rows, shard.group_rows).tolist():
+            raise ValueError(f"{path}: its row groups are not of {shard.group_rows} rows as the schema says; {again}")
         return file
 
     def read(self, piece: Piece, order: np.ndarray | None) -> Block:
@@ -115,53 +153,55 @@ class SplitFiles:
             ValueError: an id out of range, a list that is too long, a label that is not 0 or 1, a null, or damaged
                 bytes; the message names the file, the column and the row.
         """
-        (file, group), first_row = self.groups[piece.group], self.first_rows[piece.group]
+        file, group, first_row = self.locate(piece.group)
         where = f"{self.paths[file]}: row group {group} (from row {first_row})"
+        opened = self._file(file)
         try:
-            table = self.files[file].read_row_group(group, columns=self.columns.names, use_threads=False)
+            table = opened.read_row_group(group, columns=self.columns.names, use_threads=False)
         except Exception as error:  # as in _open
             raise ValueError(
                 f"{self.paths[file]}: row group {group} is damaged ({_line(error)}); prepare it again"
             ) from None
         num_rows = int(self.group_rows[piece.group])
-        arrays = {name: self._column(table, name, num_rows, where) for name in self.columns.names}
         rows = np.arange(num_rows) if order is None else order
         rows = rows[piece.start : piece.stop]
-        scalars, lists = [], []
+        lists: list[Lists] = []
+        singles = sum(feature.kind != "list" for feature in self.schema.features)
+        scalars, narrow = np.empty((singles, len(rows)), self.ids), np.empty(num_rows, self.ids)
+        single = iter(scalars)
         for feature in self.schema.features:
-            array = arrays[feature.name]
+            array = self._column(table, feature.name, num_rows, where)
             if feature.kind != "list":
                 ids = array.to_numpy()
+                # Before they are made narrow, which would wrap.
                 self._check_ids(ids, None, feature, where)
-                scalars.append(ids)
+                narrow[:] = ids
+                # The rows are ours; to look for negative ones takes longer than the rest.
+                np.take(narrow, rows, out=next(single), mode="clip")
             else:
                 ids, offsets = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
-                self._check_lists(offsets, feature, self._leaves(file, group, feature.name), where)
+                self._check_lists(offsets, feature, _leaves(opened, group, feature.name), where)
                 self._check_ids(ids, offsets, feature, where)
-                lists.append(_take_lists(ids, offsets, rows))
-        labels = np.stack([arrays[label].to_numpy() for label in self.schema.labels], axis=1)
-        wrong = np.argwhere((labels != 0) & (labels != 1))
-        if len(wrong):
-            row, task = wrong[0]
-            raise ValueError(
-                f"{where}: label {self.schema.labels[task]!r} is {labels[row, task]} in row {first_row + row}, "
-                "must be 0 or 1; prepare the log again"
-            )
-        groups = arrays[GROUP_COLUMN].to_numpy()[rows] if self.schema.group_id is not None else None
-        scalar_ids = np.stack(scalars) if scalars else np.empty((0, num_rows), dtype=np.int64)
-        return Block(np.take(scalar_ids, rows, axis=1), lists, labels[rows].astype(np.float32), groups)
-
-    def _leaves(self, file: int, group: int, name: str) -> int:
-        """Values of a list column that the footer counts: its items, and one for each empty list; -1: not there."""
-        metadata = self.files[file].metadata.row_group(group)
-        columns = [metadata.column(index) for index in range(metadata.num_columns)]
-        return next((column.num_values for column in columns if column.path_in_schema.startswith(f"{name}.")), -1)
+                lists.append(_take_lists(ids.astype(self.ids), offsets, rows))
+        labels = np.empty((len(rows), len(self.schema.labels)), dtype=np.float32)
+        for task, label in enumerate(self.schema.labels):
+            outcomes = self._column(table, label, num_rows, where).to_numpy()
+            if wrong := np.flatnonzero(outcomes.view(np.uint8) > 1).tolist():
+                raise ValueError(
+                    f"{where}: label {label!r} is {outcomes[wrong[0]]} in row {first_row + wrong[0]}, "
+                    "must be 0 or 1; prepare the log again"
+                )
+            labels[:, task] = outcomes[rows]
+        groups = None
+        if self.schema.group_id is not None:
+            groups = self._column(table, GROUP_COLUMN, num_rows, where).to_numpy()[rows]
+        return Block(scalars, lists, labels, groups)
 
     @staticmethod
     def _column(table: pa.Table, name: str, num_rows: int, where: str) -> pa.Array:
-        array = table.column(name).combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
+        chunks = table.column(name)
+        # Combining copies, also what is in one piece.
+        array = chunks.chunk(0) if chunks.num_chunks == 1 else pa.concat_arrays(chunks.chunks or [_empty(chunks.type)])
         if len(array) != num_rows:
             raise ValueError(f"{where}: damaged, column {name!r} has {len(array)} of {num_rows} rows; prepare it again")
         if array.null_count:
@@ -193,6 +233,29 @@ class SplitFiles:
         # No checksum covers the count of values before each page; one too small only drops the last id.
         if offsets[-1] - offsets[0] + np.count_nonzero(lengths == 0) != leaves:
             raise ValueError(f"{where}: damaged, column {feature.name!r} lacks ids; prepare it again")
+
+
+def _group_rows(file: pq.ParquetFile) -> np.ndarray:
+    """(G,) rows of the row groups as the footer says."""
+    metadata = file.metadata
+    return np.array([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
+
+
+def _even_groups(num_rows: int, group_rows: int) -> np.ndarray:
+    """(G,) row groups of ``group_rows`` rows, the last perhaps shorter."""
+    starts = np.arange(0, num_rows, group_rows, dtype=np.int64)
+    return np.minimum(group_rows, num_rows - starts)
+
+
+def _leaves(file: pq.ParquetFile, group: int, name: str) -> int:
+    """Values of a list column that the footer counts: its items, and one for each empty list; -1: not there."""
+    metadata = file.metadata.row_group(group)
+    columns = [metadata.column(index) for index in range(metadata.num_columns)]
+    return next((column.num_values for column in columns if column.path_in_schema.startswith(f"{name}.")), -1)
+
+
+def _empty(kind: pa.DataType) -> pa.Array:
+    return pa.array([], type=kind)
 
 
 def _line(error: Exception) -> str:

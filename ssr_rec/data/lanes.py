@@ -13,6 +13,7 @@ A row group that lies across two lanes is opened twice, at most ``num_lanes`` ti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,22 +62,20 @@ class Lanes:
         full, last = lane * self.batch_size // self.num_lanes, lane * self.last_rows // self.num_lanes
         return self.full_steps * full + last
 
-    def pieces(self, lane: int, start_step: int) -> list[Piece]:
+    def pieces(self, lane: int, start_step: int) -> Iterator[Piece]:
         """What ``lane`` reads from ``start_step`` to the end of the epoch, in order."""
         start = self._lane_start(lane)
         stop = self._lane_start(lane + 1)
         position = start + min(start_step, self.full_steps) * self._share(self.batch_size, lane)
         if start_step > self.full_steps:
             position = stop
-        pieces = []
         index = int(np.searchsorted(self.ends, position, side="right"))
         while position < stop:
             end = int(self.ends[index])
             group_start = int(self.ends[index - 1]) if index else 0
             upto = min(end, stop)
-            pieces.append(Piece(int(self.order[index]), position - group_start, upto - group_start))
+            yield Piece(int(self.order[index]), position - group_start, upto - group_start)
             position, index = upto, index + 1
-        return pieces
 
 
 def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.data.batch import Batch, hide_new_ids
 from ssr_rec.data.blocks import Block, SplitFiles
-from ssr_rec.data.lanes import Lanes, lanes_of_rank
+from ssr_rec.data.lanes import Lanes, Piece, lanes_of_rank
 from ssr_rec.schema import Schema
 
 
@@ -106,7 +107,7 @@ class Reader:
             for piece in lanes.pieces(lane, step):
                 if wanted <= 0:
                     break
-                file, group = self.files.groups[piece.group]
+                file, group, _ = self.files.locate(piece.group)
                 found.append(f"{self.files.paths[file]} row group {group}")
                 wanted -= piece.stop - piece.start
         names = list(dict.fromkeys(found))
@@ -122,57 +123,77 @@ class Reader:
     def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         """What ``epoch`` prefetches."""
         lanes = self._lanes(epoch)
-        cursors = [self._blocks(lanes, lane, epoch, start_step) for lane in self.my_lanes]
+        # One thread decodes the block after the one that a lane is in: the lanes may need their next all at once.
+        pool = ThreadPoolExecutor(1, thread_name_prefix="ssr_rec-decoder")
+        cursors = [self._blocks(pool, lanes, lane, epoch, start_step) for lane in self.my_lanes]
         left: list[tuple[Block, int] | None] = [None] * len(cursors)
-        for step in range(start_step, lanes.num_steps):
-            slices: list[tuple[Block, int, int]] = []
-            for index, lane in enumerate(self.my_lanes):
-                wanted = lanes.lane_rows(step, lane)
-                while wanted:
-                    block, position = left[index] or (next(cursors[index]), 0)
-                    stop = min(block.num_rows, position + wanted)
-                    slices.append((block, position, stop))
-                    left[index] = (block, stop) if stop < block.num_rows else None
-                    wanted -= stop - position
-            batch = self._assemble(slices, lanes.rows_in_step(step))
-            yield hide_new_ids(batch, self.schema, self.new_from) if self.new_from else batch
+        try:
+            for cursor in cursors:
+                next(cursor)
+            for step in range(start_step, lanes.num_steps):
+                slices: list[tuple[Block, int, int]] = []
+                for index, lane in enumerate(self.my_lanes):
+                    wanted = lanes.lane_rows(step, lane)
+                    while wanted:
+                        block, position = left[index] or (next(cursors[index]), 0)
+                        assert block is not None
+                        stop = min(block.num_rows, position + wanted)
+                        slices.append((block, position, stop))
+                        left[index] = (block, stop) if stop < block.num_rows else None
+                        wanted -= stop - position
+                batch = self._assemble(slices, lanes.rows_in_step(step))
+                yield hide_new_ids(batch, self.schema, self.new_from) if self.new_from else batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _blocks(self, lanes: Lanes, lane: int, epoch: int, start_step: int) -> Iterator[Block]:
+    def _blocks(
+        self, pool: ThreadPoolExecutor, lanes: Lanes, lane: int, epoch: int, start_step: int
+    ) -> Iterator[Block | None]:
+        """None once the first block of a lane is asked for; then its blocks, each asked for one ahead."""
+        coming: Future[Block] | None = None
         for piece in lanes.pieces(lane, start_step):
-            order = None
-            if self.seed is not None:
-                rng = np.random.default_rng((self.seed, epoch, piece.group))
-                order = rng.permutation(int(self.files.group_rows[piece.group]))
-            yield self.files.read(piece, order)
+            block = coming.result() if coming is not None else None
+            coming = pool.submit(self._block, piece, epoch)
+            yield block
+        yield coming.result() if coming is not None else None
+
+    def _block(self, piece: Piece, epoch: int) -> Block:
+        order = None
+        if self.seed is not None:
+            rng = np.random.default_rng((self.seed, epoch, piece.group))
+            order = rng.permutation(int(self.files.group_rows[piece.group]))
+        return self.files.read(piece, order)
 
     def _assemble(self, slices: list[tuple[Block, int, int]], global_rows: int) -> Batch:
         num_rows = sum(stop - start for _, start, stop in slices)
         features, labels = self.schema.features, np.empty((num_rows, len(self.schema.labels)), dtype=np.float32)
-        scalars = np.empty((sum(f.kind != "list" for f in features), num_rows), dtype=np.int64)
         groups = np.empty(num_rows, dtype=np.int64) if self.schema.group_id is not None else None
-        at = 0
-        for block, start, stop in slices:
-            end = at + stop - start
-            scalars[:, at:end], labels[at:end] = block.scalars[:, start:stop], block.labels[start:stop]
+        ends = np.cumsum([stop - start for _, start, stop in slices]).tolist()
+        rows = [slice(end - (stop - start), end) for end, (_, start, stop) in zip(ends, slices, strict=True)]
+        for there, (block, start, stop) in zip(rows, slices, strict=True):
+            labels[there] = block.labels[start:stop]
             if groups is not None and block.group_ids is not None:
-                groups[at:end] = block.group_ids[start:stop]
-            at = end
+                groups[there] = block.group_ids[start:stop]
         lengths = np.ones((len(features), num_rows), dtype=np.int64)
-        values: list[np.ndarray] = []
-        scalar = listed = first = 0
-        for row, feature in enumerate(features):
-            if feature.kind != "list":
+        items = sum(
+            int(lists.offsets[stop] - lists.offsets[start]) for block, start, stop in slices for lists in block.lists
+        )
+        ids = np.empty(sum(f.kind != "list" for f in features) * num_rows + items, dtype=np.int64)
+        at = scalar = listed = first = 0
+        for row, feature in enumerate([*features, None]):
+            if feature is not None and feature.kind != "list":
                 scalar += 1
                 continue
-            values.append(scalars[first:scalar].reshape(-1))
-            first = scalar
-            lists = [(block.lists[listed], start, stop) for block, start, stop in slices]
-            values += [found.ids[found.offsets[start] : found.offsets[stop]] for found, start, stop in lists]
-            if lists:
-                np.concatenate([found.lengths[start:stop] for found, start, stop in lists], out=lengths[row])
+            run = ids[at : at + (scalar - first) * num_rows].reshape(scalar - first, num_rows)
+            for there, (block, start, stop) in zip(rows, slices, strict=True):
+                run[:, there] = block.scalars[first:scalar, start:stop]
+            at, first = at + run.size, scalar
+            for there, (block, start, stop) in zip(rows, slices if feature is not None else [], strict=False):
+                lists = block.lists[listed]
+                part = lists.ids[lists.offsets[start] : lists.offsets[stop]]
+                ids[at : at + len(part)], lengths[row, there] = part, lists.lengths[start:stop]
+                at += len(part)
             listed += 1
-        values.append(scalars[first:].reshape(-1))
-        ids = values[0] if len(values) == 1 else np.concatenate(values)
         sparse = KeyedJaggedTensor(
             keys=self.schema.feature_names,
             values=torch.from_numpy(ids),

@@ -11,32 +11,15 @@ import pytest
 
 from ssr_rec.data.blocks import SplitFiles
 from ssr_rec.data.lanes import Piece
-from ssr_rec.data.reader import Reader
 from ssr_rec.data.shards import arrow_schema, write_shards
 from ssr_rec.schema import Schema
 from tests.conftest import draw_rows, reseal, write_dataset
+from tests.shard_edits import forget_group_rows, read_all, replace, rewrite
 
 
 @pytest.fixture
 def copy(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / "copy")
-
-
-def read_all(folder):
-    return list(Reader(folder, Schema.read(folder), "train", 64, num_lanes=2).epoch(0))
-
-
-def rewrite(folder, change):
-    """Replace the training shard by ``change(table)``, keeping its metadata and row groups."""
-    path = folder / "train" / "00000.parquet"
-    table = pq.read_table(path)
-    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path, row_group_size=64)
-    reseal(folder)
-
-
-def replace(table, name, values, type_=None):
-    index = table.schema.get_field_index(name)
-    return table.set_column(index, name, pa.array(values, type=type_ or table.schema.field(name).type))
 
 
 def test_truncated_file(copy):
@@ -277,6 +260,9 @@ def test_footer_whose_row_groups_have_other_rows_than_it_says(tmp_path):
         SplitFiles(folder, Schema.read(folder), "train")
     edit_group_rows(path, 0, 21)
     reseal(folder)
+    with pytest.raises(ValueError, match=r"00000.parquet: its row groups are not of 20 rows as the schema says"):
+        SplitFiles(folder, Schema.read(folder), "train")
+    forget_group_rows(folder)
     files = SplitFiles(folder, Schema.read(folder), "train")
     with pytest.raises(ValueError, match=r"row group 0 .*damaged"):
         files.read(Piece(0, 0, 21), None)
@@ -288,7 +274,7 @@ def test_shards_of_the_time_before_checksums_are_read(copy):
     del values["checksum"]
     for split in values["splits"].values():
         for shard in split["shards"]:
-            del shard["footer"]
+            del shard["footer"], shard["group_rows"]
     (copy / "schema.json").write_text(json.dumps(values))
     path = copy / "train" / "00000.parquet"
     pq.write_table(pq.read_table(path), path, row_group_size=64)

@@ -1,5 +1,7 @@
 """The reader against pandas: every row once, values in their places, any number of ranks, any start."""
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -124,6 +126,7 @@ def test_prefetcher_passes_errors_on_and_can_be_closed_early(dataset):
     next(endless)
     endless.close()
     assert not endless._thread.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ssr_rec-decoder")]
 
 
 def test_memory_holds_a_few_row_groups_only(tmp_path):
