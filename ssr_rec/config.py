@@ -116,7 +116,7 @@ def _refuse_sizes(settings: dict[str, Any], where: str) -> None:
             left += [
                 (f"{key}.{at}", item) for at, item in (value.items() if isinstance(value, dict) else enumerate(value))
             ]
-        elif isinstance(value, int) and value > MAX_SIZE and not key.endswith("seed"):
+        elif isinstance(value, int) and value > MAX_SIZE and not key.endswith(("seed", ".rows")):
             raise ValueError(f"{where}: {key}={value} is more than {MAX_SIZE}, larger than any layer; lower it")
 
 

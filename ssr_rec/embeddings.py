@@ -17,7 +17,7 @@ from torchrec.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from ssr_rec.schema import Feature, Schema
+from ssr_rec.schema import Feature, RawHash, Schema
 from ssr_rec.settings import Settings
 
 OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD, "adam": Adam}
@@ -27,9 +27,21 @@ DIM_MULTIPLE = 4
 """FBGEMM's lookup kernels move rows in vectors of four elements."""
 
 
+class ManagedTable(Settings):
+    """A table of fixed size whose ids are admitted and evicted by training (``ssr_rec/managed.py``)."""
+
+    rows: int = Field(ge=2, le=2**31, description="rows of the table; ids without one share the last")
+    eviction: Literal["lfu", "lru", "distance_lfu"] = Field(
+        "lfu", description="which ids make room: the rarest, those not seen for longest, or a mixture of both"
+    )
+    interval: int = Field(10, ge=1, le=65_536, description="steps over which ids are counted before some are admitted")
+    admit: int = Field(1, ge=1, description="occurrences within an interval that make an id a candidate")
+
+
 class EmbeddingsConfig(Settings):
     dim: int = Field(16, ge=1, description="embedding dim D of every feature not named in dims; a multiple of 4")
     dims: dict[str, int] = Field({}, description="feature -> its own dim, a multiple of 4")
+    managed: dict[str, ManagedTable] = Field({}, description="feature -> its table of fixed size")
     dtype: TableDtype = Field(
         "fp32", description="of the tables' weights; pooled vectors, gradients and optimizer state are fp32 always"
     )
@@ -43,6 +55,10 @@ class EmbeddingsConfig(Settings):
     learning_rate: float = Field(0.01, ge=0)
     weight_decay: float = Field(0.0, ge=0, description="L2 on the rows of a batch (fused), on all rows (adam on CPU)")
     eps: float = Field(1e-8, gt=0, description="added to the optimizer's denominator; sgd ignores it")
+
+    def rows_of(self, feature: Feature) -> int:
+        """Rows of the feature's tables."""
+        return self.managed[feature.name].rows if feature.name in self.managed else feature.num_embeddings
 
     def dim_of(self, feature: str) -> int:
         return self.dims.get(feature, self.dim)
@@ -83,12 +99,19 @@ def table_dims(schema: Schema, config: EmbeddingsConfig, extra: ExtraTables) -> 
                 f"feature {name!r} of {schema.name!r}: PyTorch takes no table of that name; rename the column and "
                 "prepare the log again, or leave it out by data.features"
             )
-    for key, features in (("dims", list(config.dims)), ("dtypes", list(config.dtypes))):
+    named: dict[str, Mapping[str, object]] = {"dims": config.dims, "dtypes": config.dtypes, "managed": config.managed}
+    for key, features in named.items():
         unknown = sorted(set(features) - set(schema.feature_names))
         if unknown:
             raise ValueError(
                 f"embeddings.{key} names {unknown[0]!r}, which is no feature of {schema.name!r}; "
                 f"it has {', '.join(schema.feature_names)}"
+            )
+    for feature in schema.features:
+        if isinstance(feature.encoding, RawHash) and feature.name not in config.managed:
+            raise ValueError(
+                f"feature {feature.name!r} of {schema.name!r} holds raw hashes, for which no table is large enough; "
+                f"give it one by embeddings.managed.{feature.name}.rows, or leave it out by data.features"
             )
     for key, dim in {
         "embeddings.dim": config.dim,
@@ -142,7 +165,7 @@ def plain_tables(
             EmbeddingBagConfig(
                 name=name,
                 feature_names=[feature.name],
-                num_embeddings=feature.num_embeddings,
+                num_embeddings=config.rows_of(feature),
                 embedding_dim=columns,
                 data_type=DTYPES[config.dtype_of(feature.name)],
                 # The pooling of one id is itself; one pooling per kernel call keeps the calls few.

@@ -88,6 +88,11 @@ def export_restored(
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
     """``export_run`` of a model in memory, trained or not; the artifact says that it comes from the run ``name``."""
+    if managed := list(restored.config.embeddings.managed):
+        raise ValueError(
+            f"{name}: embeddings.managed: the ids of {', '.join(managed)} have the rows that training gave them, and "
+            "an artifact has no place for that map; train with a vocabulary or hash_buckets to serve"
+        )
     started = time.perf_counter()
     reader = Reader(restored.data, restored.schema, split, BATCH_ROWS)
     if not extension.load():

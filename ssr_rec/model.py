@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ssr_rec.data.batch import Batch
 from ssr_rec.embeddings import ConcatFields
+from ssr_rec.managed import ManagedIds
 from ssr_rec.over_archs import OverArch
 from ssr_rec.over_archs.layers import ViewLinear
 from ssr_rec.settings import Settings
@@ -90,14 +91,21 @@ class DenseArch(nn.Module):
 
 
 class CTRModel(nn.Module):
-    """Ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows) -> (B, T)``."""
+    """Ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows) -> (B, T)``.
 
-    def __init__(self, tables: EmbeddingBagCollection, dense: DenseArch) -> None:
+    Args:
+        managed: says which row an id has now, where tables are smaller than the range of ids.
+    """
+
+    def __init__(self, tables: EmbeddingBagCollection, dense: DenseArch, managed: ManagedIds | None = None) -> None:
         super().__init__()
         self.tables = tables
         self.dense = dense
+        self.managed = managed
 
     def forward(self, sparse: KeyedJaggedTensor) -> Tensor:
+        if self.managed is not None:
+            sparse = self.managed(sparse)
         return self.dense(self.tables(sparse))
 
 

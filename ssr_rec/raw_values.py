@@ -18,8 +18,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssr_rec.data.encode import log_transform
-from ssr_rec.schema import LISTED, AdmittedHashing, Drawn, Feature, Hashing, LogBuckets, Vocabulary
+from ssr_rec.data.encode import RAW_DIGITS, log_transform
+from ssr_rec.places import source
+from ssr_rec.schema import LISTED, AdmittedHashing, Drawn, Feature, Hashing, LogBuckets, RawHash, Vocabulary
 
 MAX_EXACT = 2**53
 """Beyond it a float does not say which integer it was."""
@@ -44,8 +45,10 @@ def make_to_id(feature: Feature, folder: Path) -> ToId:
         return _bucket_id(encoding)
     if isinstance(encoding, Hashing):
         return _hash_id(encoding)
+    if isinstance(encoding, RawHash):
+        return _raw_hash_id
     if isinstance(encoding, LISTED):
-        table = pq.read_table(folder / encoding.file, columns=["value", "id"])
+        table = pq.read_table(source(folder / encoding.file), columns=["value", "id"])
         ids = dict(zip(table["value"].to_pylist(), table["id"].to_pylist(), strict=True))
         return _listed_id(encoding, ids)
     return _drawn_id(encoding, feature.num_embeddings)
@@ -66,17 +69,27 @@ def _listed_id(encoding: Vocabulary | AdmittedHashing, ids: dict[str, int]) -> T
 
 def _hash_id(encoding: Hashing) -> ToId:
     def to_id(value: Any) -> int:
-        text = text_of(value)
-        if text is None:
-            return encoding.missing_id
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds half of a surrogate pair, which is no text") from None
-        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        return encoding.first_id + int(digest, 16) % encoding.num_buckets
+        digest = _md5(value)
+        return encoding.missing_id if digest is None else encoding.first_id + int(digest, 16) % encoding.num_buckets
 
     return to_id
+
+
+def _raw_hash_id(value: Any) -> int:
+    digest = _md5(value)
+    return 0 if digest is None else 1 + int(digest[:RAW_DIGITS], 16)
+
+
+def _md5(value: Any) -> str | None:
+    """Hexadecimal digits of the md5 of a value's text; None for missing."""
+    text = text_of(value)
+    if text is None:
+        return None
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def _bucket_id(encoding: LogBuckets) -> ToId:

@@ -125,7 +125,7 @@ class RunLog:
 
 def num_embedding_parameters(config: RunConfig, schema: Schema, over_arch: OverArch) -> int:
     tables = table_dims(schema, config.embeddings, over_arch.extra_tables)
-    return sum(feature.num_embeddings * columns for feature, columns in tables.values())
+    return sum(config.embeddings.rows_of(feature) * columns for feature, columns in tables.values())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from ssr_rec.places import is_local, place
 from ssr_rec.plain import parse_json, read_text
 from ssr_rec.settings import Settings
 
@@ -85,6 +86,14 @@ class AdmittedHashing(Settings):
     file: InnerPath = Field(description="parquet of the admitted values, as that of a vocabulary")
 
 
+class RawHash(Settings):
+    """``1 + the first 60 bits of md5(value)``: ids without end, for tables that admit and evict them in training."""
+
+    type: Literal["raw_hash"] = "raw_hash"
+    column: str
+    missing_id: int = 0
+
+
 class LogBuckets(Settings):
     """Equal-width buckets of ``sign(v) * log1p(|v|)`` between the training split's extremes; outside is clipped."""
 
@@ -104,7 +113,10 @@ class Drawn(Settings):
     column: str
 
 
-Encoding = Annotated[Vocabulary | Hashing | AdmittedHashing | LogBuckets | Drawn, Field(discriminator="type")]
+Encoding = Annotated[Vocabulary | Hashing | AdmittedHashing | RawHash | LogBuckets | Drawn, Field(discriminator="type")]
+RAW_HASHES = 2**60 + 1
+MAX_EMBEDDINGS = 2**40
+"""Of a table."""
 
 
 LISTED = (Vocabulary, AdmittedHashing)
@@ -114,7 +126,7 @@ LISTED = (Vocabulary, AdmittedHashing)
 class Feature(Settings):
     name: str
     kind: Literal["categorical", "numeric", "list"]
-    num_embeddings: int = Field(ge=1, le=2**40, description="ids lie in [0, num_embeddings)")
+    num_embeddings: int = Field(ge=1, le=RAW_HASHES, description="ids lie in [0, num_embeddings)")
     encoding: Encoding = Field(description="how the column was made")
     max_length: int | None = Field(None, ge=1, description="list features: most ids a row holds")
 
@@ -122,6 +134,8 @@ class Feature(Settings):
     def _list_has_length(self) -> Feature:
         if (self.kind == "list") != (self.max_length is not None):
             raise ValueError(f"feature {self.name!r}: max_length is for list features, and a list feature needs it")
+        if self.num_embeddings > MAX_EMBEDDINGS and not isinstance(self.encoding, RawHash):
+            raise ValueError(f"feature {self.name!r}: num_embeddings: should be less than or equal to {MAX_EMBEDDINGS}")
         return self
 
 
@@ -262,8 +276,8 @@ class Schema(Settings):
             ValueError: no such file, not JSON, not a schema, or changed since it was written; the message names the
                 file and the entry.
         """
-        path = Path(folder) / SCHEMA_FILE
-        if not os.path.lexists(path):
+        path = place(folder) / SCHEMA_FILE
+        if not (os.path.lexists(path) if is_local(path) else path.exists()):
             raise ValueError(f"{path}: no such file; prepare the dataset with tools/prepare_data.py first")
         text = read_text(path, MAX_SCHEMA_BYTES, "prepare the dataset again")
         try:

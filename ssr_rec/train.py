@@ -33,10 +33,12 @@ from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.days import first_inputs, open_rows, report_of_days
 from ssr_rec.embeddings import build_tables, initialise_tables
 from ssr_rec.evaluation import evaluate
+from ssr_rec.managed import check_managed, managed_ids
 from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import CTRModel, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.over_archs import AutoFISConfig, OverArch, OverArchConfig
+from ssr_rec.places import place
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
 from ssr_rec.restore import build_dense
 from ssr_rec.resume import finished_report
@@ -114,7 +116,7 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
     log = RunLog(rank, world_size)
-    folder = Path(config.data.path) if config.data.path else draw_synthetic(config, log)
+    folder = place(config.data.path) if config.data.path else draw_synthetic(config, log)
     schema = Schema.read(folder).select(config.data.features, config.data.labels)
     check_train_config(config.train, schema)
 
@@ -291,15 +293,23 @@ def build_model(
     over_arch = dense.over_arch
     tables = build_tables(schema, config.embeddings, device.type, over_arch.extra_tables)
     weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
-    task = TrainTask(CTRModel(tables, dense), weights)
+    managed = managed_ids(schema, config.embeddings, config.train.batch_size, config.seed, device)
+    task = TrainTask(CTRModel(tables, dense, managed), weights)
     topology = build_topology(config.sharding, device.type, world_size, local_world_size)
     fused = config.embeddings.is_fused(device.type)
     rows_per_rank = max(1, config.train.batch_size // world_size)
     names = [table.name for table in tables.embedding_bag_configs()]
     prefetch = config.train.pipeline == "prefetch"
     plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank, prefetch)
+    check_managed(
+        config.embeddings,
+        device.type,
+        {name: table.compute_kernel for module in plan.plan.values() for name, table in module.items()},
+    )
     model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
     initialise_tables(model, config.seed, config.embeddings.init_scale)
+    if managed is not None:
+        managed.bind(model)
     compile_over_arch(over_arch, config.over_arch)
     # Dropout draws of the ranks must differ; everything drawn before must not.
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank())

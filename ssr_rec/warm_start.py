@@ -18,6 +18,9 @@ from ssr_rec.run_folder import CHECKPOINTS_FOLDER
 from ssr_rec.saver import BEST, list_checkpoints
 from ssr_rec.snapshot import MODEL, model_tensors
 
+ROWS_OF_IDS = "._mch_sorted_raw_ids"
+"""Name's end of the ids that have a row of a managed table (``ssr_rec/managed.py``)."""
+
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Read all weights of ``model`` from a checkpoint, whatever world size wrote it. Collective.
@@ -76,6 +79,13 @@ def warm_start(model: nn.Module, source: Path, note: Callable[[str], None]) -> d
         else:
             report["other_size"].append(short)
     report["unused"] = [name.removeprefix(MODEL) for name in stored]
+    for name in (*report["fresh"], *report["other_size"], *report["unused"]):
+        if name.endswith(ROWS_OF_IDS):
+            feature = name.removesuffix(ROWS_OF_IDS).rpartition(".")[2]
+            raise ValueError(
+                f"warm_start={source}: there and here the ids of feature {feature!r} have other rows, since "
+                "embeddings.managed differs; give it the same rows, or leave the feature out"
+            )
     if not wanted:
         raise ValueError(
             f"warm_start={source}: nothing in {folder} fits this model; it has {', '.join(report['unused'])}"

@@ -17,6 +17,8 @@ from ssr_rec.data.table_spec import TableSpec
 from ssr_rec.schema import GROUP_COLUMN, AdmittedHashing, Hashing, LogBuckets, Vocabulary
 
 _POSITION_BITS = 40
+RAW_DIGITS = 15
+"""Hexadecimal digits of a raw hash."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ def bucket(column: Column, encoding: LogBuckets) -> IntegerValue:
 
 def encode(rows: Table, spec: TableSpec, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets]) -> Table:
     """Ids, labels, group id, ``SPLIT`` and ``ORDER`` of ``rows``, which has those last three already."""
+    # A column first, since the expression of an id names its digest fifteen times.
+    rows = rows.mutate(**{_digest(name): rows[name].cast("string").hexdigest("md5") for name in spec.raw_hash})
     joined = rows
     for position, name in enumerate(spec.categorical):
+        if name in spec.raw_hash:
+            continue
         lookup = lookups[name].table.rename({f"__value{position}__": "value", f"__id{position}__": "id"})
         joined = joined.left_join(lookup, rows[name] == lookup[f"__value{position}__"])
     for position, name in enumerate(spec.lists):
@@ -81,6 +87,9 @@ def encode(rows: Table, spec: TableSpec, lookups: dict[str, Lookup], buckets: di
         joined = joined.left_join(ids, rows[ROW] == ids[f"__list_row{position}__"])
     columns: dict[str, Column] = {}
     for position, name in enumerate(spec.categorical):
+        if name in spec.raw_hash:
+            columns[name] = (digits_of(joined[_digest(name)], 0, RAW_DIGITS) + 1).fill_null(0)
+            continue
         columns[name] = _found(joined[f"__id{position}__"], joined[name], lookups[name])
     for name in spec.numeric:
         columns[name] = bucket(joined[name], buckets[name])
@@ -91,6 +100,10 @@ def encode(rows: Table, spec: TableSpec, lookups: dict[str, Lookup], buckets: di
         columns[name] = joined[name].cast("int8")
     kept = [GROUP_COLUMN] if spec.group_id else []
     return joined.select(**columns, **{name: joined[name] for name in (*kept, SPLIT, ORDER)})
+
+
+def _digest(name: str) -> str:
+    return f"__digest_{name}__"
 
 
 def list_ids(rows: Table, column: str, lookup: Lookup) -> Table:

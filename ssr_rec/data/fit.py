@@ -119,7 +119,7 @@ def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBucke
     rows = engine.create_view("keyed", plan.rows(spec.used))
     train = rows.filter(rows[SPLIT] < plan.fitted)
     (folder / VOCABULARY_FOLDER).mkdir()
-    names = [*spec.categorical, *spec.lists]
+    names = spec.looked_up
     counted = engine.results(
         _counted(train, name, spec) for name in names if spec.buckets(name) is None or spec.hash_min_count > 1
     )

@@ -108,6 +108,9 @@ class TableSpec(Settings):
     hash_min_count: int = Field(
         1, ge=1, description="training occurrences that admit a value to a hash bucket; the others share an id"
     )
+    raw_hash: list[str] = Field(
+        default_factory=list, description="categorical columns stored as 60-bit hashes, for embeddings.managed"
+    )
     text: TextFormat = Field(default_factory=TextFormat)
 
     @model_validator(mode="after")
@@ -128,6 +131,11 @@ class TableSpec(Settings):
             most = MAX_BUCKETS - (self.hash_min_count > 1)  # whose ids begin one later
             if not 1 <= count <= most:
                 raise ValueError(f"hash_buckets: {count} for {column} is not within 1..{most}")
+        for column in self.raw_hash:
+            if column not in self.categorical:
+                raise ValueError(f"raw_hash: {column!r} is not categorical")
+            if isinstance(self.hash_buckets, dict) and column in self.hash_buckets:
+                raise ValueError(f"raw_hash: {column!r} is under hash_buckets, too")
         if self.hash_min_count > 1 and not counts:
             raise ValueError(f"hash_min_count: {self.hash_min_count} has no effect without hash_buckets; see min_count")
         return self
@@ -147,6 +155,11 @@ class TableSpec(Settings):
     def time_column(self) -> str | None:
         """What the split goes by; None: it is random."""
         return None if isinstance(self.split, RandomSplit) else self.split.column
+
+    @property
+    def looked_up(self) -> list[str]:
+        """The columns whose values get ids from a table of them: categorical and lists, but for raw hashes."""
+        return [name for name in (*self.categorical, *self.lists) if name not in self.raw_hash]
 
     def buckets(self, column: str) -> int | None:
         """Hash buckets of a column; None: it gets a vocabulary."""

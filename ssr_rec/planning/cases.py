@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from ssr_rec.config import RunConfig
 from ssr_rec.hardware import Hardware
+from ssr_rec.places import place, source
 from ssr_rec.schema import Drawn, Feature, Schema, first_problem
 from ssr_rec.settings import Settings
 from ssr_rec.yaml_file import read_yaml
@@ -66,6 +67,13 @@ class Case:
     schema: Schema
     lengths: Mapping[str, float]
     world: World
+
+    def __post_init__(self) -> None:
+        if self.config.embeddings.managed:
+            raise ValueError(
+                "embeddings.managed: the map of ids that every rank holds, and the exchange of ids that comes before "
+                "the tables', are not in the estimates; plan without it, with the same rows in a tables file"
+            )
 
     @property
     def rows_per_rank(self) -> int:
@@ -148,7 +156,7 @@ def mean_lengths(folder: str | Path, schema: Schema) -> dict[str, float]:
     lists = {feature.name: 0 for feature in schema.features if feature.kind == "list"}
     rows, train = 0, schema.splits.get("train")
     for shard in train.shards if train and lists else []:
-        footer = pq.read_metadata(Path(folder) / shard.path)
+        footer = pq.read_metadata(source(place(folder) / shard.path))
         rows += footer.num_rows
         for group in range(footer.num_row_groups):
             for index in range(footer.num_columns):
