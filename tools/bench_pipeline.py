@@ -27,6 +27,7 @@ from typing import Any
 
 from pipeline_figure import draw_figure
 from pipeline_logs import FUXICTR_LOGS, Log
+from pipeline_stages import peak_mb
 
 from ssr_rec.run_folder import hardware, versions
 
@@ -34,37 +35,47 @@ TOOLS = Path(__file__).parent
 STAGES = ("draw", "prepare", "read", "consume", "train", "fuxictr")
 
 
-def run(command: Sequence[str], threads: int = 1) -> tuple[str, float, float]:
-    """What a command printed last, its CPU seconds and the most memory of it or a child in MB.
+def run(command: Sequence[str], threads: int = 1) -> tuple[str, float]:
+    """What a command printed last, and the most memory in MB that it or a process it started was seen to have.
 
     Raises:
         ValueError: it failed; the last line of its complaint.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    peak = 0.0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, text=True, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        while process.poll() is None:
+            peak = max([peak, *(peak_mb(each) for each in family(process.pid))])
+            time.sleep(0.05)
         out.seek(0)
         errors.seek(0)
         said = (out.read().strip().splitlines() or [""])[-1]
-        complaint = (errors.read().strip().splitlines() or ["no message"])[-1]
+        lines = errors.read().strip().splitlines() or ["no message"]
+        complaint = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
     if process.returncode:
         raise ValueError(f"{' '.join(command[:3])} ... ended with {process.returncode}: {complaint}")
-    # The memory is in units of 1,024 bytes on Linux.
-    return said, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1_024 / 1e6
+    return said, peak
+
+
+def family(process: int) -> list[int]:
+    """A process and all that descend from it."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return []
+    return [process, *(each for child in children for each in family(int(child)))]
 
 
 def stage(name: str, **options: Any) -> dict[str, Any]:
     """The figures of one stage, from a process of its own."""
-    said, _, peak = run([sys.executable, str(TOOLS / "pipeline_stages.py"), name, json.dumps(options)])
+    said, _ = run([sys.executable, str(TOOLS / "pipeline_stages.py"), name, json.dumps(options)])
     figures = json.loads(said)
     rows = figures["rows"]
     return {
         **figures,
         "rows_per_s": round(rows / figures["seconds"]),
         "rows_per_cpu_s": round(rows / figures["cpu_seconds"]),
-        "peak_mb": round(peak),
     }
 
 
@@ -78,14 +89,13 @@ def train(data: Path, runs: Path, ranks: int, steps: int, batch_size: int) -> di
         *("--checkpoint.every_minutes=null", "--checkpoint.every_steps=null"),
     ]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    _, cpu, peak = run([sys.executable, *launch, *job])
+    _, peak = run([sys.executable, *launch, *job])
     report = json.loads((runs / name / "report.json").read_text())
     return {
         "ranks": ranks,
         "rows": steps * batch_size,
         "rows_per_s": round(report["samples_per_s"]),
         "data_wait": report["data_wait"],
-        "cpu_seconds": round(cpu, 1),
         "peak_mb": round(peak),
     }
 
@@ -100,7 +110,7 @@ def against_fuxictr(log: Log, python: str, work: Path, turns: int, memory_limit:
             ours = stage("prepare_log", **options, preset=log.preset, spec=log.spec)
             peak = max(peak, ours["peak_mb"])
             made = log.write_for_fuxictr(Path(folder))
-            said, _, _ = run([python, str(TOOLS / "fuxictr_prepare.py"), json.dumps(made)], os.cpu_count() or 1)
+            said, _ = run([python, str(TOOLS / "fuxictr_prepare.py"), json.dumps(made)], os.cpu_count() or 1)
             theirs = json.loads(said)
         assert theirs["rows"] == ours["rows"]
         speeds["ours"].append(ours["rows_per_s"])

@@ -36,7 +36,10 @@ class Log:
         form = "header" if self.fuxictr["format"] == "csv" else "format parquet"
         for split, rule in SPLITS.items():
             file = folder / f"{split}.{self.fuxictr['format']}"
-            duckdb.execute(f"copy (select * exclude r from ({self.rows}) where {rule}) to '{file}' ({form})")
+            try:
+                duckdb.execute(f"copy (select * exclude r from ({self.rows}) where {rule}) to '{file}' ({form})")
+            except duckdb.Error as error:
+                raise ValueError(f"{self.raw}: {str(error).splitlines()[0]}") from None
         return {**self.fuxictr, "folder": str(folder), "min_count": MIN_COUNT}
 
 

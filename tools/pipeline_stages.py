@@ -1,7 +1,7 @@
 """One stage of tools/bench_pipeline.py in a process of its own: ``python tools/pipeline_stages.py STAGE OPTIONS``.
 
-OPTIONS are JSON. The last line is JSON: ``rows``, ``seconds`` and ``cpu_seconds`` of the work without imports, and what
-else the stage measured.
+OPTIONS are JSON. The last line is JSON: ``rows``, ``seconds`` and ``cpu_seconds`` of the work without imports, what
+else the stage measured, and ``peak_mb``, the most memory that the process had, libraries included.
 """
 
 from __future__ import annotations
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 
 OVER_ARCH = {"name": "mlp", "hidden": [320, 320, 320]}
 NUM_NUMERIC = 13
+FOLD_ROWS = 1_024
+"""Of validation and test each: enough for every rank."""
+
+
+def peak_mb(process: int | str = "self") -> float:
+    """The most resident memory of a process so far; 0 where there is none such.
+
+    Not ``ru_maxrss``: there a process begins with the peak of the one that started it.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return max((int(line.split()[1]) * 1_024 / 1e6 for line in lines if line.startswith("VmHWM:")), default=0.0)
 
 
 def timed(work: Callable[[], int]) -> dict[str, float]:
@@ -34,7 +48,7 @@ def draw(rows: int, output: str, ids: int) -> dict[str, Any]:
     """A synthetic log of 39 single-valued features and a list; users and items have ``ids`` ids each."""
     from ssr_rec.data.synthetic import SyntheticConfig, write_synthetic
 
-    config = SyntheticConfig(train_rows=rows, validation_rows=1, test_rows=1, users=ids, items=ids)
+    config = SyntheticConfig(train_rows=rows, validation_rows=FOLD_ROWS, test_rows=FOLD_ROWS, users=ids, items=ids)
     return timed(lambda: write_synthetic(config, Path(output)).splits["train"].num_rows)
 
 
@@ -161,7 +175,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(figures))
+    print(json.dumps({**figures, "peak_mb": round(peak_mb())}))
     return 0
 
 
