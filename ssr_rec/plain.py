@@ -13,6 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from ssr_rec.places import is_local
+
 MAX_DEPTH = 32
 """Sections within sections; ours are at most five deep, and recursion over a value must end."""
 
@@ -27,10 +29,12 @@ def read_text(path: str | Path, most_bytes: int, fix: str) -> str:
     Raises:
         ValueError: unreadable, no regular file (reading a pipe would wait for ever), too large, or not UTF-8.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    path = Path(path) if isinstance(path, str) else path
+    # Not Path's own questions, which raise for a name that no file can have.
+    if is_local(path) and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: not a regular file; {fix}")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             data = file.read(most_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ValueError(f"{path}: {getattr(error, 'strerror', error)}; {fix}") from None

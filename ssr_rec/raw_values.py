@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssr_rec.data.encode import RAW_DIGITS, log_transform
+from ssr_rec.places import source
 from ssr_rec.schema import LISTED, AdmittedHashing, Drawn, Feature, Hashing, LogBuckets, RawHash, Vocabulary
 
 MAX_EXACT = 2**53
@@ -47,7 +48,7 @@ def make_to_id(feature: Feature, folder: Path) -> ToId:
     if isinstance(encoding, RawHash):
         return _raw_hash_id
     if isinstance(encoding, LISTED):
-        table = pq.read_table(folder / encoding.file, columns=["value", "id"])
+        table = pq.read_table(source(folder / encoding.file), columns=["value", "id"])
         ids = dict(zip(table["value"].to_pylist(), table["id"].to_pylist(), strict=True))
         return _listed_id(encoding, ids)
     return _drawn_id(encoding, feature.num_embeddings)

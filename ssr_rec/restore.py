@@ -14,6 +14,7 @@ from ssr_rec.embeddings import plain_tables
 from ssr_rec.managed import managed_ids
 from ssr_rec.model import CTRModel, DenseArch
 from ssr_rec.over_archs import OVER_ARCHS
+from ssr_rec.places import place
 from ssr_rec.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE, read_report
 from ssr_rec.saver import BEST, list_checkpoints
 from ssr_rec.schema import Schema
@@ -52,7 +53,7 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
     if data is None and config.data.path is None:
         folder = ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root))
     else:
-        folder = Path(data or config.data.path or "")
+        folder = place(data or config.data.path or "")
     schema = Schema.read(folder).select(config.data.features, config.data.labels)
     if (run / REPORT_FILE).is_file():
         trained_on = str(read_report(run)["dataset"].get("dataset_id"))

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from ssr_rec.places import is_local, place
 from ssr_rec.plain import parse_json, read_text
 from ssr_rec.settings import Settings
 
@@ -275,8 +276,8 @@ class Schema(Settings):
             ValueError: no such file, not JSON, not a schema, or changed since it was written; the message names the
                 file and the entry.
         """
-        path = Path(folder) / SCHEMA_FILE
-        if not os.path.lexists(path):
+        path = place(folder) / SCHEMA_FILE
+        if not (os.path.lexists(path) if is_local(path) else path.exists()):
             raise ValueError(f"{path}: no such file; prepare the dataset with tools/prepare_data.py first")
         text = read_text(path, MAX_SCHEMA_BYTES, "prepare the dataset again")
         try:

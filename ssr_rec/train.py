@@ -38,6 +38,7 @@ from ssr_rec.metrics import RunningAUC
 from ssr_rec.model import CTRModel, TrainTask
 from ssr_rec.optim import Schedule, build_optimizer
 from ssr_rec.over_archs import AutoFISConfig, OverArch, OverArchConfig
+from ssr_rec.places import place
 from ssr_rec.report import RunLog, build_report, capture_inputs, finish_report
 from ssr_rec.restore import build_dense
 from ssr_rec.resume import finished_report
@@ -115,7 +116,7 @@ def train_stage(config: RunConfig) -> tuple[dict[str, Any], OverArchConfig | Non
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
     log = RunLog(rank, world_size)
-    folder = Path(config.data.path) if config.data.path else draw_synthetic(config, log)
+    folder = place(config.data.path) if config.data.path else draw_synthetic(config, log)
     schema = Schema.read(folder).select(config.data.features, config.data.labels)
     check_train_config(config.train, schema)
 

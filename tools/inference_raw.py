@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from inference_cases import Rows
 
+from ssr_rec.places import source
 from ssr_rec.schema import LISTED, Drawn, Feature, LogBuckets, Schema
 
 UNKNOWN = "a value that no vocabulary has"
@@ -43,7 +44,7 @@ def _values(feature: Feature, folder: Path) -> Any:
             None if i == encoding.missing_id else _unlog(encoding.low + (i - encoding.first_id + 0.5) * width)
         )
     if isinstance(encoding, LISTED):
-        stored = pq.read_table(folder / encoding.file)
+        stored = pq.read_table(source(folder / encoding.file))
         texts = dict(zip(stored["id"].to_pylist(), stored["value"].to_pylist(), strict=True))
         return lambda i: None if i == encoding.missing_id else texts.get(i, UNKNOWN)
     return lambda i: None if i == encoding.missing_id else str(i)

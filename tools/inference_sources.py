@@ -21,6 +21,7 @@ from ssr_rec.export import export_restored
 from ssr_rec.over_archs import OverArch, OverArchConfig
 from ssr_rec.over_archs.base import equal_dim
 from ssr_rec.packed_tables import Precision
+from ssr_rec.places import place
 from ssr_rec.restore import Restored, build_dense, restore_model
 from ssr_rec.schema import Schema
 from ssr_rec.serving import load
@@ -92,7 +93,7 @@ def read_sources(options: argparse.Namespace, match: tuple[str, float] | None) -
 
 def dataset(config: RunConfig) -> tuple[Schema, Path]:
     """The dataset of a config and its folder; the synthetic log is drawn if it is not there."""
-    folder = Path(config.data.path or ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root)))
+    folder = place(config.data.path or ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root)))
     return Schema.read(folder).select(config.data.features, config.data.labels), folder
 
 

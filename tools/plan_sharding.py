@@ -23,6 +23,7 @@ from typing import Any
 from ssr_rec.config import load_config
 from ssr_rec.data.synthetic import ensure_synthetic
 from ssr_rec.hardware import load_hardware, preset_names
+from ssr_rec.places import place
 from ssr_rec.plan_file import plan_of, write_plan
 from ssr_rec.planning.cases import (
     Case,
@@ -74,7 +75,7 @@ def _case(options: argparse.Namespace, overrides: Sequence[str]) -> Case:
         config, schema, lengths = read_tables(options.tables, config)
     else:
         path = options.data or config.data.path
-        folder = Path(path) if path else ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root))
+        folder = place(path) if path else ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root))
         schema = Schema.read(folder)
         lengths = mean_lengths(folder, schema)
     schema = schema.select(config.data.features, config.data.labels)

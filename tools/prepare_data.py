@@ -21,6 +21,7 @@ from ssr_rec.data.prepare import prepare
 from ssr_rec.data.presets import PRESETS
 from ssr_rec.data.sources import Read, read_table
 from ssr_rec.data.table_spec import DaySplit, RandomSplit, TableSpec, TimeSplit, make_spec, read_spec
+from ssr_rec.places import is_local, place
 from ssr_rec.schema import Schema
 
 SETTLED = (
@@ -55,7 +56,7 @@ def _prepare(options: argparse.Namespace) -> Schema:
     read, spec = _chosen(options)
     return prepare(
         options.input,
-        options.output,
+        place(options.output),
         spec,
         read=read,
         seed=options.seed or 0,
@@ -70,9 +71,11 @@ def _add(options: argparse.Namespace) -> Schema:
     for key in SETTLED:
         if getattr(options, key) is not None:
             raise ValueError(f"--{key.replace('_', '-')} is settled by the dataset that --add-to names; leave it out")
+    if not is_local(place(str(options.add_to))):
+        raise ValueError(f"--add-to {options.add_to}: a dataset grows on a local or mounted disk alone; copy it there")
     return add(
         options.input,
-        options.add_to,
+        Path(options.add_to),
         preset=options.preset,
         extend=options.extend_vocabulary,
         memory_limit=options.memory_limit,
@@ -143,9 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Prepare a raw click log for training, as docs/data.md says.")
     parser.add_argument("preset", choices=[*PRESETS, "table"])
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or glob patterns; text also as .gz")
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--output", type=Path, help="dataset folder, new or empty")
-    place.add_argument("--add-to", type=Path, metavar="DATASET", help="add further days to this dataset (docs/ids.md)")
+    made = parser.add_mutually_exclusive_group(required=True)
+    made.add_argument("--output", metavar="DATASET", help="dataset folder or URL, new or empty")
+    made.add_argument("--add-to", metavar="DATASET", help="add further days to this dataset (docs/ids.md)")
     parser.add_argument(
         "--extend-vocabulary", action="store_true", help="with --add-to: ids for values frequent on an added day"
     )

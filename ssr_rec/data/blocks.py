@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ssr_rec.data.lanes import Piece
 from ssr_rec.data.shards import arrow_schema, footer_digest
+from ssr_rec.places import source
 from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, Feature, Schema, Shard
 
 OPEN_FILES = 32
@@ -120,7 +121,7 @@ class SplitFiles:
         again = f"it does not belong to {self.schema_file}; prepare the log again"
         self._check_footer(path, shard)
         try:
-            file = pq.ParquetFile(path, page_checksum_verification=True)
+            file = pq.ParquetFile(source(path), page_checksum_verification=True)
         # Not only its own errors: what stands in a file can raise anything within the decoder.
         except Exception as error:
             raise ValueError(f"{path}: not a readable parquet file ({_line(error)}); prepare the log again") from None

@@ -10,6 +10,7 @@ from ibis.expr.types import Table
 
 from ssr_rec.data.engine import Source
 from ssr_rec.data.table_spec import TextFormat
+from ssr_rec.places import is_local
 
 _SQL_TYPES = {"float64": "DOUBLE", "string": "VARCHAR"}
 
@@ -20,6 +21,7 @@ def read_text(connection: Backend, path: Path, types: dict[str, str], form: Text
     Args:
         types: float64 or string for every column, in file order.
     """
+    _reach(connection, path)
     quote = '"' if form.quote else ""
     return connection.read_csv(
         str(path),
@@ -39,10 +41,17 @@ def read_parquet(connection: Backend, path: Path) -> Table:
     Raises:
         ValueError: not a complete parquet file.
     """
+    _reach(connection, path)
     try:
         return connection.read_parquet(str(path))
     except duckdb.Error as error:
         raise ValueError(f"{path}: cannot be read as parquet, is it complete? {first_line(error)}") from None
+
+
+def _reach(connection: Backend, path: Path) -> None:
+    """Let DuckDB read files of the kind of ``path``."""
+    if not is_local(path) and path.protocol not in connection.con.list_filesystems():  # type: ignore[attr-defined]
+        connection.con.register_filesystem(path.fs)  # type: ignore[attr-defined]
 
 
 def first_rejected(

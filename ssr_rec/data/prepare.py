@@ -23,7 +23,7 @@ from ssr_rec.data.engine import ROW, Progress
 from ssr_rec.data.engines import SparkSettings, connect
 from ssr_rec.data.fit import Plan, count_splits, fit, make_plan, measured
 from ssr_rec.data.grown import staged_as
-from ssr_rec.data.shards import new_folder
+from ssr_rec.data.shards import new_dataset
 from ssr_rec.data.sources import Log, Read, find_files, read_table
 from ssr_rec.data.split import ORDER, SPLIT, with_group
 from ssr_rec.data.table_spec import DaySplit, TableSpec
@@ -42,7 +42,7 @@ def prepare(
     preset: str = "table",
     spark: SparkSettings | None = None,
 ) -> Schema:
-    """Prepare the log in ``inputs`` (files, folders, globs) as the dataset folder ``output``.
+    """Prepare the log in ``inputs`` (files, folders, globs, URLs of them) as the dataset folder ``output``.
 
     The result is the same for the same rows in the same order, spec and seed, whatever the number of threads or
     files and whichever the engine. ``output`` appears whole or not at all.
@@ -50,14 +50,18 @@ def prepare(
     Args:
         seed: of the random split and of the shuffle.
         spark: prepare on this Spark instead of DuckDB; the result is the same.
-        memory_limit: of the engine, which spills to a temporary folder beside ``output`` beyond it.
+        output: a path, or a ``place`` in an object store.
+        memory_limit: of the engine, which spills to a temporary folder beside ``output`` beyond it, or of the system.
 
     Raises:
         ValueError: bad input, naming the file, the column, the row where there is one, and the fix.
     """
     files = find_files(inputs)
     progress = progress_lines()
-    with new_folder(output) as folder, connect(folder / ".spill", memory_limit, threads, files, spark) as engine:
+    with (
+        new_dataset(output) as (folder, shards),
+        connect(folder / ".spill", memory_limit, threads, files, spark) as engine,
+    ):
         log = read(engine, files, spec, progress)
         check_values(log, spec)
         plan = make_plan(log, spec, seed)
@@ -68,7 +72,7 @@ def prepare(
         # What an addition must know of these rows; after the digest, of which it is no part.
         schema.preparation.update(staged=staged_as(plan.log, plan.spec, plan.whole), hashed=measured(lookups))
         ids = encoded(plan, lookups, buckets, progress)
-        schema = engine.write(schema, ids, plan.rows([]).select(SPLIT, ORDER), counts, folder, progress)
+        schema = engine.write(schema, ids, plan.rows([]).select(SPLIT, ORDER), counts, shards, progress)
         schema.write(folder)
         return schema
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SHARD_KEY, Schema, Shard, Split
+from ssr_rec.places import is_local, sink
+from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, SHARD_KEY, Schema, Shard, Split
 
 ROWS_PER_SHARD = 4_194_304
 DAYS_FOLDER = "days"
@@ -80,14 +81,17 @@ def _write_shard(groups: Iterator[pa.Table], columns: pa.Schema, folder: Path, p
     num_rows = 0
     # All columns are integers: packed differences are written and read faster than dictionaries and take less room;
     # after them, lz4 takes a quarter less time to read than zstd, for a fortieth more bytes.
-    with pq.ParquetWriter(
-        folder / path,
-        columns.with_metadata({**columns.metadata, SHARD_KEY: path.encode()}),
-        compression="lz4",
-        use_dictionary=False,
-        column_encoding="DELTA_BINARY_PACKED",
-        write_page_checksum=True,
-    ) as writer:
+    with (
+        sink(folder / path) as file,
+        pq.ParquetWriter(
+            file,
+            columns.with_metadata({**columns.metadata, SHARD_KEY: path.encode()}),
+            compression="lz4",
+            use_dictionary=False,
+            column_encoding="DELTA_BINARY_PACKED",
+            write_page_checksum=True,
+        ) as writer,
+    ):
         for table in groups:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
             num_rows += table.num_rows
@@ -173,14 +177,53 @@ def _exact_tables(batches: Iterable[pa.RecordBatch], columns: pa.Schema, rows: i
 
 
 @contextmanager
+def new_dataset(place: Path) -> Iterator[tuple[Path, Path]]:
+    """A local folder for all but the shards, and a folder for the shards, that become the dataset ``place``.
+
+    On this machine both are a ``new_folder``. An object store cannot rename: the shards go where they stay, the rest
+    follows at the end, and ``schema.json``, without which there is no dataset, comes last.
+
+    Raises:
+        ValueError: there is something at ``place``.
+    """
+    if is_local(place):
+        with new_folder(place) as folder:
+            yield folder, folder
+        return
+    _refuse_full(place)
+    with tempfile.TemporaryDirectory(prefix="ssr_rec.") as work:
+        folder = Path(work)
+        try:
+            yield folder, place
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == SCHEMA_FILE):
+                copy = place / path.relative_to(folder).as_posix()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+        except BaseException:
+            _remove(place)
+            raise
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not empty; choose another folder or remove this one")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of an object store and what is in it."""
+    if folder.exists():
+        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
+
+
+@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that becomes ``folder`` on success and vanishes on failure.
 
     Raises:
         ValueError: ``folder`` exists and is not an empty folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not empty; choose another folder or remove this one")
+    _refuse_full(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

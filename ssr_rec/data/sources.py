@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import io
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from ibis.expr.types import ArrayColumn, Column, Table
 from ssr_rec.data import duck_files
 from ssr_rec.data.engine import Engine, OpenSource, Progress, Source
 from ssr_rec.data.table_spec import ListColumn, TableSpec, TextFormat
+from ssr_rec.places import is_local, place
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
@@ -64,13 +67,14 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for name in inputs:
-        path = Path(name)
+        path = place(name)
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != ".")
         elif path.is_file():
             found = [path]
         else:
-            found = sorted(Path(match) for match in glob.glob(name) if Path(match).is_file())
+            matches = map(Path, glob.glob(name)) if is_local(path) else _glob(path)
+            found = sorted(match for match in matches if match.is_file())
         if not found:
             raise ValueError(f"{name}: no such file, or a folder or pattern without {', '.join(SUFFIXES)} files")
         files += found
@@ -78,6 +82,14 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         if files.count(path) > 1:
             raise ValueError(f"{path}: given twice as input")
     return files
+
+
+def _glob(pattern: Path) -> Iterator[Path]:
+    """The files that match the URL ``pattern``."""
+    root = pattern
+    while any(letter in root.name for letter in "*?["):
+        root = root.parent
+    return root.glob(pattern.path.removeprefix(root.path).lstrip("/"))  # type: ignore[attr-defined]
 
 
 def read_table(engine: Engine, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
@@ -199,7 +211,8 @@ def _explain_text(
 
 def _header(path: Path, delimiter: str, form: TextFormat) -> list[str]:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
+        with path.open("rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as whole:
+            lines = io.TextIOWrapper(whole, encoding="utf-8-sig", newline="")
             names = next(csv.reader(lines, delimiter=delimiter, quotechar='"' if form.quote else None), [])
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read, is it complete? {error}") from None

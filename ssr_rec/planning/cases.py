@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from ssr_rec.config import RunConfig
 from ssr_rec.hardware import Hardware
+from ssr_rec.places import place, source
 from ssr_rec.schema import Drawn, Feature, Schema, first_problem
 from ssr_rec.settings import Settings
 from ssr_rec.yaml_file import read_yaml
@@ -155,7 +156,7 @@ def mean_lengths(folder: str | Path, schema: Schema) -> dict[str, float]:
     lists = {feature.name: 0 for feature in schema.features if feature.kind == "list"}
     rows, train = 0, schema.splits.get("train")
     for shard in train.shards if train and lists else []:
-        footer = pq.read_metadata(Path(folder) / shard.path)
+        footer = pq.read_metadata(source(place(folder) / shard.path))
         rows += footer.num_rows
         for group in range(footer.num_row_groups):
             for index in range(footer.num_columns):

@@ -230,10 +230,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     command = ["table", "--spec", str(spec), "--input", str(log), "--output"]
     assert main([*command, str(tmp_path / "a")]) == 0
     on_duckdb = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert main([*command, str(tmp_path / "b"), "--engine", "spark", "--spark-master", "local[2]"]) == 0
+    # As URLs, which executors open as they would those of an object store.
+    command = ["table", "--spec", str(spec), "--input", f"file://{log}", "--output", f"file://{tmp_path}/b"]
+    assert main([*command, "--engine", "spark", "--spark-master", "local[2]"]) == 0
     on_spark = json.loads(capsys.readouterr().out.splitlines()[-1])
     for key in ("rows", "splits", "dataset_id"):
         assert on_spark[key] == on_duckdb[key]
+    assert files_of(tmp_path / "b") == files_of(tmp_path / "a")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the checkout")

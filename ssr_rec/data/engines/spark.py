@@ -226,14 +226,11 @@ class SparkEngine:
         rows = self._frame(encoded.mutate(**{SHARD: _at_most(encoded[ORDER], encoded[SPLIT], firsts)}))
         parts = rows.repartitionById(len(planned), F.col(SHARD).cast("int")).sortWithinPartitions(ORDER)
         write = WriteShard(planned, arrow_schema(schema), folder)
-        footers = {row["shard"]: row["footer"] for row in parts.mapInArrow(write, WriteShard.RESULT).collect()}
+        about = parts.mapInArrow(write, WriteShard.RESULT).collect()
+        written = {row["number"]: Shard.model_validate_json(row["shard"]) for row in about}
         splits = {}
         for name, split in schema.splits.items():
-            shards = [
-                Shard(path=shard.path, num_rows=shard.num_rows, footer=footers[number])
-                for number, shard in enumerate(planned)
-                if shard.split == name
-            ]
+            shards = [written[number] for number, shard in enumerate(planned) if shard.split == name]
             splits[name] = split.model_copy(update={"num_rows": counts[name]["rows"], "shards": shards})
             progress(f"wrote {name}", counts[name]["rows"])
         return schema.model_copy(update={"splits": splits})

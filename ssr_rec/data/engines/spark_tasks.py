@@ -99,7 +99,8 @@ class WriteShard:
     columns: pa.Schema
     folder: Path
 
-    RESULT = "shard int, footer string"
+    RESULT = "number int, shard string"
+    """Which shard, and the ``Shard`` as JSON."""
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = (batch for batch in batches if batch.num_rows)
@@ -110,7 +111,9 @@ class WriteShard:
         planned = self.shards[number]
         written = write_shard(chain([first], rows), self.columns, self.folder, planned.path, planned.rows_in_group)
         assert written.num_rows == planned.num_rows, f"{planned.path}: {written.num_rows} rows, not {planned.num_rows}"
-        yield pa.RecordBatch.from_pydict({"shard": pa.array([number], pa.int32()), "footer": [written.footer]})
+        yield pa.RecordBatch.from_pydict(
+            {"number": pa.array([number], pa.int32()), "shard": [written.model_dump_json()]}
+        )
 
 
 def c_ln(numbers: pa.Array) -> pa.Array:
