@@ -52,13 +52,8 @@ BROADCAST_BYTES = 2**25
 COARSE_BITS = 46
 """``ORDER`` without so many low bits is 65,536 values, few enough to count on the driver."""
 
-# Names of columns differ in case; an overflow is an error; a shard is written by one task at a time.
-_SETTINGS = {
-    "spark.sql.caseSensitive": "true",
-    "spark.sql.ansi.enabled": "true",
-    "spark.sql.execution.pythonUDF.arrow.enabled": "true",
-}
-_START_SETTINGS = {"spark.speculation": "false", "spark.ui.showConsoleProgress": "false", "spark.ui.enabled": "false"}
+# Two attempts at a shard would write one file.
+_START_SETTINGS = {"spark.speculation": "false", "spark.ui.showConsoleProgress": "false"}
 
 
 class _Compiler(PySparkCompiler):
@@ -107,8 +102,8 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
     base = running or start(master, settings, memory_limit)
     # Views and settings of its own.
     session = base.newSession()
-    for key, value in _SETTINGS.items():
-        session.conf.set(key, value)
+    # An overflow is an error and not another number.
+    session.conf.set("spark.sql.ansi.enabled", "true")
     arrow_udf: Any = F.arrow_udf
     session.udf.register("c_ln", arrow_udf(c_ln, pt.DoubleType()))
     engine = SparkEngine(session, memory_limit)
