@@ -154,9 +154,6 @@ class SparkEngine:
     ) -> tuple[Table, list[tuple[Path, int]]]:
         types = self._types(files[0], open_source)
         fields = PySparkSchema.from_ibis(types).fields
-        for field in fields:
-            # Moments as they stand, without a zone that a session could shift them by.
-            field.dataType = pt.TimestampNTZType() if field.dataType == pt.TimestampType() else field.dataType
         read = ReadFiles(files, open_source, types, self.memory_limit)
         place = [pt.StructField(FILE, pt.IntegerType()), pt.StructField(POSITION, pt.LongType())]
         # One task a file. What is lost of the table is read again, and rows are numbered within their file, so
