@@ -120,6 +120,8 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
 def start(master: str | None, settings: Mapping[str, str], memory_limit: str) -> SparkSession:
     """A Spark session, see ``connect``."""
     builder = SparkSession.builder.appName("ssr_rec prepare_data")
+    if master is None and "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit
+        master = "local[*]"
     if master is not None:
         builder = builder.master(master)
     for key, value in _START_SETTINGS.items():
