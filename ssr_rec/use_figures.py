@@ -34,7 +34,8 @@ def use_table(uses: Sequence[Use]) -> str:
     lines = [f"| {' | '.join(HEADER)} |", "|---|---|" + "--:|" * (len(HEADER) - 2)]
     for use in uses:
         cells = [
-            *(use.name, use.kind, f"{use.table_rows:,}", f"{use.ids:,}", _percent(use.used), f"{use.lookups:,}"),
+            *(use.name, use.kind, "-" if use.table_rows is None else f"{use.table_rows:,}"),
+            *(f"{use.ids:,}", _percent(use.used), f"{use.lookups:,}"),
             *(_percent(share) for share in (use.missing, use.oov, use.top_id, use.top_percent)),
             "-" if use.values is None else f"{use.values:,}",
             "-" if use.load is None else f"{use.load:.3g}",
@@ -60,7 +61,7 @@ def draw_use(uses: Sequence[Use], path: str | Path) -> None:
     figure = Figure(figsize=(13, max(3.0, 1.4 + 0.32 * len(uses))), dpi=DPI, layout="constrained")
     rows, lookups = figure.subplots(1, 2, sharey=True)
     places, names = range(len(uses)), [use.name for use in uses]
-    rows.barh(places, [use.table_rows for use in uses], color="#d5dde6", label="rows of the table")
+    rows.barh(places, [use.table_rows or 0 for use in uses], color="#d5dde6", label="rows of the table")
     rows.barh(places, [use.ids for use in uses], height=0.45, color=COLORS[0], label="ids seen in training")
     rows.set_xscale("log")
     rows.set_xlim(left=0.7)  # so that a single row is seen

@@ -12,14 +12,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ssr_rec.config import load_config
 from ssr_rec.data.prepare import prepare
 from ssr_rec.data.reader import Reader
-from ssr_rec.embeddings import ManagedTable
+from ssr_rec.data.use import table_use
+from ssr_rec.embeddings import EmbeddingsConfig, ManagedTable
 from ssr_rec.export import export_restored
-from ssr_rec.managed import IdTable
+from ssr_rec.managed import IdTable, check_managed
 from ssr_rec.metrics import evaluate_predictions
 from ssr_rec.planning.cases import Case
 from ssr_rec.raw_rows import Encoder
 from ssr_rec.restore import restore_model
 from ssr_rec.schema import Schema
+from ssr_rec.use_figures import use_table
 from tests.jobs import built_model, refused_job, stopped_job, train_job
 from tests.prepare_log import make_rows, read_split, spec_with, write_parquet
 from tests.ranks import run_ranks
@@ -250,6 +252,9 @@ def test_raw_hashes_are_ids_without_end(tmp_path, capsys):
         in (refused_job(options(data, tmp_path / "no", *short)))
     )
     managed = "--embeddings.managed={uid: {rows: 100, interval: 2}, city: {rows: 50, interval: 2}}"
+    use = {use.name: use for use in table_use(data, schema)}["uid"]
+    assert (use.table_rows, use.used, use.ids) == (None, None, schema.splits["train"].num_rows)
+    assert f"| uid | raw_hash | - | {use.ids:,} | - |" in use_table([use])
     report = run_ranks(train_job, 1, options(data, tmp_path / "runs", *short, managed))[0]
     sizes = {f.name: f.num_embeddings for f in schema.features} | {"uid": 100, "city": 50}
     assert report["num_embedding_parameters"] == 8 * sum(sizes.values())
@@ -273,3 +278,10 @@ def test_no_id_is_left_out_of_the_count():
     ids.count(torch.arange(4))
     with pytest.raises(AssertionError, match="no room to count"):
         ids.count(torch.arange(5))
+
+
+def test_rows_that_are_cleared_are_in_the_devices_own_memory():
+    config = EmbeddingsConfig(managed={"user": ManagedTable(rows=9)})
+    check_managed(config, "cuda", {"user": "fused", "item": "fused_uvm_caching"})
+    with pytest.raises(ValueError, match="the plan puts table user@first_order under fused_uvm_caching"):
+        check_managed(config, "cuda", {"user@first_order": "fused_uvm_caching"})

@@ -60,7 +60,7 @@ def add(
     with _locked(folder):
         schema = Schema.read(folder)
         spec, staged = _spec_of(schema, folder, preset)
-        if extend and all(spec.buckets(name) is not None for name in [*spec.categorical, *spec.lists]):
+        if extend and not any(isinstance(feature.encoding, Vocabulary) for feature in schema.features):
             raise ValueError(f"--extend-vocabulary: no feature of {folder} has a vocabulary")
         _remove_leftovers(schema, folder)
         work = folder / WORK_FOLDER

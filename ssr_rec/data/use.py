@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import duckdb
 
-from ssr_rec.schema import AdmittedHashing, Feature, Hashing, Schema
+from ssr_rec.schema import AdmittedHashing, Feature, Hashing, RawHash, Schema
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Use:
     """One feature's table, over the rows that are trained on.
 
     Attributes:
-        table_rows: of its table.
+        table_rows: of its table; None: a config says (raw hashes).
         ids: distinct ids looked up.
         lookups: of its table: rows, or items of a list.
         missing, oov: shares of the lookups; nan without lookups, None where the encoding has no such id.
@@ -29,7 +29,7 @@ class Use:
 
     name: str
     kind: str
-    table_rows: int
+    table_rows: int | None
     ids: int
     lookups: int
     missing: float | None
@@ -41,9 +41,9 @@ class Use:
     values_ids: int | None = None
 
     @property
-    def used(self) -> float:
+    def used(self) -> float | None:
         """Share of the table's rows that training looks up."""
-        return self.ids / self.table_rows
+        return self.ids / self.table_rows if self.table_rows else None
 
     @property
     def load(self) -> float | None:
@@ -109,7 +109,7 @@ def _use(engine: duckdb.DuckDBPyConnection, paths: list[str], feature: Feature, 
     return Use(
         name=feature.name,
         kind=feature.encoding.type,
-        table_rows=feature.num_embeddings,
+        table_rows=None if isinstance(feature.encoding, RawHash) else feature.num_embeddings,
         ids=distinct,
         lookups=lookups,
         missing=None if _missing(feature) is None else share(2),

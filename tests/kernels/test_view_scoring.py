@@ -86,11 +86,12 @@ def test_the_number_of_threads_does_not_matter() -> None:
 def test_rounding_is_that_of_bfloat16() -> None:
     """An identity as weight shows what becomes of x: ties go to even, and a NaN stays in its row."""
     ties = torch.tensor([1.00390625, 1.01171875, -1.00390625, -1.01171875, 1e30, 1e-40, 0.0, -0.0])
-    values = torch.cat([ties, torch.from_numpy(np.random.default_rng(0).normal(size=32)).float()])
+    # Ties among the first 16 rows, which are one vector, and behind them.
+    values = torch.cat([ties, torch.from_numpy(np.random.default_rng(0).normal(size=32)).float(), ties])
     eye = torch.eye(2, dtype=torch.bfloat16).unsqueeze(0)
     indices, bias = torch.tensor([[0, 1]]), torch.full((1, 2), 10.0)
-    y = view_scoring(values.reshape(20, 2), indices, eye, bias)[:, 0]
-    rounded = values.to(torch.bfloat16).float().reshape(20, 2)
+    y = view_scoring(values.reshape(24, 2), indices, eye, bias)[:, 0]
+    rounded = values.to(torch.bfloat16).float().reshape(24, 2)
     torch.testing.assert_close(y, torch.nn.functional.gelu(rounded + 10), rtol=1e-6, atol=1e-6)
     nan = torch.zeros(20, 2)
     nan[3, 1] = float("nan")
