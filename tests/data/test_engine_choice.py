@@ -20,7 +20,8 @@ from tools.prepare_data import main
 )
 def test_what_an_engine_lacks_is_one_line(tmp_path, capsys, monkeypatch, options, message):
     # As where pyspark is not installed.
-    monkeypatch.setitem(sys.modules, "pyspark", None)
+    for name in ["pyspark", *(name for name in sys.modules if name.startswith("pyspark."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "ssr_rec.data.engines.spark", raising=False)
     monkeypatch.delattr("ssr_rec.data.engines.spark", raising=False)
     spec = tmp_path / "spec.yaml"
