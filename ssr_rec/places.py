@@ -16,9 +16,9 @@ def place(name: str | Path) -> Path:
     """
     if not isinstance(name, str) or "://" not in name:
         return Path(name) if isinstance(name, str) else name
-    from upath import UPath
-
     try:
+        from upath import UPath
+
         path = UPath(name)
         # Asks for the package behind, and for the store behind that.
         path.exists()

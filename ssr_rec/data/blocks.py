@@ -17,8 +17,8 @@ from ssr_rec.data.shards import arrow_schema, footer_digest
 from ssr_rec.places import source
 from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, Feature, Schema, Shard
 
-OPEN_FILES = 32
-"""Shards kept open at once by a rank, some 3 MB each with their footers; opening one again takes 3 ms."""
+OPEN_FILES = 8
+"""Shards kept open at once by a rank, 6 MB each with their footers; to open one takes 3 ms, a row group 30."""
 
 
 class Lists(NamedTuple):

@@ -28,7 +28,8 @@ MAX_DAYS = 4096
 
 DAY_NAME = r"[0-9A-Za-z][0-9A-Za-z_.+-]{0,63}"
 """A day names a folder."""
-WHOLE_NUMBER = r"^-?[0-9]{1,18}$"
+# Not `$`, which in some engines also stands before a last newline.
+WHOLE_NUMBER = r"^-?[0-9]{1,18}\z"
 
 _BITS = 31
 _MASK = 2**_BITS - 1

@@ -52,6 +52,8 @@ def test_few_rows_go_another_way_where_it_is_given(rows: int) -> None:
     tensors = draw("wide", rows, dtype=torch.float32)
     y = view_scoring(*tensors, EPS, tensors[2].mT.contiguous())
     torch.testing.assert_close(y.double(), expected(*tensors), rtol=2e-5, atol=2e-5)
+    turned = view_scoring(tensors[0].T.contiguous().T, *tensors[1:], EPS, tensors[2].mT.contiguous())
+    assert torch.equal(turned, y)
     zeros = view_scoring(*tensors, EPS, torch.zeros_like(tensors[2].mT.contiguous()))
     assert torch.equal(zeros, y) == (rows > 12), "from 13 rows on the second weight is not read"
 

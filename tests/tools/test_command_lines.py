@@ -25,8 +25,8 @@ for path in sys.argv[1:]:
 
 def test_every_tool_explains_itself(tmp_path: Path) -> None:
     paths = [str(path) for path in sorted(TOOLS.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
-    # fuxictr_child runs in another environment.
-    paths = [path for path in paths if not path.endswith("fuxictr_child.py")]
+    # They run in another environment.
+    paths = [path for path in paths if not path.endswith(("fuxictr_child.py", "fuxictr_prepare.py"))]
     # A script's folder comes first in its path; of the repository's root only the installed packages are found.
     environment = {**os.environ, "PYTHONPATH": str(TOOLS)}
     command = [sys.executable, "-c", ASK_ALL, str(TOOLS.parent), *paths]

@@ -52,13 +52,8 @@ BROADCAST_BYTES = 2**25
 COARSE_BITS = 46
 """``ORDER`` without so many low bits is 65,536 values, few enough to count on the driver."""
 
-# Names of columns differ in case; an overflow is an error; a shard is written by one task at a time.
-_SETTINGS = {
-    "spark.sql.caseSensitive": "true",
-    "spark.sql.ansi.enabled": "true",
-    "spark.sql.execution.pythonUDF.arrow.enabled": "true",
-}
-_START_SETTINGS = {"spark.speculation": "false", "spark.ui.showConsoleProgress": "false", "spark.ui.enabled": "false"}
+# Two attempts at a shard would write one file.
+_START_SETTINGS = {"spark.speculation": "false", "spark.ui.showConsoleProgress": "false"}
 
 
 class _Compiler(PySparkCompiler):
@@ -107,8 +102,8 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
     base = running or start(master, settings, memory_limit)
     # Views and settings of its own.
     session = base.newSession()
-    for key, value in _SETTINGS.items():
-        session.conf.set(key, value)
+    # An overflow is an error and not another number.
+    session.conf.set("spark.sql.ansi.enabled", "true")
     arrow_udf: Any = F.arrow_udf
     session.udf.register("c_ln", arrow_udf(c_ln, pt.DoubleType()))
     engine = SparkEngine(session, memory_limit)
@@ -125,6 +120,8 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
 def start(master: str | None, settings: Mapping[str, str], memory_limit: str) -> SparkSession:
     """A Spark session, see ``connect``."""
     builder = SparkSession.builder.appName("ssr_rec prepare_data")
+    if master is None and "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit
+        master = "local[*]"
     if master is not None:
         builder = builder.master(master)
     for key, value in _START_SETTINGS.items():
@@ -159,9 +156,6 @@ class SparkEngine:
     ) -> tuple[Table, list[tuple[Path, int]]]:
         types = self._types(files[0], open_source)
         fields = PySparkSchema.from_ibis(types).fields
-        for field in fields:
-            # Moments as they stand, without a zone that a session could shift them by.
-            field.dataType = pt.TimestampNTZType() if field.dataType == pt.TimestampType() else field.dataType
         read = ReadFiles(files, open_source, types, self.memory_limit)
         place = [pt.StructField(FILE, pt.IntegerType()), pt.StructField(POSITION, pt.LongType())]
         # One task a file. What is lost of the table is read again, and rows are numbered within their file, so

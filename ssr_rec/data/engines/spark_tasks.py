@@ -31,7 +31,7 @@ POSITION = "__position__"
 """Which row of its file it is, from 0."""
 SHARD = "__shard__"
 """Which shard a row falls to, from 0 over all splits."""
-BATCH_ROWS = 16_384
+BATCH_ROWS = 8_192
 
 _MARK = "ssr_rec refuses: "
 
