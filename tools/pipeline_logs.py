@@ -65,7 +65,10 @@ def criteo_log(given: Path, work: Path) -> Log:
 def ml1m_half_log(given: Path, work: Path) -> Log:
     """The ratings of configs/data/ml1m_half.yaml."""
     spec = read_spec(SPEC)
-    rows = f"select *, row_number() over () as r from '{given}'"
+    # FuxiCTR takes ids as text, and lists as text with a separator.
+    text = [f"{name}::varchar as {name}" for name in spec.categorical]
+    text += [f"array_to_string({name}, '^') as {name}" for name in spec.lists]
+    rows = f"select * replace ({', '.join(text)}), row_number() over () as r from '{given}'"
     lists = {name: column.max_length for name, column in spec.lists.items()}
     columns = {"categorical": spec.categorical, "numeric": [], "lists": lists, "label": spec.labels[0]}
     return Log("ml1m_half", given, "table", str(SPEC), rows, {**columns, "format": "parquet"})

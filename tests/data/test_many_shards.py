@@ -59,6 +59,17 @@ def test_few_of_many_shards_are_open_and_read_as_if_all_were(many, monkeypatch):
     assert open_shards(many) <= 3
 
 
+def test_the_shard_that_was_not_read_for_longest_is_closed(many, monkeypatch):
+    opened, open_one = [], SplitFiles._open
+    monkeypatch.setattr(
+        SplitFiles, "_open", lambda self, path, shard: opened.append(path.name) or open_one(self, path, shard)
+    )
+    files = SplitFiles(many, Schema.read(many), "train")
+    for shard in (0, 1, 2, 0, 3, 0, 4, 0):
+        files.read(Piece(2 * shard, 0, 20), None)
+    assert opened == [f"0000{shard}.parquet" for shard in range(5)]
+
+
 def test_a_shard_that_is_opened_late_is_checked_early_by_its_footer(many):
     schema, path = Schema.read(many), many / "train" / "00009.parquet"
     intact = path.read_bytes()

@@ -54,6 +54,18 @@ def test_unshuffled_single_lane_is_the_stored_order(dataset):
     assert [row for batch in reader.epoch(0) for row in rows_of(batch)] == expected_rows(dataset, "test")
 
 
+def test_the_order_is_the_one_that_earlier_runs_were_trained_in(dataset):
+    """A run goes on by its step alone, so the rule may not change: one lane, by hand."""
+    stored, size = expected_rows(dataset), 64
+    for epoch in (0, 3):
+        wanted = []
+        for group in np.random.default_rng((7, epoch)).permutation(-(-len(stored) // size)):
+            rows = stored[group * size : (group + 1) * size]
+            wanted += [rows[i] for i in np.random.default_rng((7, epoch, group)).permutation(len(rows))]
+        reader = Reader(dataset, Schema.read(dataset), "train", 64, num_lanes=1, seed=7)
+        assert [row for batch in reader.epoch(epoch) for row in rows_of(batch)] == wanted
+
+
 def test_keys_are_in_schema_order(dataset):
     assert read(dataset)[0].sparse.keys() == Schema.read(dataset).feature_names
     chosen = Schema.read(dataset).select(["tags", "user"], ["like"])
