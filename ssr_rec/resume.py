@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ssr_rec.checkpoint import INFO_FILE, PARTIAL, read_info, verify
+from ssr_rec.config import RunConfig
 from ssr_rec.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE, create_run_folder, read_report
 from ssr_rec.saver import BEST, TRAINING, list_checkpoints
 from ssr_rec.yaml_file import read_yaml
@@ -160,10 +161,13 @@ def _training_checkpoints(run_folder: Path) -> list[Path]:
 def check_same_run(config: Mapping[str, Any], other: Mapping[str, Any], where: str) -> None:
     """Refuse to go on with a run whose next step would not be this config's.
 
+    A key that the other run does not have is newer than it and had what is now its default.
+
     Raises:
         ValueError: names the keys that differ with both values.
     """
-    mine, theirs = _flat(config), _flat(other)
+    mine, theirs, defaults = _flat(config), _flat(other), _flat(RunConfig().model_dump(mode="json"))
+    theirs |= {key: defaults[key] for key in mine if key in defaults and key not in theirs}
     for key in sorted({*mine, *theirs}):
         allowed = _is_among(MAY_DIFFER, key) and not _is_among(MAY_NOT_DIFFER, key)
         if not allowed and mine.get(key) != theirs.get(key):

@@ -83,14 +83,21 @@ def test_lru_keeps_the_last_and_admission_waits_for_more():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="from the second step on losses differ by up to 2 %, not explained yet", strict=True)
 def test_with_room_for_all_it_is_the_plain_table(dataset, tmp_path):
-    """From rows that begin at almost nothing, so that it does not matter which is whose."""
-    zero = ["--embeddings.init_scale=1e-20", "--train.epochs=1"]
-    room = "--embeddings.managed={user: {rows: 60, interval: 1}, history: {rows: 40, interval: 1}}"
-    run_ranks(train_job, 1, options(dataset, tmp_path / "plain", *zero))
-    run_ranks(train_job, 1, options(dataset, tmp_path / "managed", *zero, room))
-    np.testing.assert_allclose(losses(tmp_path / "managed"), losses(tmp_path / "plain"), rtol=1e-6)
+    """From rows that begin at almost nothing, so that it does not matter which is whose.
+
+    By sgd: two samples of one id and opposite labels have gradients at the first step that cancel, and Adagrad would
+    divide what rounding leaves by its own size.
+    """
+    zero = ["--embeddings.init_scale=1e-20", "--train.epochs=1", "--embeddings.optimizer=sgd"]
+    zero += ["--embeddings.learning_rate=5"]
+    found = {}
+    for name, room in (("plain", 0), ("managed", 60), ("shared", 2)):
+        more = [f"--embeddings.managed={{user: {{rows: {room}, interval: 1}}, history: {{rows: 40, interval: 1}}}}"]
+        run_ranks(train_job, 1, options(dataset, tmp_path / name, *zero, *(more if room else [])))
+        found[name] = losses(tmp_path / name)
+    np.testing.assert_allclose(found["managed"], found["plain"], rtol=1e-5)
+    assert np.abs(found["shared"] / found["plain"] - 1).max() > 1e-3, "it must matter who has a row"
 
 
 @pytest.mark.slow

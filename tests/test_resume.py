@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ssr_rec.config import load_config
+from ssr_rec.resume import check_same_run
 from ssr_rec.run_folder import read_metrics
 from tests.conftest import write_dataset
 from tests.jobs import refused_job, stopped_job, train_job
@@ -210,3 +212,12 @@ def test_an_autofis_search_goes_on_and_is_not_repeated(dataset, tmp_path):
     searched = (tmp_path / "run-search" / "metrics.jsonl").read_text()
     assert run_ranks(train_job, 2, more)[0]["steps"] == 48
     assert (tmp_path / "run-search" / "metrics.jsonl").read_text() == searched
+
+
+def test_a_run_from_before_a_key_was_there_goes_on_where_it_has_its_default():
+    config = load_config(None, []).model_dump(mode="json")
+    older = {**config, "embeddings": {key: value for key, value in config["embeddings"].items() if key != "managed"}}
+    check_same_run(config, older, "older")
+    config["embeddings"]["managed"] = {"user": {"rows": 5}}
+    with pytest.raises(ValueError, match=r"older: that run had embeddings\.managed\.user\.rows=None, this one has 5"):
+        check_same_run(config, older, "older")

@@ -201,7 +201,8 @@ def test_operators_and_the_products_of_their_layers(cases, plain):
             assert gemms.least_bytes == (operands + written if times == 1 else 3 * operands + 2 * written)
             plain = found[f"{kind} layer {way}, plain"]
             assert (plain.flops, plain.least_bytes) == (layer.flops, layer.least_bytes)
-            torch.testing.assert_close(plain.step(), layer.step())
+            # GELU's slope is within 6e-7; gradients are sums of some dozens.
+            torch.testing.assert_close(plain.step(), layer.step(), rtol=1e-5, atol=5e-5)
     torch.testing.assert_close(found["ICS fwd+bwd, plain"].step(), found["ICS fwd+bwd"].step())
     assert len(found) == 18
 
