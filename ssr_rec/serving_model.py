@@ -151,7 +151,7 @@ class ScoringLayer(nn.Module):
     shift: Tensor
     weight: Tensor | None
 
-    def __init__(self, indices: Tensor, fusion: ViewFusion, bf16: bool) -> None:
+    def __init__(self, indices: Tensor, fusion: ViewFusion, bf16: bool, last: bool) -> None:
         super().__init__()
         dense, norm = fusion.dense, fusion.norm
         weight = dense.weight.detach()
@@ -166,12 +166,11 @@ class ScoringLayer(nn.Module):
         }
         for name, tensor in kept.items():
             self.register_buffer(name, tensor)
-        self.eps = norm.eps
+        self.eps, self.last = norm.eps, last
 
     def forward(self, x: Tensor) -> Tensor:
-        return view_scoring(
-            x.float(), self.indices, self.weight_t, self.bias, self.scale, self.shift, self.eps, self.weight
-        )
+        norm = (self.scale, self.shift, self.eps)
+        return view_scoring(x.float(), self.indices, self.weight_t, self.bias, *norm, self.weight, turned=not self.last)
 
 
 def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
@@ -181,7 +180,7 @@ def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
         for place, layer in enumerate(copied.blocks()):
             chosen, fusion = layer.filter, layer.fusion
             if isinstance(chosen, StaticRandomFilter) and fusion.dense2 is None and not fusion.residual:
-                copied.layers[place] = ScoringLayer(chosen.indices, fusion, bf16)
+                copied.layers[place] = ScoringLayer(chosen.indices, fusion, bf16, place == len(copied.layers) - 1)
     return copied
 
 

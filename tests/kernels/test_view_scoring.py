@@ -45,6 +45,8 @@ def test_is_the_plain_form_of_rounded_factors(shape: str, norm: bool, rows: int)
         torch.testing.assert_close(y.double(), expected(*tensors), rtol=2e-5, atol=2e-5)
         other = (*tensors[:2], tensors[2].mT.contiguous().mT, *tensors[3:])
         assert torch.equal(view_scoring(*other, eps=EPS), y)
+        in_rows = view_scoring(*tensors, eps=EPS, turned=False)
+        assert torch.equal(in_rows, y) and in_rows.is_contiguous()
 
 
 @pytest.mark.parametrize("rows", [1, 12, 13])
@@ -54,6 +56,8 @@ def test_few_rows_go_another_way_where_it_is_given(rows: int) -> None:
     torch.testing.assert_close(y.double(), expected(*tensors), rtol=2e-5, atol=2e-5)
     turned = view_scoring(tensors[0].T.contiguous().T, *tensors[1:], EPS, tensors[2].mT.contiguous())
     assert torch.equal(turned, y)
+    in_rows = view_scoring(*tensors, EPS, tensors[2].mT.contiguous(), turned=False)
+    assert torch.equal(in_rows, y) and in_rows.is_contiguous()
     zeros = view_scoring(*tensors, EPS, torch.zeros_like(tensors[2].mT.contiguous()))
     assert torch.equal(zeros, y) == (rows > 12), "from 13 rows on the second weight is not read"
 
@@ -62,7 +66,9 @@ def test_output_lies_as_a_graph_expects_and_is_read_by_the_next_layer() -> None:
     tensors = draw("wide", 150)
     y = view_scoring(*tensors, eps=EPS)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = view_scoring(*(t if t is None else mode.from_tensor(t) for t in tensors), eps=EPS)
+        fakes = [t if t is None else mode.from_tensor(t) for t in tensors]
+        fake = view_scoring(*fakes, eps=EPS)
+        assert view_scoring(*fakes, eps=EPS, turned=False).is_contiguous()
     assert fake.shape == y.shape and fake.stride() == y.stride() and y.stride(0) == 1
     wide = y.flatten(1)
     assert wide.data_ptr() == y.data_ptr()

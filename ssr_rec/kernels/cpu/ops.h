@@ -25,11 +25,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& bias, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
     const at::Tensor& pre, const at::Tensor& stats, bool need_x);
 
-// Its y (B, V, d) has strides (1, d (B + COLUMNS_APART), B + COLUMNS_APART).
+// If turned, y (B, V, d) has strides (1, d (B + COLUMNS_APART), B + COLUMNS_APART).
 at::Tensor view_scoring(
     const at::Tensor& x, const at::Tensor& indices, const at::Tensor& weight_t, const at::Tensor& bias,
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps,
-    const std::optional<at::Tensor>& weight);
+    const std::optional<at::Tensor>& weight, bool turned);
 
 constexpr int64_t COLUMNS_APART = 16;
 

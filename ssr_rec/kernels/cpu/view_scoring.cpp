@@ -117,8 +117,8 @@ void multiply(
       d, columns, N, N, COLUMN_BLOCK, COLUMN_BLOCK, false, weight, reinterpret_cast<const at::BFloat16*>(gathered), z);
 }
 
-// y (V, d, y_row) has a column for each sample, and room for a vector behind the last; weight is (V, d, N); x may lie
-// either way.
+// y (V, d, y_row) has a column for each sample, and room for a vector behind the last; with y_row = 0 it is (B, V, d).
+// weight is (V, d, N); x may lie either way.
 template <typename Weight>
 void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_row) {
   constexpr int64_t block = COLUMN_BLOCK, lanes = Vec<float>::size();
@@ -136,16 +136,21 @@ void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_ro
         from = x_columns.get();
       }
       for (int64_t v = 0; v < p.V; ++v) {
-        float *z = products.data(), *to = y + v * p.d * y_row + b0;
+        float *z = products.data(), *to = y_row ? y + v * p.d * y_row + b0 : z;
+        const int64_t to_row = y_row ? y_row : block;
         multiply(
             from, turned ? p.x_next : block, p.indices + v * p.N, p.N, p.d, rows, vectors * lanes,
             weight + v * p.N * p.d, gathered.data(), z);
         if (vectors * lanes == block) {
-          fuse_columns<COLUMN_BLOCK / Vec<float>::size()>(z, p.epilogue(v, 0), p.d, p.eps, to, y_row);
-          continue;
+          fuse_columns<COLUMN_BLOCK / Vec<float>::size()>(z, p.epilogue(v, 0), p.d, p.eps, to, to_row);
+        } else {
+          for (int64_t w = 0; w < vectors; ++w) {
+            fuse_columns<1>(z + w * lanes, p.epilogue(v, 0), p.d, p.eps, to + w * lanes, to_row);
+          }
         }
-        for (int64_t w = 0; w < vectors; ++w) {
-          fuse_columns<1>(z + w * lanes, p.epilogue(v, 0), p.d, p.eps, to + w * lanes, y_row);
+        if (!y_row) {
+          const int64_t next = p.V * p.d;
+          transpose<float>(p.d, rows, rows_of(z, block), rows_of(y + b0 * next + v * p.d, next));
         }
       }
     }
@@ -155,14 +160,17 @@ void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_ro
 // The same by rows, with weight (V, N, d).
 void score_few(Problem<float> p, float* y, int64_t y_row) {
   const int64_t dims = p.V * p.d;
-  std::vector<float> rows(p.x_next == 1 ? 0 : p.B * p.width), out(p.B * dims);
+  std::vector<float> rows(p.x_next == 1 ? 0 : p.B * p.width), out(y_row ? p.B * dims : 0);
   if (p.x_next != 1) {
     transpose<float>(p.width, p.B, rows_of(p.x, p.x_next), rows_of(rows.data(), p.width));
     p.x = rows.data();
     p.x_row = p.width;
     p.x_next = 1;
   }
-  fuse_rows(p, out.data());
+  fuse_rows(p, y_row ? out.data() : y);
+  if (!y_row) {
+    return;
+  }
   transpose<float>(p.B, dims, rows_of(out.data(), dims), rows_of(y, y_row));
 }
 
@@ -171,11 +179,13 @@ void score_few(Problem<float> p, float* y, int64_t y_row) {
 at::Tensor view_scoring(
     const at::Tensor& x, const at::Tensor& indices, const at::Tensor& weight_t, const at::Tensor& bias,
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps,
-    const std::optional<at::Tensor>& weight) {
+    const std::optional<at::Tensor>& weight, bool turned) {
   static_assert(Vec<float>::size() <= COLUMNS_APART);
   const int64_t B = x.size(0), V = weight_t.size(0), d = weight_t.size(1), N = weight_t.size(2);
   // A few numbers between the dims, lest all of them fall into the same lines of the caches.
-  auto y = at::empty({V, d, B + COLUMNS_APART}, x.options()).narrow(2, 0, B).permute({2, 0, 1});
+  auto y = turned ? at::empty({V, d, B + COLUMNS_APART}, x.options()).narrow(2, 0, B).permute({2, 0, 1})
+                  : at::empty({B, V, d}, x.options());
+  const int64_t y_row = turned ? B + COLUMNS_APART : 0;
   const auto input = x.stride(0) == 1 || x.stride(1) == 1 ? x : x.contiguous();
   const auto chosen = checked(indices, x.size(1));
   const auto biases = bias.contiguous(), scales = scale ? scale->contiguous() : at::Tensor();
@@ -188,13 +198,13 @@ at::Tensor view_scoring(
   if (weight && B <= FEW_SAMPLES) {
     const auto plain = weight->contiguous();
     problem.weight = plain.const_data_ptr<float>();
-    score_few(problem, to, y.stride(2));
+    score_few(problem, to, y_row);
   } else if (weight_t.scalar_type() == at::kBFloat16 && has_bf16_brgemm() && N % 2 == 0) {
     const auto half = weight_t.contiguous();
-    score(problem, half.const_data_ptr<at::BFloat16>(), to, y.stride(2));
+    score(problem, half.const_data_ptr<at::BFloat16>(), to, y_row);
   } else {
     const auto whole = weight_t.to(at::kFloat).contiguous();
-    score(problem, whole.const_data_ptr<float>(), to, y.stride(2));
+    score(problem, whole.const_data_ptr<float>(), to, y_row);
   }
   return y;
 }
