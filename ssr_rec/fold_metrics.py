@@ -89,7 +89,7 @@ class BoundedMetrics:
         counts, sums = self._sums[: tasks * 2 * NUM_BINS], self._sums[tasks * 2 * NUM_BINS :].view(3, tasks)
         class_of = 2 * torch.arange(tasks, device=logits.device) + (labels > 0)
         where = (class_of * NUM_BINS + bins_of(logits)).flatten()
-        counts.scatter_add_(0, where, torch.ones((), dtype=torch.float64, device=logits.device).expand(len(where)))
+        counts.scatter_add_(0, where, torch.ones(len(where), dtype=torch.float64, device=logits.device))
         x, y = logits.double(), labels.double()
         # log(1 + exp(-|x|)) never overflows and keeps small losses: what is left of the cross-entropy is linear.
         losses = (-x.abs()).exp().log1p() + torch.where(labels > 0, -x, x).clamp(min=0)
