@@ -50,6 +50,8 @@ def _within(path: str) -> str:
 
 InnerPath = Annotated[str, AfterValidator(_within)]
 """A path relative to the dataset folder that does not leave it."""
+Column = Annotated[str, Field(max_length=1000)]
+"""Longer, and no message that names it could be read."""
 
 
 class Vocabulary(Settings):
@@ -124,7 +126,7 @@ LISTED = (Vocabulary, AdmittedHashing)
 
 
 class Feature(Settings):
-    name: str
+    name: Column
     kind: Literal["categorical", "numeric", "list"]
     num_embeddings: int = Field(ge=1, le=RAW_HASHES, description="ids lie in [0, num_embeddings)")
     encoding: Encoding = Field(description="how the column was made")
@@ -185,7 +187,7 @@ class Schema(Settings):
     name: str
     dataset_id: str = Field(description="also in every shard's file metadata; a mismatch means mixed datasets")
     features: list[Feature] = Field(min_length=1)
-    labels: list[str] = Field(min_length=1)
+    labels: list[Column] = Field(min_length=1)
     group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
     splits: dict[str, Split]
     days: Days | None = Field(None, description="None: the splits are train, validation and test")

@@ -101,3 +101,12 @@ def test_many_features_take_no_time(folder):
     started = time.process_time()
     assert len(Schema.read(folder).features) == 20_000
     assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("place", ["features", "labels"])
+def test_a_name_that_no_message_could_show_is_refused(dataset, place):
+    values = Schema.read(dataset).model_dump(mode="json")
+    long = "x" * 1001
+    values[place][0] = {**values[place][0], "name": long} if place == "features" else long
+    with pytest.raises(ValueError, match="at most 1000 characters"):
+        Schema.model_validate(values)
