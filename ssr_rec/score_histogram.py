@@ -50,14 +50,17 @@ def bins_of(scores: Tensor) -> Tensor:
     """
     if scores.device.type == "cpu" and bool((scores.abs() < CENTRE).all()):
         # Nearly always, and a third of the work. To ask a GPU would be to wait for it.
-        return (scores * BINS_PER_UNIT).floor().to(torch.int64) + (_CENTRE_BINS // 2 + _TAIL_BINS)
+        return _centre_bins(scores)
     scores = torch.where(scores.isnan(), 0.0, scores)
-    # Exact: a product with a power of two of numbers this small.
-    centre = (scores.clamp(-CENTRE, CENTRE) * BINS_PER_UNIT).floor().to(torch.int64) + _CENTRE_BINS // 2
     tail = ((scores.view(torch.int32) & 0x7FFFFFFF) >> 16) - _FIRST_TAIL
-    above = _CENTRE_BINS + tail
-    bins = torch.where(scores >= CENTRE, above, torch.where(scores < -CENTRE, -1 - tail, centre))
-    return bins + _TAIL_BINS
+    above, below = _TAIL_BINS + _CENTRE_BINS + tail, _TAIL_BINS - 1 - tail
+    centre = _centre_bins(scores.clamp(-CENTRE, CENTRE))
+    return torch.where(scores >= CENTRE, above, torch.where(scores < -CENTRE, below, centre))
+
+
+def _centre_bins(scores: Tensor) -> Tensor:
+    # Exact: a product with a power of two of numbers this small.
+    return (scores * BINS_PER_UNIT).floor().to(torch.int64) + (_CENTRE_BINS // 2 + _TAIL_BINS)
 
 
 def auc_of_histogram(positives: np.ndarray, negatives: np.ndarray) -> BoundedAUC:

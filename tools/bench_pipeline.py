@@ -27,7 +27,7 @@ from typing import Any
 
 from pipeline_figure import draw_figure
 from pipeline_logs import FUXICTR_LOGS, Log
-from pipeline_stages import peak_mb
+from pipeline_stages import OVER_ARCH, peak_mb
 
 from ssr_rec.run_folder import hardware, versions
 
@@ -84,7 +84,7 @@ def train(data: Path, runs: Path, ranks: int, steps: int, batch_size: int) -> di
     name = f"{data.name}-{ranks}-{time.time_ns()}"
     job = [
         *(str(TOOLS.parent / "ssr_rec" / "train.py"), f"--runs={runs}", f"--name={name}", f"--data.path={data}"),
-        *("--device=cpu", "--over_arch.name=mlp", "--over_arch.hidden=[320,320,320]"),
+        *("--device=cpu", f"--over_arch={json.dumps(OVER_ARCH)}"),
         *(f"--train.max_steps={steps}", f"--train.batch_size={batch_size}", "--train.eval_every=null"),
         *("--checkpoint.every_minutes=null", "--checkpoint.every_steps=null"),
     ]

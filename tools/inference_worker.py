@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from inference_cases import Case, Rows, Score, draw_rows, read_rows, requests_of, timed_load
 from inference_raw import raw_rows
+from process_memory import resident
 
 from ssr_rec.latency import Requests, drive
 from ssr_rec.serving import load
@@ -105,7 +106,7 @@ class Served:
         )
         self.requests = {batch: requests_of(self.rows, batch, seed) for batch in batches}
         raw = {batch: self._raw(batch) for batch in batches} if case.raw else {}
-        before = memory()
+        before = resident()
         self.score: Score
         self.score, seconds = timed_load(case, self.requests[batches[0]][0])
         if case.raw:
@@ -137,7 +138,7 @@ class Served:
         return drive(send, requests, clients, now=CLOCKS[clock])
 
     def memory(self) -> dict[str, int]:
-        return memory()
+        return resident()
 
     def fold(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels (N, T) of the whole test fold."""
@@ -147,17 +148,3 @@ class Served:
         starts = range(0, len(rows), FOLD_ROWS)
         logits = [self.score(*rows.request(start, min(start + FOLD_ROWS, len(rows)))).float() for start in starts]
         return torch.cat(logits).numpy(), rows.labels
-
-
-def memory() -> dict[str, int]:
-    """Resident bytes of this process: now, and at most so far.
-
-    From /proc: getrusage's maximum is that of the parent where a process was made by vfork and exec.
-    """
-    figures = {}
-    with open("/proc/self/status") as file:
-        for line in file:
-            key, _, value = line.partition(":")
-            if key in ("VmRSS", "VmHWM"):
-                figures[key] = int(value.split()[0]) * 1024
-    return {"now": figures["VmRSS"], "peak": figures["VmHWM"]}

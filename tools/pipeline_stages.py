@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from process_memory import resident
+
 # What only some stages use is imported there: it would count as memory of all of them.
 if TYPE_CHECKING:
     from ssr_rec.schema import Schema
@@ -26,15 +28,8 @@ FOLD_ROWS = 1_024
 
 
 def peak_mb(process: int | str = "self") -> float:
-    """The most resident memory of a process so far; 0 where there is none such.
-
-    Not ``ru_maxrss``: there a process begins with the peak of the one that started it.
-    """
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return max((int(line.split()[1]) * 1_024 / 1e6 for line in lines if line.startswith("VmHWM:")), default=0.0)
+    """The most resident memory of a process so far, in 10^6 bytes; 0 where there is none such."""
+    return resident(process)["peak"] / 1e6
 
 
 def timed(work: Callable[[], int]) -> dict[str, float]:
@@ -96,14 +91,17 @@ def _rows(schema: Schema) -> int:
 
 def read(data: str, batch_size: int) -> dict[str, Any]:
     """One shuffled pass of the reader over the training split on one rank."""
-    from ssr_rec.data.reader import Reader
     from ssr_rec.schema import Schema
 
-    def one_pass() -> int:
-        reader = Reader(Path(data), Schema.read(data), "train", batch_size, seed=0)
-        return sum(len(batch.labels) for batch in reader.batches(0, 0))
+    return timed(partial(one_pass, data, Schema.read(data), batch_size, 0))
 
-    return timed(one_pass)
+
+def one_pass(data: str, schema: Schema, batch_size: int, epoch: int) -> int:
+    """The rows of a shuffled pass over the training split, by a reader opened for it."""
+    from ssr_rec.data.reader import Reader
+
+    reader = Reader(Path(data), schema, "train", batch_size, seed=0)
+    return sum(len(batch.labels) for batch in reader.batches(epoch, 0))
 
 
 def consume(data: str, batch_size: int, turns: int, steps: int) -> dict[str, Any]:
@@ -115,7 +113,6 @@ def consume(data: str, batch_size: int, turns: int, steps: int) -> dict[str, Any
     from bench_training import bare_loop
 
     from ssr_rec.config import resolve
-    from ssr_rec.data.reader import Reader
     from ssr_rec.schema import Schema
     from ssr_rec.train import quiet, start_process_group
 
@@ -129,16 +126,15 @@ def consume(data: str, batch_size: int, turns: int, steps: int) -> dict[str, Any
     )
     model = bare_loop(config, schema, start_process_group(config.device))
 
-    def one_pass(turn: int) -> int:
-        reader = Reader(Path(data), schema, "train", batch_size, seed=0)
-        return sum(len(batch.labels) for batch in reader.batches(turn, 0))
-
     def some_steps(turn: int) -> int:
         model(steps)
         return steps * batch_size
 
     speeds: dict[str, list[float]] = {"reader": [], "model": []}
-    jobs: dict[str, Callable[[int], int]] = {"reader": one_pass, "model": some_steps}
+    jobs: dict[str, Callable[[int], int]] = {
+        "reader": partial(one_pass, data, schema, batch_size),
+        "model": some_steps,
+    }
     total: dict[str, float] = {"rows": 0, "seconds": 0, "cpu_seconds": 0}
     for turn in range(turns + 1):
         for name, job in jobs.items():

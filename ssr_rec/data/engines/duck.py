@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import repeat, takewhile
 from pathlib import Path
 
 import duckdb
@@ -180,11 +180,8 @@ def _stream(connection: Backend, rows: Table, columns: pa.Schema) -> Generator[p
         batch = next(reader, None)
         return None if batch is None else batch.select(columns.names).cast(columns)
 
-    with closing(reader), ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(following)
-        while (batch := coming.result()) is not None:
-            coming = ahead.submit(following)
-            yield batch
+    with closing(reader), closing(ahead(repeat(following))) as batches:
+        yield from takewhile(lambda batch: batch is not None, batches)
 
 
 def _but_row(table: Table) -> list[str]:

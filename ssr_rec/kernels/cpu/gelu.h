@@ -16,16 +16,6 @@ inline Vec<double> erf_scaled(const Vec<double>& z) {
   return (z * Vec<double>(M_SQRT1_2)).erf();
 }
 
-// 1 / x to float precision.
-inline Vec<float> reciprocal(const Vec<float>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const Vec<float> rough = _mm512_rcp14_ps(x);
-  return rough * at::vec::fnmadd(x, rough, Vec<float>(2.f));
-#else
-  return Vec<float>(1.f) / x;
-#endif
-}
-
 // The rational approximation of erf of Eigen and XLA, 1e-7 of the exact one: half the operations of an exponential.
 inline Vec<float> erf_scaled(const Vec<float>& z) {
   using at::vec::fmadd;
@@ -43,25 +33,12 @@ inline Vec<float> erf_scaled(const Vec<float>& z) {
   q = fmadd(y, q, Vec<float>(-1.68282697438203e-03f));
   q = fmadd(y, q, Vec<float>(-7.37332916720468e-03f));
   q = fmadd(y, q, Vec<float>(-1.42647390514189e-02f));
-  return x * p * reciprocal(q);
+  return x * p * (Vec<float>(1.f) / q);
 }
 
-// For x <= 0; 2e-7 of the exact one.
+// For x <= 0.
 inline Vec<float> exponential(const Vec<float>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  using at::vec::fmadd;
-  // 2^-125 is the least power that leaves every result a normal number.
-  const Vec<float> power = at::vec::clamp_min(x * Vec<float>(static_cast<float>(M_LOG2E)), Vec<float>(-125.f));
-  const Vec<float> whole = power.round(), part = power - whole;
-  Vec<float> p = fmadd(part, Vec<float>(0.0013274478f), Vec<float>(0.009681024f));
-  p = fmadd(part, p, Vec<float>(0.055507693f));
-  p = fmadd(part, p, Vec<float>(0.24021997f));
-  p = fmadd(part, p, Vec<float>(0.6931469f));
-  p = fmadd(part, p, Vec<float>(1.0000001f));
-  return _mm512_scalef_ps(p, whole);
-#else
   return x.exp_u20();
-#endif
 }
 
 inline Vec<double> exponential(const Vec<double>& x) {
