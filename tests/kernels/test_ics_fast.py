@@ -161,6 +161,17 @@ def test_few_survivors_far_above_many_dead(alpha: float) -> None:
     torch.testing.assert_close(ics(z, rates, gamma).double(), exact, rtol=1e-5, atol=1e-5 * 1e3)
 
 
+@pytest.mark.parametrize(("dim", "rate"), [(4099, 3.0), (65_536, -1.0)])
+def test_the_roundings_of_a_wide_row_do_not_add_up(dim: int, rate: float) -> None:
+    z, _, gamma = inputs(rows=8, views=1, dim=dim, dtype=torch.float32)
+    alpha, grad = torch.full((1, T), rate), gradient(z)
+    exact = run(z.double(), alpha.double(), gamma.double(), grad.double(), ics_reference)
+    # All but the gradient of alpha, whose few terms of both signs may cancel.
+    for i in (0, 1, 3):
+        found = run(z, alpha, gamma, grad)[i].double()
+        assert (found - exact[i]).norm() <= 1e-5 * exact[i].norm()
+
+
 def test_a_nan_alpha_spoils_its_view_alone() -> None:
     z, alpha, gamma = inputs()
     alpha[1, 2] = float("nan")
@@ -210,6 +221,33 @@ def test_torchs_checks_of_an_operator(sign: str, with_gamma: bool, steps: int) -
     torch.library.opcheck(torch.ops.ssr_rec.ics_forward.default, (z, alpha, gain))
     y, means = torch.ops.ssr_rec.ics_forward(z, alpha, gain)
     torch.library.opcheck(torch.ops.ssr_rec.ics_backward.default, (y, z, means, alpha, gain))
+
+
+def test_the_results_of_a_single_view_share_no_memory() -> None:
+    z, alpha, gamma = inputs(rows=4, views=1)
+    y, means = torch.ops.ssr_rec.ics_forward(z, alpha, gamma)
+    arguments = (y, z, means, alpha, gamma)
+    torch.library.opcheck(torch.ops.ssr_rec.ics_backward.default, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_an_input_changed_before_the_backward_is_noticed(changed: int) -> None:
+    given = [t.requires_grad_() for t in inputs()]
+    y = ics(*given)
+    with torch.no_grad():
+        given[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_inputs_alone(asked: tuple[int, ...]) -> None:
+    given = inputs("mixed")
+    everything = run(*given, gradient(given[0]))[1:]
+    leaves = [t.clone().requires_grad_(i in asked) for i, t in enumerate(given)]
+    ics(*leaves).backward(gradient(given[0]))
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(leaf.grad, everything[i]) if i in asked else leaf.grad is None
 
 
 def test_compiles_once_for_any_batch_and_exports() -> None:

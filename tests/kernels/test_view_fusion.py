@@ -219,6 +219,33 @@ def test_torchs_checks_of_an_operator(shape: str, residual: bool, norm: bool) ->
         torch.library.opcheck(torch.ops.ssr_rec.view_fusion_backward.default, (y, *plain[:6], pre, stats, need_x))
 
 
+def test_the_results_of_a_single_view_share_no_memory() -> None:
+    *given, shift = (inputs("one view", 4)[name] for name in NAMES)
+    y, pre, stats = torch.ops.ssr_rec.view_fusion_forward(*given, shift, EPS, True)
+    arguments = (y, *given, pre, stats, True)
+    torch.library.opcheck(torch.ops.ssr_rec.view_fusion_backward.default, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dim_that_a_view_sees_more_than_once(rows: int, dtype: torch.dtype) -> None:
+    tensors = inputs("wide", rows, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    tensors["indices"] = torch.randint(9, (2, 128), generator=generator)
+    exact = {name: t.double() if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
+    assert_near([t.double() for t in run(tensors)], run(exact, view_fusion_reference), 1e-5)
+
+
+@pytest.mark.parametrize("changed", ["x", "indices", "weight", "bias", "residual", "scale"])
+def test_an_input_changed_before_the_backward_is_noticed(changed: str) -> None:
+    tensors = inputs("narrow", 4, True)
+    y = view_fusion(**{n: t.requires_grad_() if n in ("x", "weight") else t for n, t in tensors.items()}, eps=EPS)
+    with torch.no_grad():
+        tensors[changed].mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_autocast_leaves_it_in_float32() -> None:
     tensors = inputs("own input", 40, True, dtype=torch.float32)
     assert tensors["x"] is not None and tensors["residual"] is not None

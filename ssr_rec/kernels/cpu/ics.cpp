@@ -251,9 +251,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ics_backward(
     backward_kernel(backward, z.size(0), sums);
   });
   const auto total = sums.sum(0);
-  const auto grad_gamma = gamma ? total.slice(1, steps, steps + d).to(gamma->scalar_type()).contiguous()
-                                : at::empty({0}, alpha.options());
-  return {grad_z, total.slice(1, 0, steps).to(alpha.scalar_type()).contiguous(), grad_gamma};
+  // Results may not share memory, as contiguous() would leave the slices of a single view.
+  const auto own = [&](int64_t from, int64_t to, at::ScalarType type) {
+    return total.slice(1, from, to).to(type).clone(at::MemoryFormat::Contiguous);
+  };
+  const auto grad_gamma = gamma ? own(steps, steps + d, gamma->scalar_type()) : at::empty({0}, alpha.options());
+  return {grad_z, own(0, steps, alpha.scalar_type()), grad_gamma};
 }
 
 } // namespace ssr_rec

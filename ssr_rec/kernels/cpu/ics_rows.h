@@ -32,11 +32,19 @@ inline void lower(const A* x, A step, A* to, int64_t d, int64_t width) {
   std::fill(to + d, to + width, A(0));
 }
 
+// Numbers added up one after another; of wider rows the parts are added, lest the roundings of a long sum show.
+template <typename A>
+constexpr int64_t IN_A_ROW = 64 * Vectorized<A>::size();
+
 template <typename A>
 inline A sum_row(const A* x, int64_t width) {
   Vectorized<A> sum(A(0));
-  for (int64_t i = 0; i < width; i += Vectorized<A>::size()) {
-    sum = sum + Vectorized<A>::loadu(x + i);
+  for (int64_t begin = 0; begin < width; begin += IN_A_ROW<A>) {
+    Vectorized<A> part(A(0));
+    for (int64_t i = begin; i < std::min(begin + IN_A_ROW<A>, width); i += Vectorized<A>::size()) {
+      part = part + Vectorized<A>::loadu(x + i);
+    }
+    sum = sum + part;
   }
   return sum_lanes(sum);
 }
@@ -67,9 +75,10 @@ A forward_theta(const A* z, const A* alpha, A* means, int64_t T, int64_t d, int6
   return theta;
 }
 
-// sum[r] <- sum(max(z[r], theta[r])), lane by lane. Four rows at a time hide each other's latency.
+// sum[r] <- sum(max(z[r], theta[r])) from begin to end, lane by lane. Four rows at a time hide each other's latency.
 template <typename A, int R, typename Max>
-inline void sum_rows(const A* const* z, const A* theta, Vectorized<A>* sum, int64_t width, Max max) {
+inline void sum_rows(
+    const A* const* z, const A* theta, Vectorized<A>* sum, int64_t begin, int64_t end, Max max) {
   using V = Vectorized<A>;
   constexpr int together = R % 4 == 0 ? 4 : 1;
   for (int first = 0; first < R; first += together) {
@@ -78,7 +87,7 @@ inline void sum_rows(const A* const* z, const A* theta, Vectorized<A>* sum, int6
       part[r] = V(A(0));
       threshold[r] = V(theta[first + r]);
     }
-    for (int64_t i = 0; i < width; i += V::size()) {
+    for (int64_t i = begin; i < end; i += V::size()) {
       for (int r = 0; r < together; ++r) {
         part[r] = part[r] + max(V::loadu(z[first + r] + i), threshold[r]);
       }
@@ -90,31 +99,40 @@ inline void sum_rows(const A* const* z, const A* theta, Vectorized<A>* sum, int6
 // theta_T of R rows at a time, and their means (R, T). The rates of step t begin at rates + t * stride.
 //
 // sum(relu(z - theta)) is taken as sum(max(z, theta)) - width theta: one addition a vector instead of two, and additions
-// are what this loop waits for. That is off by a few roundings of theta, which theta + alpha mean is anyway.
+// are what this loop waits for. That is off by a few roundings of theta, which theta + alpha mean is anyway; in a sum
+// over more than IN_A_ROW numbers it would be many.
 template <typename A, int R>
 void forward_thetas(
     const A* const* z, const A* rates, int64_t stride, A* means, A* last, int64_t T, int64_t d, int64_t width) {
   using V = Vectorized<A>;
-  alignas(64) A theta[R] = {}, total[R], rate[R];
+  alignas(64) A theta[R] = {}, total[R], above[R], rate[R];
   V sum[R];
-  const A lanes = static_cast<A>(width), dims = static_cast<A>(d);
+  const A dims = static_cast<A>(d);
   for (int64_t t = 0; t < T; ++t) {
-    if (t == 0) {
-      sum_rows<A, R>(z, theta, sum, width, [](const V& x, const V&) { return relu(x); });
-    } else {
-      sum_rows<A, R>(z, theta, sum, width, [](const V& x, const V& floor) { return at_least(x, floor); });
+    std::fill_n(above, R, A(0));
+    for (int64_t begin = 0; begin < width; begin += IN_A_ROW<A>) {
+      const int64_t end = std::min(begin + IN_A_ROW<A>, width);
+      const A lanes = static_cast<A>(end - begin);
+      if (t == 0) {
+        sum_rows<A, R>(z, theta, sum, begin, end, [](const V& x, const V&) { return relu(x); });
+      } else {
+        sum_rows<A, R>(z, theta, sum, begin, end, [](const V& x, const V& floor) { return at_least(x, floor); });
+      }
+      sum_each<A, R>(sum, total);
+#pragma omp simd
+      for (int r = 0; r < R; ++r) {
+        above[r] += total[r] - lanes * theta[r];
+      }
     }
-    sum_each<A, R>(sum, total);
     std::copy_n(rates + t * stride, R, rate);
 #pragma omp simd
     for (int r = 0; r < R; ++r) {
-      const A above = total[r] - lanes * theta[r];
       // Rounding may leave less than nothing; a NaN stays.
-      total[r] = (above < A(0) ? A(0) : above) / dims;
-      theta[r] = raise(theta[r], rate[r], total[r]);
+      above[r] = (above[r] < A(0) ? A(0) : above[r]) / dims;
+      theta[r] = raise(theta[r], rate[r], above[r]);
     }
     for (int r = 0; r < R; ++r) {
-      means[r * T + t] = total[r];
+      means[r * T + t] = above[r];
     }
   }
   std::copy_n(theta, R, last);

@@ -228,8 +228,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     add_parts(out.weight, out.more_weight, more_weight.size(0), grad_weight.numel());
   });
   const auto sums = rest.sum(0);
-  return {grad_x, grad_weight, sums.select(1, 0).contiguous(), grad_residual,
-          scale ? sums.select(1, 1).contiguous() : none(), scale ? sums.select(1, 2).contiguous() : none()};
+  // Results may not share memory, as contiguous() would leave those of a single view.
+  const auto own = [&](int64_t which) { return sums.select(1, which).clone(at::MemoryFormat::Contiguous); };
+  return {grad_x, grad_weight, own(0), grad_residual, scale ? own(1) : none(), scale ? own(2) : none()};
 }
 
 } // namespace ssr_rec
