@@ -30,6 +30,7 @@ inline bool has_bf16_brgemm() {
       const at::BFloat16 one[2] = {1, 0};
       float product = 0;
       at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, one, one, &product);
+      at::native::cpublas::brgemm_release();
       return product == 1;
     } catch (const c10::Error&) {
       return false;

@@ -154,6 +154,10 @@ void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_ro
         }
       }
     }
+    if constexpr (std::is_same_v<Weight, at::BFloat16>) {
+      // Or torch takes a thread's AMX tiles for still configured, though another operator has configured them since.
+      at::native::cpublas::brgemm_release();
+    }
   });
 }
 
