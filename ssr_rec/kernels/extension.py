@@ -92,7 +92,11 @@ def build() -> Path:
 
 def cache_folder() -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(root or Path.home() / ".cache" / "torch_extensions") / "ssr_rec"
+    try:
+        return Path(root or Path.home() / ".cache" / "torch_extensions") / "ssr_rec"
+    except RuntimeError as error:
+        # As a container's user without an entry in its /etc/passwd.
+        raise BuildError("this user has no home folder to build in: set TORCH_EXTENSIONS_DIR") from error
 
 
 def compile_flags() -> list[str]:

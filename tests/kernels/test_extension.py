@@ -83,6 +83,17 @@ def test_without_a_compiler_one_warning_and_the_plain_form(workshop, monkeypatch
         assert torch.equal(ics(z, alpha, None), y)
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch) -> None:
+    def nobody(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("TORCH_EXTENSIONS_DIR", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.warns(RuntimeWarning, match="plain, slower operators: .* set TORCH_EXTENSIONS_DIR"):
+        assert not extension._load.__wrapped__()
+
+
 def test_importing_the_package_builds_nothing(tmp_path) -> None:
     code = "import ssr_rec.over_archs, ssr_rec.kernels"
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
