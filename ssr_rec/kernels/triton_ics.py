@@ -73,7 +73,7 @@ def ics_backward(
                 *z.stride(),
                 **_constants(alpha, rows, block, means.dtype),
             )
-    gamma_type = z.dtype if gamma is None else gamma.dtype
+    gamma_type = alpha.dtype if gamma is None else gamma.dtype
     return grad_z, grad_alpha.sum(0).to(alpha.dtype), grad_gamma.sum(0).to(gamma_type)
 
 
@@ -171,7 +171,9 @@ def _forward(
     column = tl.arange(0, BLOCK)
     valid = row < batch
     inside = valid[:, None] & (column < dim)[None, :]
-    tile = tl.load(z + row[:, None] * z_batch + view * z_view + column[None, :] * z_dim, mask=inside, other=0.0).to(A)
+    # A stride of views that lie one behind the other passes 32 bits first.
+    z += view.to(tl.int64) * z_view
+    tile = tl.load(z + row[:, None] * z_batch + column[None, :] * z_dim, mask=inside, other=0.0).to(A)
     means += (row * views + view) * T
     alpha += view * T
     if _is_literal(alpha, T, BLOCK_T):
@@ -246,6 +248,8 @@ def _backward(
     column = tl.arange(0, BLOCK)
     iteration = tl.arange(0, BLOCK_T)
     alpha += view * T
+    z += view.to(tl.int64) * z_view
+    grad += view.to(tl.int64) * grad_view
     literal = _is_literal(alpha, T, BLOCK_T)
     scale = tl.full((BLOCK,), 1.0, A)
     if gamma is not None:
@@ -256,9 +260,8 @@ def _backward(
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < batch
         inside = valid[:, None] & (column < dim)[None, :]
-        tile = tl.load(z + row[:, None] * z_batch + view * z_view + column[None, :] * z_dim, mask=inside, other=0.0)
-        at = row[:, None] * grad_batch + view * grad_view + column[None, :] * grad_dim
-        g = tl.load(grad + at, mask=inside, other=0.0).to(A)
+        tile = tl.load(z + row[:, None] * z_batch + column[None, :] * z_dim, mask=inside, other=0.0)
+        g = tl.load(grad + row[:, None] * grad_batch + column[None, :] * grad_dim, mask=inside, other=0.0).to(A)
         tile = tile.to(A)
         mean = means + (row * views + view) * T
         if literal:

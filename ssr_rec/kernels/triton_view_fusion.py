@@ -129,7 +129,7 @@ def _grad_x(grad_pre: Tensor, x: Tensor, indices: Tensor | None, weight: Tensor)
     column, order = torch.sort(indices.flatten(), stable=True)
     ends = torch.searchsorted(column, torch.arange(width + 1, device=x.device))
     if grad_x.numel():
-        grid = (triton.cdiv(width, SEGMENT_TILE), triton.cdiv(batch, SEGMENT_TILE))
+        grid = (triton.cdiv(width, SEGMENT_TILE) * triton.cdiv(batch, SEGMENT_TILE),)
         with torch.cuda.device_of(x):
             sum_segments[grid](
                 copies, order, ends, grad_x, batch, width, TILE=SEGMENT_TILE, A=_type_of(x), enable_fp_fusion=True
@@ -150,7 +150,7 @@ def _views(x: Tensor, indices: Tensor | None) -> Tensor:
                 x,
                 indices.contiguous(),
                 h,
-                x.shape[0],
+                *x.shape,
                 views,
                 inner,
                 *x.stride(),
@@ -190,6 +190,7 @@ def launch_fused(
             pre if save else None,
             stats if stats.numel() else None,
             batch,
+            x.shape[-1],
             views,
             inner,
             dim,

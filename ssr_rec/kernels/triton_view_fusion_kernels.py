@@ -63,14 +63,18 @@ def _finish(
 
 
 @triton.jit
-def gather(x, indices, h, batch, views, inner, x_batch, x_dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """h[v, b, n] = x[b, indices[v, n]]; the views of some rows follow each other, so that the rows stay in a cache."""
+def gather(x, indices, h, batch, width, views, inner, x_batch, x_dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """h[v, b, n] = x[b, indices[v, n]], NaN where x has no such dim.
+
+    The views of some rows follow each other, so that the rows stay in a cache.
+    """
     view = tl.program_id(0) % views
     row = (tl.program_id(0) // views * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (row < batch)[:, None] & (column < inner)[None, :]
     source = tl.load(indices + view * inner + column, mask=column < inner, other=0)
-    values = tl.load(x + row[:, None] * x_batch + source[None, :] * x_dim, mask=inside, other=0.0)
+    known = inside & (source >= 0)[None, :] & (source < width)[None, :]
+    values = tl.load(x + row[:, None] * x_batch + source[None, :] * x_dim, mask=known, other=float("nan"))
     tl.store(h + (view * batch + row)[:, None] * inner + column[None, :], values, mask=inside)
 
 
@@ -114,6 +118,7 @@ def fused(
     pre,
     stats,
     batch,
+    width,
     views,
     inner,
     dim,
@@ -125,7 +130,10 @@ def fused(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """From x (B, width) with indices, or (B, V, N) without, to y; the product accumulates in float32."""
+    """From x (B, width) with indices, or (B, V, N) without, to y; the product accumulates in float32.
+
+    A dim that x does not have is NaN.
+    """
     view = tl.program_id(0) % views
     row = (tl.program_id(0) // views * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -134,11 +142,14 @@ def fused(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(0, inner, INNER):
         n = first + tl.arange(0, INNER)
-        source = n
+        source, there, absent = n, n < inner, 0.0
         if indices is not None:
-            source = tl.load(indices + view * inner + n, mask=n < inner, other=0)
-        at = row[:, None] * x_batch + view * x_view + source[None, :] * x_dim
-        left = tl.load(x + at, mask=valid[:, None] & (n < inner)[None, :], other=0.0)
+            source = tl.load(indices + view * inner + n, mask=there, other=0)
+            known = (source >= 0) & (source < width)
+            there &= known
+            absent = tl.where(known, 0.0, float("nan"))[None, :]
+        at = row[:, None] * x_batch + view.to(tl.int64) * x_view + source[None, :] * x_dim
+        left = tl.load(x + at, mask=valid[:, None] & there[None, :], other=absent)
         kept = (n < inner)[:, None] & (column < dim)[None, :]
         right = tl.load(weight + (view * inner + n)[:, None] * dim + column[None, :], mask=kept, other=0.0)
         total = tl.dot(left, right.to(left.dtype), total)
@@ -186,7 +197,7 @@ def epilogue_backward(
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < batch
         inside = valid[:, None] & (column < dim)[None, :]
-        from_grad = row[:, None] * grad_batch + view * grad_view + column[None, :] * grad_dim
+        from_grad = row[:, None] * grad_batch + view.to(tl.int64) * grad_view + column[None, :] * grad_dim
         g = tl.load(grad + from_grad, mask=inside, other=0.0).to(A)
         rows_first = (row * views + view)[:, None] * dim + column[None, :]
         views_first = (view * batch + row)[:, None] * dim + column[None, :]
@@ -217,8 +228,10 @@ def epilogue_backward(
 @triton.jit
 def sum_segments(copies, order, ends, total, batch, width, TILE: tl.constexpr, A: tl.constexpr):
     """total[b, j] = sum of copies[order[i], b] for i from ends[j] to ends[j + 1], in this order."""
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    # One axis for both: a grid's others end at 65,535.
+    columns = tl.cdiv(width, TILE)
+    column = tl.program_id(0) % columns * TILE + tl.arange(0, TILE)
+    row = (tl.program_id(0) // columns * TILE + tl.arange(0, TILE)).to(tl.int64)
     first = tl.load(ends + column, mask=column < width, other=0)
     count = tl.load(ends + column + 1, mask=column < width, other=0) - first
     sums = tl.zeros((TILE, TILE), A)

@@ -43,7 +43,8 @@ def view_fusion(
         (B, V, d), of the type of the weights; on a GPU under autocast, of autocast's.
 
     Raises:
-        ValueError: the shapes do not belong together, or an index is not a dim of x.
+        ValueError: the shapes do not belong together, or an index is not a dim of x; on a GPU, which nobody waits
+            for, what a view sees there is NaN instead.
     """
     check_shapes(x, indices, weight, bias, residual, scale, shift)
     device = x.device.type

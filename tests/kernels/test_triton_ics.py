@@ -198,6 +198,19 @@ def test_parts_of_the_batch_add_up(signs, monkeypatch):
     assert all(map(torch.equal, *(gradients(TritonIcs.apply, inputs, upstream) for _ in range(2))))
 
 
+@torch.no_grad()
+def test_offsets_of_more_than_32_bits():
+    """Views that lie 2^30 numbers apart; the memory between them is never touched."""
+    z, alpha, gamma = draw((3, 3, 8, 2), dtype=torch.float32)
+    z, apart = z.detach().bfloat16(), 2**30
+    memory = torch.empty(2 * apart + z.numel(), dtype=z.dtype, device=DEVICE)
+    far = memory.as_strided(z.shape, (8, apart, 1)).copy_(z)
+    _, means = wanted = triton_ics.ics_forward(z, alpha, gamma)
+    assert all(map(torch.equal, triton_ics.ics_forward(far, alpha, gamma), wanted))
+    grads = triton_ics.ics_backward(z, z, means, alpha, gamma)
+    assert all(map(torch.equal, triton_ics.ics_backward(far, far, means, alpha, gamma), grads))
+
+
 def test_an_empty_batch():
     z, alpha, gamma = draw((0, 2, 8, 3))
     y, means = triton_ics.ics_forward(z, alpha, gamma)

@@ -65,6 +65,8 @@ def test_the_operators_keep_torchs_rules(registered):
     _, means = torch.ops.ssr_rec.ics_forward(z, alpha, gamma)
     torch.library.opcheck(torch.ops.ssr_rec.ics_backward.default, (z, z, means, alpha, gamma))
     torch.library.opcheck(torch.ops.ssr_rec.ics_backward.default, (z, z, means, alpha, None))
+    rough = z.bfloat16()
+    torch.library.opcheck(torch.ops.ssr_rec.ics_backward.default, (rough, rough, means.float(), alpha.float(), None))
     assert set(registered) == {"ics_forward", "ics_backward"}
 
 

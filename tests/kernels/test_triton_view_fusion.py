@@ -222,6 +222,62 @@ def test_a_dim_that_a_view_sees_twice():
     torch.testing.assert_close(found, wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, FUSED_TYPE])
+@pytest.mark.parametrize("index", [-1, 7, 2**40])
+def test_a_dim_that_x_does_not_have_is_nan(index, dtype):
+    """A GPU does not say so before the step is over, and must not read what lies there."""
+    inputs = draw((4, 2, 3, 5), "static", dtype=torch.float32)
+    inputs[0] = inputs[0].detach()[:, :7].to(dtype)
+    inputs[1] = torch.tensor([[1, 2, 4], [0, 3, 6]], device=DEVICE)
+    sound = fusion.view_fusion_forward(*inputs, EPS, True)[0]
+    inputs[1][1, 1] = index
+    y = fusion.view_fusion_forward(*inputs, EPS, True)[0]
+    assert torch.equal(y[:, 0], sound[:, 0]) and y[:, 1].isnan().all()
+
+
+@torch.no_grad()
+def test_offsets_of_more_than_32_bits():
+    """Views that lie 2^30 numbers apart; the memory between them is never touched."""
+    inputs = draw((3, 3, 8, 8), "dynamic", dtype=torch.float32)
+    inputs[0] = inputs[0].detach().to(FUSED_TYPE)
+
+    def spread(tensor: Tensor) -> Tensor:
+        memory = torch.empty(2**31 + tensor.numel(), dtype=tensor.dtype, device=DEVICE)
+        return memory.as_strided(tensor.shape, (8, 2**30, 1)).copy_(tensor)
+
+    wanted = fusion.view_fusion_forward(*inputs, EPS, True)
+    assert all(map(torch.equal, fusion.view_fusion_forward(spread(inputs[0]), *inputs[1:], EPS, True), wanted))
+    grad = torch.randn(3, 3, 8, device=DEVICE).to(FUSED_TYPE)
+    x, indices, weight, bias, residual, scale, _ = inputs
+    near, far = (
+        fusion.view_fusion_backward(g, x, indices, weight, bias, residual, scale, *wanted[1:], True)
+        for g in (grad, spread(grad))
+    )
+    assert all(map(torch.equal, near, far))
+
+
+def test_grids_have_one_axis(monkeypatch):
+    """A GPU's others end at 65,535, which rows in tiles may pass."""
+    grids = []
+
+    class Launches:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    for name in ("fused", "gather", "epilogue", "epilogue_backward", "sum_segments"):
+        monkeypatch.setattr(fusion, name, Launches(getattr(fusion, name)))
+    inputs = draw((70, 2, 20, 5), "static")
+    upstream = torch.randn(70, 2, 5, device=DEVICE, dtype=torch.float64)
+    found, wanted = (gradients(f, inputs, upstream) for f in (TritonFusion.apply, view_fusion_reference))
+    torch.testing.assert_close(found, wanted)
+    assert len(grids) == 5 and {len(grid) for grid in grids} == {1}
+
+
 def test_parts_of_the_batch_add_up(monkeypatch):
     inputs = draw((11, 2, 3, 5), "static residual")
     upstream = torch.randn(11, 2, 5, device=DEVICE, dtype=torch.float64)
