@@ -255,6 +255,8 @@ def check_train_config(config: TrainConfig, schema: Schema) -> None:
         for name in names:
             if name is not None and name not in schema.labels:
                 raise ValueError(f"train.{key} names {name!r}; the labels are {', '.join(schema.labels)}")
+    if not any(config.task_weights.get(label, 1.0) for label in schema.labels):
+        raise ValueError(f"train.task_weights gives every label of {', '.join(schema.labels)} 0; leave one above it")
     if config.monitor == "gauc" and schema.group_id is None:
         raise ValueError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
 
