@@ -219,6 +219,12 @@ def _validate(loop: Loop) -> None:
     loop.log(row)
     if "day" in said:
         fitted.days.append(row)
+    if not fitted.best and monitored(row["tasks"], config) == -math.inf:
+        without = [name for name, metrics in row["tasks"].items() if math.isnan(metrics[config.monitor])]
+        loop.note(
+            f"the validation fold gives no {config.monitor} for {', '.join(without)} (rows of one class?), so that its "
+            "evaluations cannot choose the best model; name another label by train.monitor_task, or monitor logloss"
+        )
     if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):
         fitted.best, fitted.bad_evaluations = row, 0
         loop.saver.save_best(loop.weights())
