@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -78,8 +79,8 @@ ExtraTables = Mapping[str, Sequence[int]]
 def columns_per_dim(dims: Sequence[int]) -> int:
     """Columns of a table that make up one dim: 1, or 4 or 2 where a dim is no multiple of what FBGEMM can store.
 
-    The dim is the mean of its columns. Under Adam and (row-wise) Adagrad, whose steps do not depend on the gradient's
-    scale, that mean moves exactly as a single column would.
+    The dim is the mean of its columns. Each of them gets the gradient of a single one, so that learning rate and weight
+    decay weigh what they do elsewhere.
     """
     return DIM_MULTIPLE // math.gcd(*dims, DIM_MULTIPLE)
 
@@ -201,7 +202,12 @@ class ConcatFields(nn.Module):
         inputs = []
         for keys, columns in zip(self.keys, self.columns, strict=True):
             x = torch.cat([by_name[key] for key in keys], dim=1)
-            inputs.append(x if columns == 1 else x.unflatten(1, (-1, columns)).mean(2))
+            if columns > 1:
+                x = x.unflatten(1, (-1, columns)).mean(2)
+                if x.requires_grad:
+                    # The mean hands each of its columns only a share of the gradient.
+                    x.register_hook(partial(torch.mul, other=columns))
+            inputs.append(x)
         return inputs
 
 

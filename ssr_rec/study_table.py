@@ -195,12 +195,16 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
 
 def _note(plan: Plan, row: Mapping[str, Any]) -> str:
     """What a system lacks, '' for nothing."""
-    planned, missing = len(plan.trials[row["system"]]), []
+    planned, budget, missing, parts = len(plan.trials[row["system"]]), plan.study.trials, [], []
+    if planned < budget:
+        parts.append(f"{row['system']}: its grid has only {planned} of the budget's {budget} trials.")
     if row["trials"] < planned:
         missing.append(f"{row['trials']} of {planned} trials")
     if row["seeds"] < plan.seeds:
         missing.append(f"{row['seeds']} of {plan.seeds} seeds")
-    return f"{row['system']}: only {' and '.join(missing)} finished." if missing else ""
+    if missing:
+        parts.append(f"{row['system']}: only {' and '.join(missing)} finished.")
+    return " ".join(parts)
 
 
 def _chosen(plan: Plan, job: Job) -> str:

@@ -252,9 +252,10 @@ def draw_synthetic(config: RunConfig, log: RunLog) -> Path:
 def check_train_config(config: TrainConfig, schema: Schema) -> None:
     """Refuse settings that name labels or groups the dataset does not have."""
     for key, names in (("task_weights", list(config.task_weights)), ("monitor_task", [config.monitor_task])):
-        for name in names:
-            if name is not None and name not in schema.labels:
-                raise ValueError(f"train.{key} names {name!r}; the labels are {', '.join(schema.labels)}")
+        for name in {*names} - {*schema.labels, None}:
+            raise ValueError(f"train.{key} names {name!r}; the labels are {', '.join(schema.labels)}")
+    if not any(config.task_weights.get(label, 1.0) for label in schema.labels):
+        raise ValueError(f"train.task_weights gives every label of {', '.join(schema.labels)} 0; leave one above it")
     if config.monitor == "gauc" and schema.group_id is None:
         raise ValueError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,9 @@ class TrainConfig(Settings):
     monitor: Literal["auc", "gauc", "logloss", "ne"] = Field("auc", description="validation metric that picks the best")
     monitor_task: str | None = Field(None, description="label whose metric counts; None: mean over the labels")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before stopping")
-    task_weights: dict[str, float] = Field({}, description="label -> weight of its loss; 1 for those not named")
+    task_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="label -> weight of its loss; 1 for those not named; 0: evaluated, not trained"
+    )
     pipeline: Literal["sparse_dist", "prefetch"] = Field(
         "sparse_dist", description="prefetch: also fetch cached rows of fused_uvm_caching tables ahead; CUDA only"
     )
@@ -217,6 +219,12 @@ def _validate(loop: Loop) -> None:
     loop.log(row)
     if "day" in said:
         fitted.days.append(row)
+    if not fitted.best and monitored(row["tasks"], config) == -math.inf:
+        without = [name for name, metrics in row["tasks"].items() if math.isnan(metrics[config.monitor])]
+        loop.note(
+            f"the validation fold gives no {config.monitor} for {', '.join(without)} (rows of one class?), so that its "
+            "evaluations cannot choose the best model; name another label by train.monitor_task, or monitor logloss"
+        )
     if not fitted.best or monitored(row["tasks"], config) > monitored(fitted.best["tasks"], config):
         fitted.best, fitted.bad_evaluations = row, 0
         loop.saver.save_best(loop.weights())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from ssr_rec.embeddings import EmbeddingsConfig, build_tables, columns_per_dim
+from ssr_rec.embeddings import ConcatFields, EmbeddingsConfig, build_tables, columns_per_dim
 from ssr_rec.model import DenseArch, Heads, HeadsConfig
 from ssr_rec.over_archs import Flops, OverArch
 from ssr_rec.schema import Schema
@@ -82,17 +82,20 @@ def test_columns_per_dim(dims: tuple[int, ...], columns: int) -> None:
     assert all(dim * columns % 4 == 0 for dim in dims)
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.Adagrad])
-def test_a_mean_of_columns_moves_as_one_column_does(make: Any) -> None:
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_a_mean_of_columns_moves_as_one_column_does(make: Any, weight_decay: float) -> None:
     """Why a first-order weight may be stored as four columns."""
-    one, four = torch.zeros(1, requires_grad=True), torch.zeros(4, requires_grad=True)
-    optimizers = [make([one], lr=0.1), make([four], lr=0.1)]
+    concat = ConcatFields(["a"], {"first_order": (1,)})
+    one, four = torch.ones(1, requires_grad=True), torch.ones(4, requires_grad=True)
+    optimizers = [make([weight], lr=0.1, weight_decay=weight_decay) for weight in (one, four)]
     for target in (1.0, -2.0, 0.5, 3.0):
-        for weight, optimizer in zip((one, four), optimizers, strict=True):
+        _, first_order = concat(keyed({"a@a": torch.zeros(1, 4), "a@a@first_order": four.view(1, 4)}))
+        for value, optimizer in zip((one, first_order), optimizers, strict=True):
             optimizer.zero_grad()
-            (weight.mean() - target).square().backward()
+            (value - target).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(four.mean(), one[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(four, one.expand(4))
 
 
 def test_tables_of_an_extra_set(dataset) -> None:

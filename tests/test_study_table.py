@@ -178,6 +178,19 @@ def test_what_is_missing_is_marked(plan, reports):
         summarise(plan, {}, {})
 
 
+def test_a_grid_smaller_than_the_budget_is_marked(dataset, plan, reports):
+    """The table must not pass a system with fewer trials than the others for one on equal terms."""
+    grown = make_plan(plan.study, plan.schema, str(dataset), seeds=3, trials=3)
+    reports |= {Job(MIXER, 2, 0): report(MIXER, 0, 0.1, validation=0.1)}
+    text = comparison_text(grown, summarise(grown, reports, {}))
+    assert "† Dense MLP: its grid has only 2 of the budget's 3 trials.\n" in text
+    assert "† SSR-S: its grid has only 2 of the budget's 3 trials.\n" in text
+    assert "| RankMixer   |" in text and "| SSR-S †     |" in text
+    del reports[Job(SSR, 1, 2)]
+    text = comparison_text(grown, summarise(grown, reports, {}))
+    assert "† SSR-S: its grid has only 2 of the budget's 3 trials. SSR-S: only 2 of 3 seeds finished.\n" in text
+
+
 def test_sentences_of_other_line_ups(plan, reports):
     frame = summarise(plan, reports, {})
     click = frame[frame["task"] == "click"]

@@ -11,6 +11,9 @@ import torch
 from ssr_rec import train as train_script
 from ssr_rec.config import load_config
 from ssr_rec.run_folder import read_metrics
+from ssr_rec.schema import Schema
+from ssr_rec.train import check_train_config
+from ssr_rec.trainer import TrainConfig
 from tests.conftest import write_dataset
 from tests.jobs import initial_digests_job, plain_loss_job, refused_job, train_job
 from tests.ranks import run_ranks
@@ -171,6 +174,15 @@ def test_what_cannot_work_is_refused_before_a_run_folder_exists(dataset, tmp_pat
     for refused in run_ranks(refused_job, 2, overrides(dataset, tmp_path / "runs", *re.split(" (?=--)", option))):
         assert message in refused
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_negative_task_weight_and_nothing_but_zeros_are_refused(dataset):
+    with pytest.raises(ValueError, match=r"train.task_weights.like"):
+        load_config(None, ["--train.task_weights={like: -1}"])
+    schema = Schema.read(dataset)
+    check_train_config(TrainConfig(task_weights={"like": 0}), schema)
+    with pytest.raises(ValueError, match="gives every label of click, like 0"):
+        check_train_config(TrainConfig(task_weights={"like": 0, "click": 0}), schema)
 
 
 def test_run_folder_in_use_is_refused(dataset, tmp_path):

@@ -53,7 +53,7 @@ class AutoFISConfig(OverArchSettings):
     layer_norm: bool = Field(default=False, description="deep: LayerNorm between each dense layer and its ReLU")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="deep: share dropped after each layer")
     input_norm: InputNormKind = Field(
-        default="none", description="deep: batch norm of its input, per embedding coordinate or per field"
+        default="none", description="deep: batch norm of its input, per dim, per field or per dim across fields"
     )
     initializer: Initializer = Field(
         default="glorot", description="deep: Glorot uniform and zero bias, or (torch) nn.Linear's own"

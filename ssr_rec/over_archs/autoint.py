@@ -51,7 +51,7 @@ class AutoIntConfig(OverArchSettings):
         default=0.0, ge=0.0, lt=1.0, description="released: share dropped of attention weights and after deep layers"
     )
     input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per embedding coordinate or per field"
+        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
     )
     initializer: Initializer = Field(
         default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, GELU_FLOPS, LAYER_NORM_FLOPS, Flops, dense_flops
 
 Initializer = Literal["glorot", "torch"]
-InputNormKind = Literal["none", "per_dim", "per_field"]
+InputNormKind = Literal["none", "per_dim", "per_field", "across_fields"]
 
 LAYER_NORM_EPS = 1e-6
 """Small, because the variance of fresh embeddings is: docs/over_archs.md has figures."""
@@ -53,26 +53,28 @@ def sizes(hidden: Sequence[int]) -> str:
 
 
 class InputNorm(nn.Module):
-    """Batch norm of the input vector, over every embedding coordinate or over every field.
+    """Batch norm of the input vector, with a mean, variance, scale and shift for what ``kind`` says.
 
-    ``per_field`` has one mean, variance, scale and shift for all the dims of a field, hence needs fields of equal dims.
-    In training each process normalises with its own share of the batch.
+    ``per_dim``: each of its F*D numbers; ``per_field``: each field, over its dims; ``across_fields``: each of the D
+    dims of an embedding, over the fields. The last two need fields of equal dims. In training each process normalises
+    with its own share of the batch.
     """
 
     def __init__(
         self,
-        kind: Literal["per_dim", "per_field"],
+        kind: Literal["per_dim", "per_field", "across_fields"],
         field_dims: Sequence[int],
         momentum: float = BATCH_NORM_MOMENTUM,
     ) -> None:
         super().__init__()
-        if kind == "per_field" and len(set(field_dims)) > 1:
+        if kind != "per_dim" and len(set(field_dims)) > 1:
             raise ValueError(
-                f"input_norm='per_field' needs fields of equal dims, got {list(field_dims)}: use input_norm='per_dim'"
+                f"input_norm={kind!r} needs fields of equal dims, got {list(field_dims)}: use input_norm='per_dim'"
             )
         self.momentum = momentum
         self.width = sum(field_dims)
-        self.channels = self.width if kind == "per_dim" else len(field_dims)
+        self.across_fields = kind == "across_fields"
+        self.channels = {"per_dim": self.width, "per_field": len(field_dims), "across_fields": field_dims[0]}[kind]
         self.weight = nn.Parameter(torch.ones(self.channels))
         self.bias = nn.Parameter(torch.zeros(self.channels))
         self.running_mean: Tensor
@@ -84,8 +86,10 @@ class InputNorm(nn.Module):
         """(B, F*D) -> (B, F*D)."""
         # One row has no variance; the last batch of an epoch may be one.
         use_batch = self.training and x.shape[0] > 1
+        shape = (-1, self.channels) if self.across_fields else (self.channels, -1)
+        grouped = x.unflatten(1, shape)
         y = F.batch_norm(
-            x.unflatten(1, (self.channels, -1)),
+            grouped.transpose(1, 2) if self.across_fields else grouped,
             self.running_mean,
             self.running_var,
             self.weight,
@@ -94,7 +98,7 @@ class InputNorm(nn.Module):
             momentum=self.momentum,
             eps=BATCH_NORM_EPS,
         )
-        return y.flatten(1)
+        return (y.transpose(1, 2) if self.across_fields else y).flatten(1)
 
     def flops(self) -> Flops:
         return Flops(elementwise=FOLDED_NORM_FLOPS * self.width)

@@ -23,7 +23,7 @@ class MLPConfig(OverArchSettings):
     layer_norm: bool = Field(default=False, description="LayerNorm between each dense layer and its activation")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of activations dropped after each layer")
     input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per embedding coordinate or per field"
+        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
     )
     initializer: Initializer = Field(
         default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"

@@ -28,7 +28,7 @@ class MMoEConfig(OverArchSettings):
     )
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each ReLU")
     input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per embedding coordinate or per field"
+        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
     )
     initializer: Initializer = Field(
         default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own; fans of one expert"

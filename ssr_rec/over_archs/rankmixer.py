@@ -23,7 +23,7 @@ class RankMixerConfig(OverArchSettings):
     ffn_ratio: int = Field(default=2, ge=1, description="hidden width of the FFN over dim (k in the paper)")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after the FFN's activation")
     input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per embedding coordinate or per field"
+        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
     )
     layer_norm_eps: float = Field(default=LAYER_NORM_EPS, gt=0.0, description="added to each token's variance")
     initializer: Initializer = Field(

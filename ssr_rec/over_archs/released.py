@@ -19,7 +19,7 @@ def load_released_weights(ssr: SSR, arrays: Mapping[str, np.ndarray]) -> None:
 
     Kernels are (in, out) as in Keras, and what a view owns is stacked along a first axis of V views::
 
-        input_norm/{gamma,beta,moving_mean,moving_variance}  (F*D,) per_dim, (F,) per_field
+        input_norm/{gamma,beta,moving_mean,moving_variance}  (F,) per_field, (D,) across_fields, (F*D,) per_dim
         layer{i}/w_proj, layer{i}/w_value                    (V, in, d); w_value with gate
         layer{i}/alpha, layer{i}/gamma                       (V, T), (V, d)
         layer{i}/indices                                     (V, d) integers, filter='static'

@@ -60,7 +60,7 @@ class SSRConfig(OverArchSettings):
     )
 
     input_norm: InputNormKind = Field(
-        default="none", description="released: batch norm of the input, per_dim in SSR-D, per_field in SSR-S"
+        default="none", description="released: batch norm of the input, across_fields in SSR-D, per_field in SSR-S"
     )
     input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of input dims dropped")
     output: Literal["concat", "mean"] = Field(

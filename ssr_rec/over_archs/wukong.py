@@ -36,7 +36,7 @@ class WukongConfig(OverArchSettings):
     )
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each ReLU")
     input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per embedding coordinate or per field"
+        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
     )
     layer_norm_eps: float = Field(default=LAYER_NORM_EPS, gt=0.0, description="added to every LayerNorm's variance")
     initializer: Initializer = Field(

@@ -116,6 +116,10 @@ def test_training_moves_the_statistics_evaluation_does_not() -> None:
     assert all(torch.equal(value, before[name]) for name, value in afn.named_buffers())
     afn.train()(x)
     assert before and not any(torch.equal(value, before[name]) for name, value in afn.named_buffers())
+    # By the authors' weight of a new batch, in the norms of logarithms, of neurons and of layers.
+    logs = x.abs().clamp(min=1e-4).log().view(ROWS, FIELDS, DIM).mean((0, 2))
+    close(afn.neurons.log_norm.running_mean, 0.9 * before["neurons.log_norm.running_mean"] + 0.1 * logs)
+    assert {module.momentum for module in afn.modules() if isinstance(module, InputNorm)} == {0.1}
 
 
 def test_a_training_batch_of_one_row_uses_the_running_statistics() -> None:

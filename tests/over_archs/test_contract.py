@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
         "residual": False,
         "layer_norm": True,
         "deep_hidden": [16, 8],
-        "input_norm": "per_dim",
+        "input_norm": "across_fields",
     },
     "autofis search": {"name": "autofis", "hidden": [16, 8]},
     "autofis search switched": {

@@ -19,7 +19,7 @@ SSR_D = SSRConfig(
     gate=True,
     residual=True,
     output="mean",
-    input_norm="per_dim",
+    input_norm="across_fields",
 )
 SSR_S = SSRConfig(
     filter="static",
@@ -42,7 +42,7 @@ def arrays_for(config: SSRConfig) -> Arrays:
     def normal(*shape: int, mean: float = 0.0) -> np.ndarray:
         return (mean + 0.3 * rng.standard_normal(shape)).astype(np.float32)
 
-    channels = F * D if config.input_norm == "per_dim" else F
+    channels = D if config.input_norm == "across_fields" else F
     arrays = {f"input_norm/{name}": normal(channels) for name in ("gamma", "beta", "moving_mean")}
     arrays["input_norm/moving_variance"] = rng.uniform(0.001, 2, channels).astype(np.float32)
     for i, width in enumerate(WIDTHS):
@@ -84,15 +84,17 @@ def competed(z: np.ndarray, alpha: np.ndarray, gamma: np.ndarray) -> np.ndarray:
     return gamma * x
 
 
-def input_norm(x: np.ndarray, a: Arrays, channels: int) -> np.ndarray:
-    grouped = x.reshape(B, channels, -1)
-    scale = a["input_norm/gamma"] / np.sqrt(a["input_norm/moving_variance"] + 1e-3)
-    shift = a["input_norm/beta"] - a["input_norm/moving_mean"] * scale
-    return (grouped * scale[:, None] + shift[:, None]).reshape(B, -1)
+def input_norm(x: np.ndarray, a: Arrays, axis: int) -> np.ndarray:
+    """Keras's batch norm of the embeddings (B, F, D) along an axis: -1, its default, in SSR-D and -2 in SSR-S."""
+    shape = (1, 1, D) if axis == -1 else (1, F, 1)
+    gamma, beta, mean, variance = (
+        a[f"input_norm/{name}"].reshape(shape) for name in ("gamma", "beta", "moving_mean", "moving_variance")
+    )
+    return (gamma * (x.reshape(B, F, D) - mean) / np.sqrt(variance + 1e-3) + beta).reshape(B, -1)
 
 
 def released_ssr_d(x: np.ndarray, a: Arrays) -> np.ndarray:
-    y = input_norm(x, a, F * D)
+    y = input_norm(x, a, axis=-1)
     for i in range(L):
         views = []
         for v in range(V):
@@ -105,7 +107,7 @@ def released_ssr_d(x: np.ndarray, a: Arrays) -> np.ndarray:
 
 
 def released_ssr_s(x: np.ndarray, a: Arrays) -> np.ndarray:
-    y = input_norm(x, a, F)
+    y = input_norm(x, a, axis=-2)
     for i in range(L):
         views = []
         for v in range(V):

@@ -25,6 +25,7 @@ SWITCHES = [
             {"layer_norm_eps": 1e-2},
             {"input_norm": "per_dim"},
             {"input_norm": "per_field"},
+            {"input_norm": "across_fields"},
             {"output": "mean"},
             {"output_mlp": [9]},
             {"fusion_dropout": 0.3},
@@ -79,17 +80,16 @@ def test_released_fusion_drops_the_dense_part_and_keeps_the_residual() -> None:
     torch.testing.assert_close(ssr.train()(batch()), expected.flatten(1))
 
 
-@pytest.mark.parametrize("kind", ["per_dim", "per_field"])
-def test_input_norm_in_training_and_its_running_statistics(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "over"), [("per_dim", (0,)), ("per_field", (0, 2)), ("across_fields", (0, 1))])
+def test_input_norm_in_training_and_its_running_statistics(kind: str, over: tuple[int, ...]) -> None:
     ssr = SSR(F, D, 1, SSRConfig(**SMALL, input_norm=kind)).double().train()
-    x = batch(32) * 3 + 1
-    grouped = x.unflatten(1, (F, D) if kind == "per_field" else (F * D, 1))
-    mean, var = grouped.mean((0, 2)), grouped.var((0, 2), unbiased=False)
-    y = ssr.prepare(x)
-    torch.testing.assert_close(y, ((grouped - mean[:, None]) / (var[:, None] + 1e-3).sqrt()).flatten(1))
-    torch.testing.assert_close(ssr.input_norm.running_mean, 0.01 * mean)
-    unbiased = grouped.var((0, 2), unbiased=True)
-    torch.testing.assert_close(ssr.input_norm.running_var, 0.99 + 0.01 * unbiased)
+    x = (batch(32) * 3 + 1).view(32, F, D)
+    mean, var = x.mean(over, keepdim=True), x.var(over, unbiased=False, keepdim=True)
+    y = ssr.prepare(x.flatten(1))
+    torch.testing.assert_close(y, ((x - mean) / (var + 1e-3).sqrt()).flatten(1))
+    torch.testing.assert_close(ssr.input_norm.running_mean, 0.01 * mean.flatten())
+    unbiased = x.var(over, unbiased=True)
+    torch.testing.assert_close(ssr.input_norm.running_var, 0.99 + 0.01 * unbiased.flatten())
 
 
 def test_a_training_batch_of_one_uses_the_running_statistics() -> None:
@@ -137,7 +137,8 @@ def test_the_filter_names_are_those_of_the_table() -> None:
     assert set(FilterName.__args__) == set(FILTERS)
 
 
-def test_per_field_input_norm_needs_equal_dims() -> None:
-    with pytest.raises(ValueError, match=r"input_norm='per_field'.*\[4, 2\].*per_dim"):
-        SSR(2, [4, 2], 1, SSRConfig(**SMALL, input_norm="per_field"))
+def test_input_norms_over_fields_need_equal_dims() -> None:
+    for kind in ("per_field", "across_fields"):
+        with pytest.raises(ValueError, match=rf"input_norm='{kind}'.*\[4, 2\].*per_dim"):
+            SSR(2, [4, 2], 1, SSRConfig(**SMALL, input_norm=kind))
     assert SSR(2, [4, 2], 1, SSRConfig(**SMALL, input_norm="per_dim"))(torch.randn(3, 6)).shape == (3, V * DV)
