@@ -74,6 +74,9 @@ def comparison_text(plan: Plan, frame: pd.DataFrame) -> str:
     for task, rows in frame.groupby("task", sort=False):
         parts += [f"### {task}", _task_table(plan, rows), task_sentence(rows)]
     notes = [_note(plan, row) for row in frame.drop_duplicates("system").to_dict("records")]
+    commits = sorted({commit for cell in frame["commits"] for commit in cell.split()})
+    if len(commits) > 1:
+        parts.append(f"The runs are of several versions of this code: {', '.join(commits)}.")
     return "\n\n".join([*parts, *(f"† {note}" for note in notes if note)]) + "\n"
 
 
@@ -110,6 +113,7 @@ def _row(plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, 
     over_arch: Mapping[str, Any] = first["over_arch"] if first else {}
     flops = over_arch.get("flops_per_sample")
     shared = sorted({workers[job.name] for job in final if job.seed in found and job.name in workers})
+    used = [reports[job] for job in {*plan.trial_jobs(system), *final} if job in reports]
     row: dict[str, Any] = {
         "task": task,
         "system": system,
@@ -123,6 +127,7 @@ def _row(plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, 
         "seeds": len(found),
         "sparsity": float(np.mean([_sparsity(report) for report in found.values()])) if found else math.nan,
         "winner": final[0].trial if final else None,
+        "commits": " ".join(sorted({report["git_commit"][:10] for report in used if report.get("git_commit")})),
         "chosen": _chosen(plan, final[0]) if final else "",
     }
     for name in METRICS:

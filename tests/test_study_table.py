@@ -115,6 +115,15 @@ def test_the_star_needs_a_small_p_and_a_better_mean(plan, reports, values, signi
     assert ("** *" in line) == significant
 
 
+def test_runs_of_several_commits_are_said(plan, reports):
+    for job, one in reports.items():
+        one["git_commit"] = {MLP: "a" * 40, MIXER: None, SSR: "a" * 40}[job.system]
+    assert "versions of this code" not in comparison_text(plan, summarise(plan, reports, {}))
+    # Also a trial that lost took part in the choice.
+    reports[Job(SSR, 0, 0)]["git_commit"] = "b" * 40
+    assert f"versions of this code: {'a' * 10}, {'b' * 10}." in comparison_text(plan, summarise(plan, reports, {}))
+
+
 def test_table_and_sentence(plan, reports):
     text = comparison_text(plan, summarise(plan, reports, {"dense_mlp-t1-s0": 2, "rankmixer-t1-s1": 16}))
     assert text.startswith("**tiny** (tiny-0)")
@@ -136,6 +145,7 @@ def test_table_and_sentence(plan, reports):
         in click
         and "with 0.4 times its parameters." in click
     )
+    assert "versions of this code" not in text
     # A metric that no system has is no column; one of a single class has no AUC.
     assert "GAUC" not in like and "AUC" not in like.split("\n")[2] and "No system has a test AUC for like." in like
     assert "†" not in text
