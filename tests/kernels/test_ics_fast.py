@@ -1,5 +1,7 @@
 """The C++ ICS against plain loops, the reference and torch's checks of a custom operator."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -208,6 +210,16 @@ def test_ties_at_the_threshold_are_dead() -> None:
     y = ics(z, torch.tensor([[1.0, 0.5]]), None)
     y.sum().backward()
     assert not y.any() and z.grad is not None and not z.grad.any()
+
+
+@pytest.mark.parametrize("rates", product((1.0, 0.5, 0.0, -0.5, -1.0), repeat=2))
+@pytest.mark.parametrize("gain", [1.0, -2.0, 0.0])
+def test_values_exactly_at_zero_or_a_threshold(rates: tuple[float, float], gain: float) -> None:
+    """Sums of a few powers of two, which nothing rounds: both forms must take the same side of every kink."""
+    rows = [[4, 2, 0, -5], [1, 1, 1, 1], [0, 0, 0, 0], [-1, -2, -0.0, -3], [2, 2, 0, 0], [8, 4, 4, 0]]
+    z, grad = torch.tensor(rows).unsqueeze(1), torch.tensor([1.0, -2.0, 4.0, 8.0]).expand(6, 1, 4)
+    given = (z, torch.tensor([rates]), torch.full((1, 4), gain), grad)
+    assert all(map(torch.equal, run(*given), run(*given, ics_reference)))
 
 
 @pytest.mark.parametrize("sign", ["positive", "mixed"])
