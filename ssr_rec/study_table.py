@@ -69,11 +69,15 @@ def runs_frame(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.D
 
 
 def comparison_text(plan: Plan, frame: pd.DataFrame) -> str:
-    """Caption, a Markdown table and a sentence per task, and what is missing."""
+    """Caption, a Markdown table and a sentence per task, the settings that were chosen, and what is missing."""
     parts = [_caption(plan, frame)]
     for task, rows in frame.groupby("task", sort=False):
         parts += [f"### {task}", _task_table(plan, rows), task_sentence(rows)]
-    notes = [_note(plan, row) for row in frame.drop_duplicates("system").to_dict("records")]
+    systems = frame.drop_duplicates("system").to_dict("records")
+    chosen = [f"- {row['system']}: {row['chosen']}" for row in systems if row["chosen"]]
+    if chosen:
+        parts += ["### Chosen on validation", "\n".join(chosen)]
+    notes = [_note(plan, row) for row in systems]
     commits = sorted({commit for cell in frame["commits"] for commit in cell.split()})
     if len(commits) > 1:
         parts.append(f"The runs are of several versions of this code: {', '.join(commits)}.")
@@ -180,7 +184,7 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
     header = ["system", "Params", "FLOPs", *(METRICS[name] for name in metrics)]
     header += [f"p against {best_baseline}" if best_baseline else "p"]
     has_sparsity = bool(rows["sparsity"].notna().any())
-    header += [*(["sparsity"] if has_sparsity else []), "samples/s", "trials", "chosen"]
+    header += [*(["sparsity"] if has_sparsity else []), "samples/s", "trials"]
     lines = []
     for row in rows.to_dict("records"):
         cells = [f"{row['system']} †" if _note(plan, row) else row["system"]]
@@ -194,7 +198,7 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
         cells.append(_p(row["p"]))
         if has_sparsity:
             cells.append("-" if math.isnan(row["sparsity"]) else f"{row['sparsity']:.1%}")
-        lines.append([*cells, _short(row["samples_per_s"]), trials, row["chosen"] or "-"])
+        lines.append([*cells, _short(row["samples_per_s"]), trials])
     return markdown_table(header, lines)
 
 

@@ -136,7 +136,8 @@ def test_table_and_sentence(plan, reports):
         if "|" in line
     }
     assert lines[MIXER][:5] == ["1.00k", "2.05M", ".7200 ± .0100", ".6200 ± .0100", ".2800 ± .0100"]
-    assert lines[MIXER][5:] == ["-", "3.00k", "2", "epochs 2, dropout 0.5, embeddings.learning_rate 0.1"]
+    assert lines[MIXER][5:] == ["-", "3.00k", "2"]
+    assert f"### Chosen on validation\n\n- {MLP}: epochs 2\n- {MIXER}: epochs 2, dropout 0.5, embeddings" in like
     assert lines[SSR][2:5] == ["**.7800 ± .0265** *", "**.6800 ± .0265**", "**.2200 ± .0265**"]
     assert lines[MLP][2] == ".7000 ± .0000"
     p = summarise(plan, reports, {}).set_index(["task", "system"]).loc[("click", SSR), "p"]
