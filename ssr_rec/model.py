@@ -17,7 +17,7 @@ from ssr_rec.data.batch import Batch
 from ssr_rec.embeddings import ConcatFields
 from ssr_rec.managed import ManagedIds
 from ssr_rec.over_archs import OverArch
-from ssr_rec.over_archs.layers import ViewLinear
+from ssr_rec.over_archs.layers import Dropout, ViewLinear
 from ssr_rec.settings import Settings
 
 
@@ -40,7 +40,7 @@ class Heads(nn.Module):
         self.towers = nn.ModuleList(
             ViewLinear(num_tasks, fan_in, fan_out, "glorot") for fan_in, fan_out in pairwise(widths)
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.weight = nn.Parameter(torch.empty(num_tasks, widths[-1]))
         self.bias = nn.Parameter(torch.zeros(num_tasks))
         nn.init.xavier_uniform_(self.weight)

@@ -11,12 +11,13 @@ view's dense layer sees, ``A`` the type the arithmetic is done in: float64 for f
         -> grad_z (B,V,d) of z's type, grad_alpha (V,T) of alpha's, grad_gamma (V,d) of gamma's; (0,) without gamma
 
     view_fusion_forward(x, indices (V,N) int64 | None, weight (V,N,d), bias (V,d), residual (B,V,d) | None,
-                        scale (V,d) | None, shift (V,d) | None, eps: float, save: bool)
+                        scale (V,d) | None, shift (V,d) | None, eps: float, save: bool,
+                        keep (B,V,d) bool | None, keep_share: float)
         -> y (B,V,d), pre (V,B,d): h W before the bias, stats (V,B,2): mean and 1 / deviation of each row
            x is (B, width) with indices, (B,V,N) without; scale and shift come together or not at all.
            save=False: nothing follows that needs pre and stats, and they are (0,); stats is (0,) without scale too.
     view_fusion_backward(grad (B,V,d), x, indices | None, weight, bias, residual | None, scale | None, pre, stats,
-                         need_x: bool)
+                         need_x: bool, keep | None, keep_share: float)
         -> grad_x like x, grad_weight, grad_bias, grad_residual, grad_scale, grad_shift; (0,) for what is None,
            and for grad_x with need_x=False
 

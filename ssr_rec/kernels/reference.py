@@ -28,10 +28,14 @@ def view_fusion_reference(
     scale: Tensor | None,
     shift: Tensor | None,
     eps: float,
+    keep: Tensor | None = None,
+    keep_share: float = 1.0,
 ) -> Tensor:
     """Equations 3, 5 and 6, step by step; ``ssr_rec.kernels.view_fusion`` says what it computes."""
     h = x if indices is None else gather_views(x, indices)
     z = F.gelu(torch.baddbmm(bias.unsqueeze(1), h.transpose(0, 1), weight))
+    if keep is not None:
+        z = z * keep.transpose(0, 1).to(z.dtype).mul_(1 / keep_share)
     if residual is not None:
         z = residual.transpose(0, 1) + z
     if scale is not None and shift is not None:

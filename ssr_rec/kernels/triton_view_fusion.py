@@ -35,15 +35,17 @@ def view_fusion_forward(
     shift: Tensor | None,
     eps: float,
     save: bool,
+    keep: Tensor | None = None,
+    keep_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, V, d), the products before the bias (V, B, d), and mean and 1 / deviation of each row (V, B, 2)."""
     batch, (views, _, dim) = x.shape[0], weight.shape
     y = x.new_empty(batch, views, dim)
-    keep = save and scale is not None
-    stats = x.new_empty(views, batch, 2, dtype=_accumulate(x)) if keep else x.new_empty(0)
+    summed = save and scale is not None
+    stats = x.new_empty(views, batch, 2, dtype=_accumulate(x)) if summed else x.new_empty(0)
     if x.dtype in FUSED_TYPES and dim <= WIDEST_FUSED:
         pre = x.new_empty((views, batch, dim) if save else 0)
-        launch_fused(x, indices, weight, bias, residual, scale, shift, eps, save, y, pre, stats)
+        launch_fused(x, indices, weight, bias, residual, scale, shift, eps, keep, keep_share, save, y, pre, stats)
         return y, pre, stats
     pre = torch.bmm(_views(x, indices), weight.to(x.dtype))
     rows, block = tile_of(dim)
@@ -51,13 +53,14 @@ def view_fusion_forward(
         with torch.cuda.device_of(x):
             epilogue[(triton.cdiv(batch, rows) * views,)](
                 pre,
-                *map(_contiguous, (bias, residual, scale, shift)),
+                *map(_contiguous, (bias, residual, _bytes(keep), scale, shift)),
                 y,
-                stats if keep else None,
+                stats if summed else None,
                 batch,
                 views,
                 dim,
                 EPS=eps,
+                KEPT=1 / keep_share,
                 ROWS=rows,
                 BLOCK=block,
                 A=_type_of(x),
@@ -77,6 +80,8 @@ def view_fusion_backward(
     pre: Tensor,
     stats: Tensor,
     need_x: bool,
+    keep: Tensor | None = None,
+    keep_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, residual, scale and shift; (0,) for what is None, or for x when not needed."""
     batch, (views, _, dim) = x.shape[0], weight.shape
@@ -90,7 +95,7 @@ def view_fusion_backward(
             epilogue_backward[(programs * views,)](
                 grad,
                 pre,
-                *map(_contiguous, (bias, residual, scale)),
+                *map(_contiguous, (bias, residual, _bytes(keep), scale)),
                 None if scale is None else stats,
                 grad_pre,
                 None if residual is None else grad_residual,
@@ -100,6 +105,7 @@ def view_fusion_backward(
                 dim,
                 programs,
                 *grad.stride(),
+                KEPT=1 / keep_share,
                 ROWS=rows,
                 BLOCK=block,
                 A=_type_of(x),
@@ -170,6 +176,8 @@ def launch_fused(
     scale: Tensor | None,
     shift: Tensor | None,
     eps: float,
+    keep: Tensor | None,
+    keep_share: float,
     save: bool,
     y: Tensor,
     pre: Tensor,
@@ -185,7 +193,7 @@ def launch_fused(
     with torch.cuda.device_of(x):
         fused[(triton.cdiv(batch, FUSED_ROWS) * views,)](
             x,
-            *map(_contiguous, (indices, weight, bias, residual, scale, shift)),
+            *map(_contiguous, (indices, weight, bias, residual, _bytes(keep), scale, shift)),
             y,
             pre if save else None,
             stats if stats.numel() else None,
@@ -198,6 +206,7 @@ def launch_fused(
             x_view,
             x_dim,
             EPS=eps,
+            KEPT=1 / keep_share,
             ROWS=FUSED_ROWS,
             BLOCK=block,
             INNER=FUSED_INNER,
@@ -208,6 +217,10 @@ def launch_fused(
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _bytes(keep: Tensor | None) -> Tensor | None:
+    return None if keep is None else keep.view(torch.uint8)
 
 
 def _accumulate(x: Tensor) -> torch.dtype:

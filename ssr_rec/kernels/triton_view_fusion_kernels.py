@@ -15,8 +15,16 @@ def _halves(u):
 
 
 @triton.jit
-def _before_norm(u, residual, at, inside, A: tl.constexpr):
-    s = u * _halves(u)
+def _kept(s, keep, at, inside, KEPT: tl.constexpr):
+    """s times what dropout multiplies it by."""
+    if keep is not None:
+        s = tl.where(tl.load(keep + at, mask=inside, other=0) != 0, s * KEPT, 0.0)
+    return s
+
+
+@triton.jit
+def _before_norm(u, residual, keep, at, inside, KEPT: tl.constexpr, A: tl.constexpr):
+    s = _kept(u * _halves(u), keep, at, inside, KEPT)
     if residual is not None:
         s += tl.load(residual + at, mask=inside, other=0.0).to(A)
     return s
@@ -32,24 +40,26 @@ def _of_view(parameter, view, dim, column, A: tl.constexpr):
 def _finish(
     u,
     residual,
+    keep,
     scale,
     shift,
     y,
     stats,
     row,
-    valid,
     view,
     column,
-    inside,
     batch,
     views,
     dim,
     EPS: tl.constexpr,
+    KEPT: tl.constexpr,
     A: tl.constexpr,
 ):
-    """GELU, residual and LayerNorm of a tile ``u = h W + c``; writes y and, if asked for, the statistics."""
+    """GELU, dropout, residual and LayerNorm of a tile ``u = h W + c``; writes y and, if asked for, the statistics."""
+    valid = row < batch
+    inside = valid[:, None] & (column < dim)[None, :]
     at = (row * views + view)[:, None] * dim + column[None, :]
-    s = _before_norm(u, residual, at, inside, A)
+    s = _before_norm(u, residual, keep, at, inside, KEPT, A)
     if scale is not None:
         mean = tl.sum(tl.where(inside, s, 0.0), 1) / dim
         s = tl.where(inside, s - mean[:, None], 0.0)
@@ -83,6 +93,7 @@ def epilogue(
     pre,
     bias,
     residual,
+    keep,
     scale,
     shift,
     y,
@@ -91,6 +102,7 @@ def epilogue(
     views,
     dim,
     EPS: tl.constexpr,
+    KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     A: tl.constexpr,
@@ -102,7 +114,7 @@ def epilogue(
     inside = valid[:, None] & (column < dim)[None, :]
     u = tl.load(pre + (view * batch + row)[:, None] * dim + column[None, :], mask=inside, other=0.0).to(A)
     u += _of_view(bias, view, dim, column, A)
-    _finish(u, residual, scale, shift, y, stats, row, valid, view, column, inside, batch, views, dim, EPS, A)
+    _finish(u, residual, keep, scale, shift, y, stats, row, view, column, batch, views, dim, EPS, KEPT, A)
 
 
 @triton.jit
@@ -112,6 +124,7 @@ def fused(
     weight,
     bias,
     residual,
+    keep,
     scale,
     shift,
     y,
@@ -126,6 +139,7 @@ def fused(
     x_view,
     x_dim,
     EPS: tl.constexpr,
+    KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
@@ -158,7 +172,7 @@ def fused(
     if pre is not None:
         tl.store(pre + (view * batch + row)[:, None] * dim + column[None, :], rounded, mask=inside)
     u = rounded.to(tl.float32) + _of_view(bias, view, dim, column, tl.float32)
-    _finish(u, residual, scale, shift, y, stats, row, valid, view, column, inside, batch, views, dim, EPS, tl.float32)
+    _finish(u, residual, keep, scale, shift, y, stats, row, view, column, batch, views, dim, EPS, KEPT, tl.float32)
 
 
 @triton.jit
@@ -167,6 +181,7 @@ def epilogue_backward(
     pre,
     bias,
     residual,
+    keep,
     scale,
     stats,
     grad_pre,
@@ -181,6 +196,7 @@ def epilogue_backward(
     grad_batch,
     grad_view,
     grad_dim,
+    KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     A: tl.constexpr,
@@ -203,7 +219,7 @@ def epilogue_backward(
         views_first = (view * batch + row)[:, None] * dim + column[None, :]
         u = tl.load(pre + views_first, mask=inside, other=0.0).to(A) + of_bias
         if scale is not None:
-            s = _before_norm(u, residual, rows_first, inside, A)
+            s = _before_norm(u, residual, keep, rows_first, inside, KEPT, A)
             mean = tl.load(stats + (view * batch + row) * 2, mask=valid, other=0.0).to(A)
             inverse = tl.load(stats + (view * batch + row) * 2 + 1, mask=valid, other=0.0).to(A)
             normal = tl.where(inside, (s - mean[:, None]) * inverse[:, None], 0.0)
@@ -214,6 +230,7 @@ def epilogue_backward(
             g = inverse[:, None] * (g - (tl.sum(g, 1) / dim)[:, None] - normal * along[:, None])
         if grad_residual is not None:
             tl.store(grad_residual + rows_first, g, mask=inside)
+        g = _kept(g, keep, rows_first, inside, KEPT)
         # u times the normal density, plus its distribution function.
         g *= u * 0.3989422804014327 * tl.exp(-0.5 * u * u) + _halves(u)
         sum_bias += tl.sum(tl.where(inside, g, 0.0), 0)

@@ -21,8 +21,10 @@ def view_fusion(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 0.0,
+    keep: Tensor | None = None,
+    keep_share: float = 1.0,
 ) -> Tensor:
-    """One dense layer per view: ``LN(gelu(h W + bias) + residual) * scale + shift`` (eq. 3, 5 and 6).
+    """One dense layer per view: ``LN(dropout(gelu(h W + bias)) + residual) * scale + shift`` (eq. 3, 5 and 6).
 
     ``h`` is ``x``, or, with ``indices``, for each view the dims of ``x`` that they name. GELU is the exact one; LN goes
     over the d dims of a view. The fast form computes it block by block of rows and gathers again in the backward pass;
@@ -38,6 +40,8 @@ def view_fusion(
         scale: (V, d); None for no LN at all.
         shift: (V, d), None exactly where ``scale`` is.
         eps: added to the variance of LN.
+        keep: (B, V, d) bool, the dims that dropout leaves; None for no dropout.
+        keep_share: what they are divided by, the probability of staying.
 
     Returns:
         (B, V, d), of the type of the weights; on a GPU under autocast, of autocast's.
@@ -46,7 +50,7 @@ def view_fusion(
         ValueError: the shapes do not belong together, or an index is not a dim of x; on a GPU, which nobody waits
             for, what a view sees there is NaN instead.
     """
-    check_shapes(x, indices, weight, bias, residual, scale, shift)
+    check_shapes(x, indices, weight, bias, residual, scale, shift, keep)
     device = x.device.type
     if device in FAST_TYPES and torch.is_autocast_enabled(device):
         # A GPU's form has products of 16 bits, as autocast wants them; the CPU's has none.
@@ -54,8 +58,8 @@ def view_fusion(
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     parameters = {t.dtype for t in (weight, bias, scale, shift) if t is not None}
     if _has_form(x, residual, parameters) and has_operators(device):
-        return torch.ops.ssr_rec.view_fusion(x, indices, weight, bias, residual, scale, shift, eps)
-    return view_fusion_reference(x, indices, weight, bias, residual, scale, shift, eps)
+        return torch.ops.ssr_rec.view_fusion(x, indices, weight, bias, residual, scale, shift, eps, keep, keep_share)
+    return view_fusion_reference(x, indices, weight, bias, residual, scale, shift, eps, keep, keep_share)
 
 
 def _has_form(x: Tensor, residual: Tensor | None, parameters: set[torch.dtype]) -> bool:
@@ -74,6 +78,7 @@ def check_shapes(
     residual: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    keep: Tensor | None = None,
 ) -> None:
     views, seen, dim = weight.shape
     if indices is None and x.shape[1:] != (views, seen):
@@ -85,7 +90,10 @@ def check_shapes(
     for name, tensor in (("bias", bias), ("scale", scale), ("shift", shift)):
         if tensor is not None and tensor.shape != (views, dim):
             raise ValueError(f"{name} {tuple(tensor.shape)} must be (V, d) = {(views, dim)}")
-    if residual is not None and residual.shape != (x.shape[0], views, dim):
-        raise ValueError(f"residual {tuple(residual.shape)} must be (B, V, d) = {(x.shape[0], views, dim)}")
+    for name, tensor in (("residual", residual), ("keep", keep)):
+        if tensor is not None and tensor.shape != (x.shape[0], views, dim):
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be (B, V, d) = {(x.shape[0], views, dim)}")
+    if keep is not None and keep.dtype != torch.bool:
+        raise ValueError(f"keep is {keep.dtype}: it must be bool, true where dropout leaves a dim")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together: give both, or neither for no LayerNorm")

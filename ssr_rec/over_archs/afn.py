@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import Flops, OverArch, OverArchSettings, equal_dim
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNorm, InputNormKind, make_input_norm, sizes
+from ssr_rec.over_archs.layers import DenseStack, Dropout, Initializer, InputNorm, InputNormKind, make_input_norm, sizes
 
 NEURON_STD = 0.1
 """Start of the orders, from the authors' code: normal, small enough that exp stays near 1."""
@@ -116,7 +116,7 @@ class HiddenLayers(nn.Sequential):
             if config.hidden_norm == "batch":
                 self.append(InputNorm("per_dim", (width,), MOMENTUM))
             if config.dropout:
-                self.append(nn.Dropout(config.dropout))
+                self.append(Dropout(config.dropout))
             fan_in = width
 
     def flops(self) -> Flops:

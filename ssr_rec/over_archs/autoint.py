@@ -22,6 +22,7 @@ from ssr_rec.over_archs.base import (
 from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
+    Dropout,
     Initializer,
     InputNormKind,
     init_dense_,
@@ -80,7 +81,7 @@ class InteractingLayer(nn.Module):
         self.score_scale = config.attention_dim**-0.5 if config.scale else None
         self.project = nn.Linear(dim, (4 if config.residual else 3) * self.width, bias=False)
         init_dense_(self.project.weight, None, dim, self.width, config.initializer)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.norm = nn.LayerNorm(self.width, eps=LAYER_NORM_EPS) if config.layer_norm else None
 
     def forward(self, x: Tensor) -> Tensor:

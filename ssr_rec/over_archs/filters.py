@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssr_rec.kernels import gather_views, ics
 from ssr_rec.over_archs.base import Flops, dense_flops
-from ssr_rec.over_archs.layers import init_dense_
+from ssr_rec.over_archs.layers import Dropout, init_dense_
 
 if TYPE_CHECKING:
     from ssr_rec.over_archs.ssr import SSRConfig
@@ -193,7 +193,7 @@ class DropoutFilter(NoFilter):
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
-        self.dropout = nn.Dropout(config.filter_dropout)
+        self.dropout = Dropout(config.filter_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(super().forward(x))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, OverArchSettings, dense_flops
-from ssr_rec.over_archs.layers import Initializer, InputNormKind, ViewLinear, init_dense_, make_input_norm
+from ssr_rec.over_archs.layers import Dropout, Initializer, InputNormKind, ViewLinear, init_dense_, make_input_norm
 
 
 class MMoEConfig(OverArchSettings):
@@ -49,7 +49,7 @@ class ReluStacks(nn.Module):
         self.layers = nn.ModuleList(
             ViewLinear(num_stacks, before, after, config.initializer) for before, after in pairwise([fan_in, *hidden])
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -77,7 +77,7 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.first = nn.Linear(fan_in, num_experts * width)
         init_dense_(self.first.weight, self.first.bias, fan_in, width, config.initializer)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.rest = ReluStacks(num_experts, width, config.expert_hidden[1:], config)
 
     def forward(self, x: Tensor) -> Tensor:

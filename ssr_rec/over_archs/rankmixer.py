@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import GELU_FLOPS, LAYER_NORM_FLOPS, Flops, OverArch, OverArchSettings
-from ssr_rec.over_archs.layers import LAYER_NORM_EPS, Initializer, InputNormKind, ViewLinear, make_input_norm
+from ssr_rec.over_archs.layers import LAYER_NORM_EPS, Dropout, Initializer, InputNormKind, ViewLinear, make_input_norm
 
 
 class RankMixerConfig(OverArchSettings):
@@ -62,7 +62,7 @@ class RankMixerBlock(nn.Module):
         tokens, dim, inner = config.num_tokens, config.dim, config.ffn_ratio * config.dim
         self.mixing_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.dense1 = ViewLinear(tokens, dim, inner, config.initializer)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.dense2 = ViewLinear(tokens, inner, dim, config.initializer)
         self.ffn_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 

@@ -15,6 +15,7 @@ from ssr_rec.over_archs.filters import FILTERS, FilterName, StaticRandomFilter
 from ssr_rec.over_archs.layers import (
     LAYER_NORM_EPS,
     DenseStack,
+    Dropout,
     Initializer,
     InputNormKind,
     ViewLayerNorm,
@@ -117,7 +118,7 @@ class ViewFusion(nn.Module):
         views, dim = config.num_views, config.view_dim
         self.dense = ViewLinear(views, fan_in, dim, config.initializer)
         self.dense2 = ViewLinear(views, dim, dim, config.initializer) if config.fusion_layers == 2 else None
-        self.dropout = nn.Dropout(config.fusion_dropout)
+        self.dropout = Dropout(config.fusion_dropout)
         self.norm = ViewLayerNorm(views, dim, config.layer_norm_eps)
         self.residual = config.residual
 
@@ -130,11 +131,11 @@ class ViewFusion(nn.Module):
         if self.dense2 is not None:
             x, indices = view_fusion(x, indices, self.dense.weight, self.dense.bias), None
         last = self.dense if self.dense2 is None else self.dense2
+        norm = (self.norm.weight, self.norm.bias, self.norm.eps)
         if not (self.training and self.dropout.p):
-            norm = (self.norm.weight, self.norm.bias, self.norm.eps)
             return view_fusion(x, indices, last.weight, last.bias, residual, *norm)
-        z = self.dropout(view_fusion(x, indices, last.weight, last.bias))
-        return self.norm((z if residual is None else residual + z).transpose(0, 1)).transpose(0, 1)
+        kept = self.dropout.draw((x.shape[0], *self.norm.weight.shape), x.device)
+        return view_fusion(x, indices, last.weight, last.bias, residual, *norm, *kept)
 
     def flops(self) -> Flops:
         dims = self.norm.weight.numel()
@@ -175,7 +176,7 @@ class SSR(OverArch):
         self.config = config = config or SSRConfig()
         wide = config.num_views * config.view_dim
         self.input_norm = make_input_norm(config.input_norm, self.field_dims)
-        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.input_dropout = Dropout(config.input_dropout)
         self.layers = nn.ModuleList(
             SSRLayer(self.in_features if i == 0 else wide, i, config) for i in range(config.num_layers)
         )

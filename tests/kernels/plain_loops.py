@@ -34,13 +34,23 @@ def ics_by_loops(z: Array, alpha: Array, gamma: Array, grad: Array) -> tuple[Arr
 
 
 def fusion_by_loops(
-    h: Array, weight: Array, bias: Array, residual: Array | None, scale: Array | None, shift: Array | None, eps: float
+    h: Array,
+    weight: Array,
+    bias: Array,
+    residual: Array | None,
+    scale: Array | None,
+    shift: Array | None,
+    eps: float,
+    keep: NDArray[np.bool_] | None = None,
+    keep_share: float = 1.0,
 ) -> Array:
     """Equations 5 and 6 for what the views see, h (B, V, N): (B, V, d)."""
     y = np.zeros((*h.shape[:2], weight.shape[2]))
     for b, v in np.ndindex(h.shape[:2]):
         z = h[b, v] @ weight[v] + bias[v]
         a = np.array([0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in z])
+        if keep is not None:
+            a = np.array([value / keep_share if kept else 0.0 for value, kept in zip(a, keep[b, v], strict=True)])
         if residual is not None:
             a = a + residual[b, v]
         if scale is not None and shift is not None:

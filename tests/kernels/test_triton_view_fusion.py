@@ -30,15 +30,17 @@ SHAPES = [(5, 3, 8, 8), (17, 2, 12, 20), (3, 1, 1, 1), (2, 2, 40, 5)]
 
 class TritonFusion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, indices, weight, bias, residual, scale, shift, eps):
-        y, pre, stats = fusion.view_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, True)
+    def forward(ctx, x, indices, weight, bias, residual, scale, shift, eps, *kept):
+        y, pre, stats = fusion.view_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, True, *kept)
         ctx.save_for_backward(x, indices, weight, bias, residual, scale, pre, stats)
+        ctx.kept = kept
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        of_x, *rest = fusion.view_fusion_backward(grad, *ctx.saved_tensors, True)
-        return of_x, None, *(g if need else None for g, need in zip(rest, ctx.needs_input_grad[2:], strict=False)), None
+        of_x, *rest = fusion.view_fusion_backward(grad, *ctx.saved_tensors, True, *ctx.kept)
+        wanted = (g if need else None for g, need in zip(rest, ctx.needs_input_grad[2:], strict=False))
+        return of_x, None, *wanted, None, *(None for _ in ctx.kept)
 
 
 def draw(shape, form, dtype=torch.float64, seed=0) -> list[Tensor | None]:
@@ -110,6 +112,28 @@ def test_gradients_are_those_of_the_plain_form(shape, form):
     torch.testing.assert_close(TritonFusion.apply(*inputs, EPS), view_fusion_reference(*inputs, EPS))
     found = gradients(TritonFusion.apply, inputs, upstream)
     torch.testing.assert_close(found, gradients(view_fusion_reference, inputs, upstream))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, FUSED_TYPE])
+def test_dropout(form, dtype):
+    inputs = draw((17, 2, 12, 20), form, dtype)
+    upstream = torch.randn(17, 2, 20, device=DEVICE).to(dtype)
+    # Rows of views first, to be turned.
+    keep = (torch.rand(2, 17, 20, device=DEVICE) < 0.7).transpose(0, 1)
+
+    def with_dropout(function):
+        return lambda *given: function(*given, keep, 0.7)
+
+    ours, plain = with_dropout(TritonFusion.apply), with_dropout(view_fusion_reference)
+    exact = [x.detach().double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    found = (ours(*inputs, EPS), *gradients(ours, inputs, upstream))
+    wanted = (plain(*exact, EPS), *gradients(plain, exact, upstream.double()))
+    unit = 10 * torch.finfo(dtype).eps
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype and (one.double() - other).norm() <= unit * other.norm()
+    if not FORMS[form]["residual"] and not FORMS[form]["norm"]:
+        assert not found[0][~keep].any() and found[0][keep].any()
 
 
 @pytest.mark.parametrize("form", ["static residual", "dynamic", "first of two layers"])

@@ -28,7 +28,12 @@ NAMES = ("x", "indices", "weight", "bias", "residual", "scale", "shift")
 
 
 def inputs(
-    shape: str, rows: int, residual: bool = False, norm: bool = True, dtype: torch.dtype = torch.float64
+    shape: str,
+    rows: int,
+    residual: bool = False,
+    norm: bool = True,
+    dtype: torch.dtype = torch.float64,
+    keep: bool = False,
 ) -> dict[str, Tensor | None]:
     views, seen, dim, width = SHAPES[shape]
     generator = torch.Generator().manual_seed(rows)
@@ -46,19 +51,20 @@ def inputs(
         "residual": draw(rows, views, dim) if residual else None,
         "scale": draw(views, dim) if norm else None,
         "shift": draw(views, dim) if norm else None,
-    }
+    } | ({"keep": draw(rows, views, dim) > -0.5, "keep_share": 0.7} if keep else {})
+
+
+def is_real(value: Tensor | float | None) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def run(tensors: dict[str, Tensor | None], form: Any = view_fusion) -> list[Tensor]:
     """y and the gradients of all floating inputs."""
-    args = {
-        name: t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t
-        for name, t in tensors.items()
-    }
+    args = {name: t.detach().clone().requires_grad_() if is_real(t) else t for name, t in tensors.items()}
     y = form(**args, eps=EPS)
     generator = torch.Generator().manual_seed(5)
     grad = torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y.dtype)
-    leaves = [t for t in args.values() if t is not None and t.requires_grad]
+    leaves = [t for t in args.values() if is_real(t)]
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
@@ -70,12 +76,13 @@ def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> No
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("residual", "norm"), [(False, True), (True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 37, 300, 530])
-def test_equals_the_plain_form(shape: str, residual: bool, norm: bool, rows: int) -> None:
-    tensors = inputs(shape, rows, residual, norm)
+def test_equals_the_plain_form(shape: str, residual: bool, norm: bool, rows: int, keep: bool) -> None:
+    tensors = inputs(shape, rows, residual, norm, keep=keep)
     plain = run(tensors, view_fusion_reference)
     assert_near(run(tensors), plain, 1e-11)
-    small = {name: t.float() if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
+    small = {name: t.float() if is_real(t) else t for name, t in tensors.items()}
     ours = run(small)
     assert all(t.dtype == torch.float32 for t in ours)
     assert_near([t.double() for t in ours], plain, 1e-5)
@@ -83,19 +90,22 @@ def test_equals_the_plain_form(shape: str, residual: bool, norm: bool, rows: int
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("residual", "norm"), [(False, True), (True, True), (False, False)])
-def test_equals_plain_loops(shape: str, residual: bool, norm: bool) -> None:
-    tensors = inputs(shape, 9, residual, norm)
-    a = {name: None if t is None else t.numpy() for name, t in tensors.items()}
-    h = a["x"] if a["indices"] is None else np.stack([row[a["indices"]] for row in a["x"]])
-    plain = fusion_by_loops(h, a["weight"], a["bias"], a["residual"], a["scale"], a["shift"], EPS)
+@pytest.mark.parametrize("keep", [False, True])
+def test_equals_plain_loops(shape: str, residual: bool, norm: bool, keep: bool) -> None:
+    tensors = inputs(shape, 9, residual, norm, keep=keep)
+    a = {name: t.numpy() if isinstance(t, Tensor) else t for name, t in tensors.items()}
+    x, indices = a.pop("x"), a.pop("indices")
+    h = x if indices is None else np.stack([row[indices] for row in x])
+    plain = fusion_by_loops(h, eps=EPS, **a)
     np.testing.assert_allclose(view_fusion(**tensors, eps=EPS).numpy(), plain, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", ["odd", "own odd input"])
 @pytest.mark.parametrize(("residual", "norm"), [(False, True), (True, True), (True, False)])
-def test_gradcheck(shape: str, residual: bool, norm: bool) -> None:
-    tensors = inputs(shape, 3, residual, norm)
-    names = [name for name, t in tensors.items() if t is not None and t.is_floating_point()]
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradcheck(shape: str, residual: bool, norm: bool, keep: bool) -> None:
+    tensors = inputs(shape, 3, residual, norm, keep=keep)
+    names = [name for name, t in tensors.items() if is_real(t)]
     leaves = [tensors[name].requires_grad_() for name in names]
     # A large eps: with the real one the third derivative is too large for a difference quotient.
     assert torch.autograd.gradcheck(
@@ -129,8 +139,10 @@ def test_a_nan_and_an_infinity_stay_in_their_row() -> None:
 
 
 @pytest.mark.parametrize("shape", ["narrow", "own input", "wide"])
-def test_the_same_bits_in_every_run_and_for_any_number_of_threads(shape: str) -> None:
-    tensors, before, results = inputs(shape, 700, True, dtype=torch.float32), torch.get_num_threads(), []
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_same_bits_in_every_run_and_for_any_number_of_threads(shape: str, keep: bool) -> None:
+    tensors = inputs(shape, 700, True, dtype=torch.float32, keep=keep)
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -143,11 +155,12 @@ def test_the_same_bits_in_every_run_and_for_any_number_of_threads(shape: str) ->
 
 @pytest.mark.parametrize("shape", ["wide", "own wide input"])
 def test_inputs_with_any_strides(shape: str) -> None:
-    tensors = inputs(shape, 40, True)
+    tensors = inputs(shape, 40, True, keep=True)
     strided = {
-        name: t if t is None else t.transpose(0, -1).contiguous().transpose(0, -1) for name, t in tensors.items()
+        name: t.transpose(0, -1).contiguous().transpose(0, -1) if isinstance(t, Tensor) else t
+        for name, t in tensors.items()
     }
-    assert not any(t.is_contiguous() for t in strided.values() if t is not None)
+    assert not any(t.is_contiguous() for t in strided.values() if isinstance(t, Tensor))
     plain = run(tensors)
     assert all(map(torch.equal, run(strided), plain))
     x = tensors["x"]
@@ -207,16 +220,19 @@ def _weight_grad(tensors: dict[str, Tensor | None]) -> Tensor:
 
 @pytest.mark.parametrize("shape", ["narrow", "own odd input"])
 @pytest.mark.parametrize(("residual", "norm"), [(False, True), (True, False)])
-def test_torchs_checks_of_an_operator(shape: str, residual: bool, norm: bool) -> None:
-    tensors = inputs(shape, 4, residual, norm)
+@pytest.mark.parametrize("keep", [False, True])
+def test_torchs_checks_of_an_operator(shape: str, residual: bool, norm: bool, keep: bool) -> None:
+    tensors = inputs(shape, 4, residual, norm, keep=keep)
+    kept = (tensors["keep"], tensors["keep_share"]) if keep else ()
     plain = tuple(tensors[name] for name in NAMES)
     leaves = tuple(t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in plain)
-    torch.library.opcheck(torch.ops.ssr_rec.view_fusion.default, (*leaves, EPS))
+    torch.library.opcheck(torch.ops.ssr_rec.view_fusion.default, (*leaves, EPS, *kept))
     for save in (True, False):
-        torch.library.opcheck(torch.ops.ssr_rec.view_fusion_forward.default, (*plain, EPS, save))
-    y, pre, stats = torch.ops.ssr_rec.view_fusion_forward(*plain, EPS, True)
+        torch.library.opcheck(torch.ops.ssr_rec.view_fusion_forward.default, (*plain, EPS, save, *kept))
+    y, pre, stats = torch.ops.ssr_rec.view_fusion_forward(*plain, EPS, True, *kept)
     for need_x in (True, False):
-        torch.library.opcheck(torch.ops.ssr_rec.view_fusion_backward.default, (y, *plain[:6], pre, stats, need_x))
+        arguments = (y, *plain[:6], pre, stats, need_x, *kept)
+        torch.library.opcheck(torch.ops.ssr_rec.view_fusion_backward.default, arguments)
 
 
 def test_the_results_of_a_single_view_share_no_memory() -> None:
@@ -236,12 +252,12 @@ def test_a_dim_that_a_view_sees_more_than_once(rows: int, dtype: torch.dtype) ->
     assert_near([t.double() for t in run(tensors)], run(exact, view_fusion_reference), 1e-5)
 
 
-@pytest.mark.parametrize("changed", ["x", "indices", "weight", "bias", "residual", "scale"])
+@pytest.mark.parametrize("changed", ["x", "indices", "weight", "bias", "residual", "scale", "keep"])
 def test_an_input_changed_before_the_backward_is_noticed(changed: str) -> None:
-    tensors = inputs("narrow", 4, True)
+    tensors = inputs("narrow", 4, True, keep=True)
     y = view_fusion(**{n: t.requires_grad_() if n in ("x", "weight") else t for n, t in tensors.items()}, eps=EPS)
     with torch.no_grad():
-        tensors[changed].mul_(1)
+        tensors[changed].mul_(True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -291,6 +307,8 @@ def test_an_index_outside_the_input_is_refused(index: int) -> None:
         ({"scale": torch.zeros(1, 8)}, r"scale \(1, 8\)"),
         ({"shift": None}, "scale and shift come together"),
         ({"residual": torch.zeros(4, 2, 8)}, r"residual \(4, 2, 8\)"),
+        ({"keep": torch.ones(4, 8, 3, dtype=torch.bool)}, r"keep \(4, 8, 3\) must be .*\(4, 3, 8\)"),
+        ({"keep": torch.ones(4, 3, 8)}, r"keep is torch\.float32: it must be bool"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes: dict[str, Tensor | None], message: str) -> None:

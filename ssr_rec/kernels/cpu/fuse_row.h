@@ -1,27 +1,45 @@
-// What follows the product of one row of one view: bias, GELU, residual, LayerNorm; both directions.
+// What follows the product of one row of one view: bias, GELU, dropout, residual, LayerNorm; both directions.
 #pragma once
 
 #include "gelu.h"
 
 namespace ssr_rec {
 
-// What a view adds to its products, and does to the result; residual is one row, and all but bias may be null.
+// What a view adds to its products, and does to the result; residual and keep are one row; all but bias may be null.
 template <typename T>
 struct Epilogue {
   const T* bias;
   const T* residual;
   const T* scale;
   const T* shift;
+  const bool* keep;
+  T kept; // what dropout multiplies the dims by that it keeps
 };
 
-// y = LN(gelu(z + bias) + residual) * scale + shift for one row; a has room for d.
+// What dropout multiplies a row by. A loop of its own, of which the compiler makes vectors.
 template <typename T>
-void fuse_row(const T* z, const Epilogue<T>& view, T* y, T* stats, T* a, int64_t d, T eps) {
+inline void dropout_factors(const bool* keep, T kept, T* __restrict factors, int64_t d) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(keep);
+  for (int64_t i = 0; i < d; ++i) {
+    factors[i] = static_cast<T>(static_cast<int32_t>(bytes[i])) * kept;
+  }
+}
+
+// y = LN(dropout(gelu(z + bias)) + residual) * scale + shift for one row; scratch has room for 2 d.
+template <typename T>
+void fuse_row(const T* z, const Epilogue<T>& view, T* y, T* stats, T* scratch, int64_t d, T eps) {
+  T *a = scratch, *factors = scratch + d;
+  if (view.keep) {
+    dropout_factors(view.keep, view.kept, factors, d);
+  }
   Vec<T> sum(T(0));
   T* to = view.scale ? a : y;
   for_vectors<T>(d, [&](int64_t i, auto count) {
     const Vec<T> zi = load(z + i, count) + load(view.bias + i, count);
     Vec<T> ai = gelu(zi);
+    if (view.keep) {
+      ai = ai * load(factors + i, count);
+    }
     if (view.residual) {
       ai = ai + load(view.residual + i, count);
     }
@@ -59,16 +77,24 @@ inline void add_to(T* sum, const Vec<T>& value, Count count) {
   store(sum, load(sum, count) + value, count);
 }
 
-// grad_z of one row, and grad_residual where that is not null; scratch has room for 2 d.
+// grad_z of one row, and grad_residual where that is not null; scratch has room for 3 d.
 template <typename T>
 void fuse_row_backward(
     const T* grad, const T* z, const Epilogue<T>& view, const T* stats, T* grad_z, T* grad_residual,
     const EpilogueGrad<T>& sums, T* scratch, int64_t d) {
-  T *normals = scratch, *slopes = scratch + d;
+  T *normals = scratch, *slopes = scratch + d, *factors = scratch + 2 * d;
+  if (view.keep) {
+    dropout_factors(view.keep, view.kept, factors, d);
+  }
   Vec<T> pull(T(0)), turn(T(0));
   const T mean = view.scale ? stats[0] : T(0), rstd = view.scale ? stats[1] : T(1);
   for_vectors<T>(d, [&](int64_t i, auto count) {
     auto [ai, slope] = gelu_and_slope(load(z + i, count) + load(view.bias + i, count));
+    if (view.keep) {
+      const Vec<T> factor = load(factors + i, count);
+      ai = ai * factor;
+      slope = slope * factor;
+    }
     store(slopes + i, slope, count);
     if (view.scale) {
       if (view.residual) {

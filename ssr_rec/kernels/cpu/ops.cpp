@@ -82,19 +82,24 @@ std::tuple<Tensor, Tensor, Tensor> ics_backward_meta(
 
 auto call_fusion_forward(
     const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps, bool save) {
+    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps, bool save,
+    const OptionalTensor& keep, double keep_share) {
   static const auto handle = op<decltype(view_fusion_forward)>("ssr_rec::view_fusion_forward");
-  return handle.call(x, indices, weight, bias, residual, scale, shift, eps, save);
+  return handle.call(x, indices, weight, bias, residual, scale, shift, eps, save, keep, keep_share);
 }
 
 struct ViewFusion : torch::autograd::Function<ViewFusion> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
-      const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps) {
+      const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps,
+      const OptionalTensor& keep, double keep_share) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, pre, stats] = call_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, true);
+    auto [y, pre, stats] =
+        call_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, true, keep, keep_share);
     ctx->save_for_backward(
-        {x, indices.value_or(Tensor()), weight, bias, residual.value_or(Tensor()), scale.value_or(Tensor()), pre, stats});
+        {x, indices.value_or(Tensor()), weight, bias, residual.value_or(Tensor()), scale.value_or(Tensor()), pre, stats,
+         keep.value_or(Tensor())});
+    ctx->saved_data["keep_share"] = keep_share;
     return y;
   }
 
@@ -105,34 +110,39 @@ struct ViewFusion : torch::autograd::Function<ViewFusion> {
     const bool need_x = ctx->needs_input_grad(0);
     auto [x, weight, bias, residual, scale, shift] = handle.call(
         grads[0], saved[0], optional(saved[1]), saved[2], saved[3], optional(saved[4]), optional(saved[5]), saved[6],
-        saved[7], need_x);
+        saved[7], need_x, optional(saved[8]), ctx->saved_data["keep_share"].toDouble());
     const bool no_norm = !saved[5].defined();
     return {undefined_if(!need_x, x), Tensor(), weight, bias, undefined_if(!saved[4].defined(), residual),
-            undefined_if(no_norm, scale), undefined_if(no_norm, shift), Tensor()};
+            undefined_if(no_norm, scale), undefined_if(no_norm, shift), Tensor(), Tensor(), Tensor()};
   }
 };
 
 Tensor view_fusion_autograd(
     const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps) {
+    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps,
+    const OptionalTensor& keep, double keep_share) {
   const auto needs = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
   if (c10::GradMode::is_enabled() &&
       (needs(x) || needs(weight) || needs(bias) || needs(residual) || needs(scale) || needs(shift))) {
-    return ViewFusion::apply(x, indices, weight, bias, residual, scale, shift, eps);
+    return ViewFusion::apply(x, indices, weight, bias, residual, scale, shift, eps, keep, keep_share);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return std::get<0>(call_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, false));
+  return std::get<0>(
+      call_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, false, keep, keep_share));
 }
 
 Tensor view_fusion(
     const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps) {
-  return std::get<0>(call_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, false));
+    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps,
+    const OptionalTensor& keep, double keep_share) {
+  return std::get<0>(
+      call_fusion_forward(x, indices, weight, bias, residual, scale, shift, eps, false, keep, keep_share));
 }
 
 std::tuple<Tensor, Tensor, Tensor> view_fusion_forward_meta(
     const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps, bool save) {
+    const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift, double eps, bool save,
+    const OptionalTensor& keep, double keep_share) {
   const auto B = x.sym_size(0), V = weight.sym_size(0), d = weight.sym_size(2);
   return {x.new_empty_symint({B, V, d}), save ? x.new_empty_symint({V, B, d}) : x.new_empty({0}),
           save && scale ? x.new_empty_symint({V, B, 2}, x.options().dtype(accumulate_type(x))) : x.new_empty({0})};
@@ -151,7 +161,8 @@ Tensor view_scoring_meta(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> view_fusion_backward_meta(
     const Tensor& grad, const Tensor& x, const OptionalTensor& indices, const Tensor& weight, const Tensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& scale, const Tensor& pre, const Tensor& stats, bool need_x) {
+    const OptionalTensor& residual, const OptionalTensor& scale, const Tensor& pre, const Tensor& stats, bool need_x,
+    const OptionalTensor& keep, double keep_share) {
   const auto like = [&](const Tensor& tensor, bool present = true) {
     return present ? tensor.new_empty_symint(tensor.sym_sizes()) : x.new_empty({0});
   };
@@ -170,15 +181,16 @@ TORCH_LIBRARY(ssr_rec, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "view_fusion(Tensor x, Tensor? indices, Tensor weight, Tensor bias, Tensor? residual, Tensor? scale, "
-      "Tensor? shift, float eps) -> Tensor",
+      "Tensor? shift, float eps, Tensor? keep=None, float keep_share=1.0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "view_fusion_forward(Tensor x, Tensor? indices, Tensor weight, Tensor bias, Tensor? residual, Tensor? scale, "
-      "Tensor? shift, float eps, bool save) -> (Tensor, Tensor, Tensor)",
+      "Tensor? shift, float eps, bool save, Tensor? keep=None, float keep_share=1.0) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "view_fusion_backward(Tensor grad, Tensor x, Tensor? indices, Tensor weight, Tensor bias, Tensor? residual, "
-      "Tensor? scale, Tensor pre, Tensor stats, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? scale, Tensor pre, Tensor stats, bool need_x, Tensor? keep=None, float keep_share=1.0) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "view_scoring(Tensor x, Tensor indices, Tensor weight_t, Tensor bias, Tensor? scale, Tensor? shift, "

@@ -18,12 +18,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ics_backward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> view_fusion_forward(
     const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, double eps, bool save);
+    const std::optional<at::Tensor>& shift, double eps, bool save,
+    const std::optional<at::Tensor>& keep, double keep_share);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> view_fusion_backward(
     const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight,
     const at::Tensor& bias, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
-    const at::Tensor& pre, const at::Tensor& stats, bool need_x);
+    const at::Tensor& pre, const at::Tensor& stats, bool need_x,
+    const std::optional<at::Tensor>& keep, double keep_share);
 
 // If turned, y (B, V, d) has strides (1, d (B + COLUMNS_APART), B + COLUMNS_APART).
 at::Tensor view_scoring(

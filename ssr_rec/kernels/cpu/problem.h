@@ -64,10 +64,13 @@ struct Problem {
   const int32_t* indices; // (V, N), or null
   const T *weight, *bias, *residual, *scale, *shift;
   T eps;
+  const bool* keep = nullptr; // (B, V, d), or null for no dropout
+  T kept = 1;
 
   Epilogue<T> epilogue(int64_t v, int64_t b) const {
-    return {bias + v * d, residual ? residual + (b * V + v) * d : nullptr, scale ? scale + v * d : nullptr,
-            shift ? shift + v * d : nullptr};
+    const int64_t row = (b * V + v) * d;
+    return {bias + v * d, residual ? residual + row : nullptr, scale ? scale + v * d : nullptr,
+            shift ? shift + v * d : nullptr, keep ? keep + row : nullptr, kept};
   }
 };
 

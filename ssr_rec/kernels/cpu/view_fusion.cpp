@@ -21,7 +21,7 @@ void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
   at::parallel_for(0, blocks, grain(block * p.V * p.N * p.d), [&](int64_t begin, int64_t end) {
     const int64_t gathers = p.indices ? block : 0;
     std::vector<T> x_columns(gathers * p.width), gathered(gathers * p.N);
-    std::vector<T> products(pre ? 0 : block * p.d), row(p.d);
+    std::vector<T> products(pre ? 0 : block * p.d), row(2 * p.d);
     T unsaved[2];
     for (int64_t b0 = begin * block; b0 < std::min(end * block, p.B); b0 += block) {
       const int64_t rows = std::min(block, p.B - b0);
@@ -62,7 +62,7 @@ template <typename T>
 struct Scratch {
   std::vector<T> grad_z, h_columns, grad_h, rows, x_columns, grad_x_columns;
   Scratch(const Problem<T>& p, int64_t block, bool need_x)
-      : grad_z(block * p.d), h_columns(block * p.N), grad_h(p.indices && need_x ? block * p.N : 0), rows(2 * p.d),
+      : grad_z(block * p.d), h_columns(block * p.N), grad_h(p.indices && need_x ? block * p.N : 0), rows(3 * p.d),
         x_columns(p.indices ? block * p.width : 0), grad_x_columns(p.indices && need_x ? block * p.width : 0) {}
 };
 
@@ -150,7 +150,7 @@ void add_parts(T* sum, const T* parts, int64_t count, int64_t n) {
 // Contiguous inputs of a problem, kept alive with it.
 template <typename T>
 struct Inputs {
-  at::Tensor x, weight, bias, residual, scale, shift;
+  at::Tensor x, weight, bias, residual, scale, shift, keep;
   std::vector<int32_t> indices;
   Problem<T> problem;
 };
@@ -168,13 +168,14 @@ template <typename T>
 Inputs<T> inputs(
     const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, double eps) {
+    const std::optional<at::Tensor>& shift, double eps, const std::optional<at::Tensor>& keep, double keep_share) {
   Inputs<T> in{x.stride(-1) == 1 ? x : x.contiguous(), weight.contiguous(), bias.contiguous(), contiguous(residual),
-               contiguous(scale), contiguous(shift), checked(indices, x.size(-1)), {}};
+               contiguous(scale), contiguous(shift), contiguous(keep), checked(indices, x.size(-1)), {}};
   in.problem = {
       x.size(0), weight.size(0), weight.size(1), weight.size(2), x.size(-1), pointer<T>(in.x), in.x.stride(0),
       in.x.stride(1), indices ? in.indices.data() : nullptr, pointer<T>(in.weight), pointer<T>(in.bias),
-      pointer<T>(in.residual), pointer<T>(in.scale), pointer<T>(in.shift), static_cast<T>(eps)};
+      pointer<T>(in.residual), pointer<T>(in.scale), pointer<T>(in.shift), static_cast<T>(eps), pointer<bool>(in.keep),
+      static_cast<T>(1 / keep_share)};
   return in;
 }
 
@@ -187,13 +188,14 @@ void fuse_rows(const Problem<float>& problem, float* y) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> view_fusion_forward(
     const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, double eps, bool save) {
+    const std::optional<at::Tensor>& shift, double eps, bool save,
+    const std::optional<at::Tensor>& keep, double keep_share) {
   const int64_t B = x.size(0), V = weight.size(0), d = weight.size(2);
   auto y = at::empty({B, V, d}, x.options());
   auto pre = save ? at::empty({V, B, d}, x.options()) : at::empty({0}, x.options());
   auto stats = save && scale ? at::empty({V, B, 2}, x.options()) : at::empty({0}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_forward", [&] {
-    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, shift, eps);
+    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, shift, eps, keep, keep_share);
     forward_kernel(
         in.problem, y.mutable_data_ptr<scalar_t>(), save ? pre.mutable_data_ptr<scalar_t>() : nullptr,
         save && scale ? stats.mutable_data_ptr<scalar_t>() : nullptr);
@@ -204,7 +206,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> view_fusion_forward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> view_fusion_backward(
     const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& indices, const at::Tensor& weight,
     const at::Tensor& bias, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& scale,
-    const at::Tensor& pre, const at::Tensor& stats, bool need_x) {
+    const at::Tensor& pre, const at::Tensor& stats, bool need_x,
+    const std::optional<at::Tensor>& keep, double keep_share) {
   const int64_t B = x.size(0), V = weight.size(0), N = weight.size(1), d = weight.size(2), chunks = chunk_count(B);
   const auto none = [&] { return at::empty({0}, x.options()); };
   const auto grads = grad.contiguous(), saved = pre.contiguous(), figures = stats.contiguous();
@@ -214,7 +217,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   auto more_weight = at::empty({std::max<int64_t>(chunks - 1, 0), V, N, d}, x.options());
   auto rest = at::zeros({chunks, V, 3, d}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_backward", [&] {
-    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, std::nullopt, 0);
+    const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, std::nullopt, 0, keep, keep_share);
     std::vector<scalar_t> weight_t(weight.numel());
     for (int64_t v = 0; v < V; ++v) {
       transpose<scalar_t>(N, d, rows_of(in.problem.weight + v * N * d, d), rows_of(weight_t.data() + v * N * d, N));
