@@ -166,11 +166,12 @@ class ScoringLayer(nn.Module):
         }
         for name, tensor in kept.items():
             self.register_buffer(name, tensor)
-        self.eps, self.last = norm.eps, last
+        self.eps, self.last, self.residual = norm.eps, last, fusion.residual
 
     def forward(self, x: Tensor) -> Tensor:
         norm = (self.scale, self.shift, self.eps)
-        return view_scoring(x.float(), self.indices, self.weight_t, self.bias, *norm, self.weight, turned=not self.last)
+        layer = (self.indices, self.weight_t, self.bias, *norm, self.weight)
+        return view_scoring(x.float(), *layer, turned=not self.last, residual=self.residual)
 
 
 def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
@@ -179,7 +180,7 @@ def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
     if isinstance(copied, SSR):
         for place, layer in enumerate(copied.blocks()):
             chosen, fusion = layer.filter, layer.fusion
-            if isinstance(chosen, StaticRandomFilter) and fusion.dense2 is None and not fusion.residual:
+            if isinstance(chosen, StaticRandomFilter) and fusion.dense2 is None:
                 copied.layers[place] = ScoringLayer(chosen.indices, fusion, bf16, place == len(copied.layers) - 1)
     return copied
 

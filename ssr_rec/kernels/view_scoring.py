@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssr_rec.kernels.devices import has_operators
-from ssr_rec.kernels.reference import view_fusion_reference
+from ssr_rec.kernels.reference import gather_views, view_fusion_reference
 from ssr_rec.kernels.view_fusion import check_shapes
 
 
@@ -18,6 +18,7 @@ def view_scoring(
     eps: float = 0.0,
     weight: Tensor | None = None,
     turned: bool = True,
+    residual: bool = False,
 ) -> Tensor:
     """``view_fusion(x, indices, weight_t.mT, ...)`` on the CPU, faster for batches of more than a dozen.
 
@@ -31,6 +32,7 @@ def view_scoring(
         weight: (V, N, d), ``weight_t.mT`` contiguous, for batches of a dozen rows or fewer: None has them computed as
             larger ones are, in some 40 us where 20 would do.
         turned: leave the samples side by side, as the next such layer reads them fastest; else y is contiguous.
+        residual: add what each view sees before LN; d must be N.
 
     Returns:
         (B, V, d) float32.
@@ -39,8 +41,13 @@ def view_scoring(
         ValueError: the shapes do not belong together, an index is not a dim of x, or a gradient is asked for.
     """
     check_shapes(x, indices, weight_t.mT, bias, None, scale, shift)
+    if residual and weight_t.shape[1] != weight_t.shape[2]:
+        raise ValueError(
+            f"residual=True adds N dims to d: weight_t {tuple(weight_t.shape)} must be (V, d, N) with d = N"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_t, bias, scale, shift)):
         raise ValueError("view_scoring has no gradients: use it under torch.no_grad, or ssr_rec.kernels.view_fusion")
     if has_operators("cpu"):
-        return torch.ops.ssr_rec.view_scoring(x, indices, weight_t, bias, scale, shift, eps, weight, turned)
-    return view_fusion_reference(x, indices, weight_t.mT.to(bias.dtype), bias, None, scale, shift, eps)
+        return torch.ops.ssr_rec.view_scoring(x, indices, weight_t, bias, scale, shift, eps, weight, turned, residual)
+    seen = gather_views(x, indices) if residual else None
+    return view_fusion_reference(x, indices, weight_t.mT.to(bias.dtype), bias, seen, scale, shift, eps)

@@ -11,7 +11,13 @@ from tests.kernels.plain_loops import needs_compiler
 pytestmark = needs_compiler
 
 EPS = 1e-6
-SHAPES = {"narrow": (3, 8, 8, 20), "odd": (2, 5, 7, 11), "one view": (1, 16, 16, 40), "wide": (2, 128, 132, 200)}
+SHAPES = {
+    "narrow": (3, 8, 8, 20),
+    "odd": (2, 5, 7, 11),
+    "one view": (1, 16, 16, 40),
+    "square": (2, 18, 18, 30),
+    "wide": (2, 128, 132, 200),
+}
 
 
 def draw(shape: str, rows: int, norm: bool = True, dtype: torch.dtype = torch.bfloat16) -> list[Tensor | None]:
@@ -25,13 +31,20 @@ def draw(shape: str, rows: int, norm: bool = True, dtype: torch.dtype = torch.bf
 
 
 def expected(
-    x: Tensor, indices: Tensor, weight_t: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+    x: Tensor,
+    indices: Tensor,
+    weight_t: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: bool = False,
 ) -> Tensor:
-    """Odd numbers of dims have no product in bfloat16: there the weights alone are rounded."""
+    """Odd numbers of dims have no product in bfloat16: there the weights alone are rounded. The residual never is."""
+    seen = torch.stack([x.double()[:, row] for row in indices], 1) if residual else None
     if indices.shape[1] % 2 == 0:
         x = x.to(weight_t.dtype)
     norm = (None if t is None else t.double() for t in (scale, shift))
-    return view_fusion_reference(x.double(), indices, weight_t.mT.double(), bias.double(), None, *norm, EPS)
+    return view_fusion_reference(x.double(), indices, weight_t.mT.double(), bias.double(), seen, *norm, EPS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,6 +60,20 @@ def test_is_the_plain_form_of_rounded_factors(shape: str, norm: bool, rows: int)
         assert torch.equal(view_scoring(*other, eps=EPS), y)
         in_rows = view_scoring(*tensors, eps=EPS, turned=False)
         assert torch.equal(in_rows, y) and in_rows.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", ["narrow", "one view", "square"])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 12, 37, 64, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_is_what_a_view_sees(shape: str, norm: bool, rows: int, dtype: torch.dtype) -> None:
+    tensors = draw(shape, rows, norm, dtype)
+    few = tensors[2].mT.contiguous() if dtype == torch.float32 else None
+    wanted = expected(*tensors, residual=True)
+    for x in (tensors[0], tensors[0].T.contiguous().T):
+        for turned in (True, False):
+            y = view_scoring(x, *tensors[1:], EPS, few, turned, residual=True)
+            torch.testing.assert_close(y.double(), wanted, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 12, 13])
@@ -117,3 +144,5 @@ def test_what_it_cannot_do_is_refused() -> None:
         view_scoring(x, rest[0].clone().fill_(99), *rest[1:], EPS)
     with pytest.raises(ValueError, match="bias"):
         view_scoring(x, *rest[:2], rest[2][:1], *rest[3:], EPS)
+    with pytest.raises(ValueError, match=r"residual=True adds N dims to d: weight_t \(2, 7, 5\)"):
+        view_scoring(*draw("odd", 4), EPS, residual=True)

@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ssr-d": {**SMALL_SSR},
     "ssr-d switched": {**SMALL_SSR, **EVERY_SWITCH, "gate": True},
     "ssr-s": {**SMALL_SSR, "filter": "static"},
+    "ssr-s residual": {**SMALL_SSR, "filter": "static", "residual": True, "output": "mean"},
     "ssr-s switched": {**SMALL_SSR, **EVERY_SWITCH, "filter": "static"},
     "ssr top-k": {**SMALL_SSR, "filter": "topk", "top_k": 4},
     "ssr without filter": {**SMALL_SSR, "filter": "none"},

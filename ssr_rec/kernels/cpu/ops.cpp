@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> view_fusion_forward_meta(
 
 Tensor view_scoring_meta(
     const Tensor& x, const Tensor& indices, const Tensor& weight_t, const Tensor& bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, double eps, const OptionalTensor& weight, bool turned) {
+    const OptionalTensor& shift, double eps, const OptionalTensor& weight, bool turned, bool residual) {
   const auto B = x.sym_size(0), V = weight_t.sym_size(0), d = weight_t.sym_size(1);
   if (!turned) {
     return x.new_empty_symint({B, V, d});
@@ -194,7 +194,7 @@ TORCH_LIBRARY(ssr_rec, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "view_scoring(Tensor x, Tensor indices, Tensor weight_t, Tensor bias, Tensor? scale, Tensor? shift, "
-      "float eps, Tensor? weight, bool turned) -> Tensor",
+      "float eps, Tensor? weight, bool turned, bool residual=False) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 

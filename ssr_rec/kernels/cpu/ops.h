@@ -31,7 +31,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 at::Tensor view_scoring(
     const at::Tensor& x, const at::Tensor& indices, const at::Tensor& weight_t, const at::Tensor& bias,
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps,
-    const std::optional<at::Tensor>& weight, bool turned);
+    const std::optional<at::Tensor>& weight, bool turned, bool residual);
 
 constexpr int64_t COLUMNS_APART = 16;
 

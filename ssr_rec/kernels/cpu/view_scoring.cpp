@@ -21,9 +21,11 @@ constexpr int64_t COLUMN_BLOCK = 64;
 // Up to here a product with whole vectors of samples costs more than rows do.
 constexpr int64_t FEW_SAMPLES = 12;
 
-// y = LN(gelu(z + bias)) * scale + shift for W vectors of samples, dim after dim; z is (d, COLUMN_BLOCK), y (d, y_row).
+// y = LN(gelu(z + bias) + residual) * scale + shift for W vectors of samples, dim after dim; z is (d, COLUMN_BLOCK), as is
+// residual, which may be null, and y (d, y_row).
 template <int W>
-void fuse_columns(float* z, const Epilogue<float>& view, int64_t d, float eps, float* y, int64_t y_row) {
+void fuse_columns(
+    float* z, const Epilogue<float>& view, const float* residual, int64_t d, float eps, float* y, int64_t y_row) {
   using V = Vec<float>;
   constexpr int64_t lanes = V::size();
   float* activations = view.scale ? z : y;
@@ -35,7 +37,10 @@ void fuse_columns(float* z, const Epilogue<float>& view, int64_t d, float eps, f
   for (int64_t f = 0; f < d; ++f) {
     const V bias(view.bias[f]);
     for (int w = 0; w < W; ++w) {
-      const V ai = gelu(V::loadu(z + f * COLUMN_BLOCK + w * lanes) + bias);
+      V ai = gelu(V::loadu(z + f * COLUMN_BLOCK + w * lanes) + bias);
+      if (residual) {
+        ai = ai + V::loadu(residual + f * COLUMN_BLOCK + w * lanes);
+      }
       ai.store(activations + f * next + w * lanes);
       sum[w] = sum[w] + ai;
     }
@@ -99,13 +104,18 @@ void gather_pairs(
   }
 }
 
+// The rows of x that indices name, as they are.
+void gather_columns(const float* x, int64_t next, const int32_t* indices, int64_t N, int64_t samples, float* to) {
+  for (int64_t j = 0; j < N; ++j) {
+    std::copy_n(x + indices[j] * next, samples, to + j * COLUMN_BLOCK);
+  }
+}
+
 // z (d, COLUMN_BLOCK) = weight (d, N) times the chosen rows of x, in the first columns, of which only samples count.
 void multiply(
     const float* x, int64_t next, const int32_t* indices, int64_t N, int64_t d, int64_t samples, int64_t columns,
     const float* weight, float* gathered, float* z) {
-  for (int64_t j = 0; j < N; ++j) {
-    std::copy_n(x + indices[j] * next, samples, gathered + j * COLUMN_BLOCK);
-  }
+  gather_columns(x, next, indices, N, samples, gathered);
   product(d, columns, N, weight, N, gathered, COLUMN_BLOCK, z, COLUMN_BLOCK, false);
 }
 
@@ -118,15 +128,16 @@ void multiply(
 }
 
 // y (V, d, y_row) has a column for each sample, and room for a vector behind the last; with y_row = 0 it is (B, V, d).
-// weight is (V, d, N); x may lie either way.
+// weight is (V, d, N); x may lie either way. With residual, N is d.
 template <typename Weight>
-void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_row) {
+void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_row, bool residual) {
+  constexpr bool rounded = !std::is_same_v<Weight, float>;
   constexpr int64_t block = COLUMN_BLOCK, lanes = Vec<float>::size();
   const int64_t blocks = (p.B + block - 1) / block;
   at::parallel_for(0, blocks, grain(block * p.V * p.N * p.d), [&](int64_t begin, int64_t end) {
     const bool turned = p.x_row == 1 && p.x_next > 1;
     // Zeros where there are no samples: what is multiplied there must be numbers.
-    std::vector<float> products(p.d * block), gathered(p.N * block);
+    std::vector<float> products(p.d * block), gathered(p.N * block), seen(rounded && residual ? p.N * block : 0);
     const std::unique_ptr<float[]> x_columns(turned ? nullptr : new float[p.width * block]);
     for (int64_t b0 = begin * block; b0 < std::min(end * block, p.B); b0 += block) {
       const int64_t rows = std::min(block, p.B - b0), vectors = (rows + lanes - 1) / lanes;
@@ -138,23 +149,28 @@ void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_ro
       for (int64_t v = 0; v < p.V; ++v) {
         float *z = products.data(), *to = y_row ? y + v * p.d * y_row + b0 : z;
         const int64_t to_row = y_row ? y_row : block;
+        const int64_t next = turned ? p.x_next : block;
         multiply(
-            from, turned ? p.x_next : block, p.indices + v * p.N, p.N, p.d, rows, vectors * lanes,
-            weight + v * p.N * p.d, gathered.data(), z);
+            from, next, p.indices + v * p.N, p.N, p.d, rows, vectors * lanes, weight + v * p.N * p.d, gathered.data(), z);
+        if (rounded && residual) {
+          gather_columns(from, next, p.indices + v * p.N, p.N, rows, seen.data());
+        }
+        const float* added = !residual ? nullptr : rounded ? seen.data() : gathered.data();
         if (vectors * lanes == block) {
-          fuse_columns<COLUMN_BLOCK / Vec<float>::size()>(z, p.epilogue(v, 0), p.d, p.eps, to, to_row);
+          fuse_columns<COLUMN_BLOCK / Vec<float>::size()>(z, p.epilogue(v, 0), added, p.d, p.eps, to, to_row);
         } else {
           for (int64_t w = 0; w < vectors; ++w) {
-            fuse_columns<1>(z + w * lanes, p.epilogue(v, 0), p.d, p.eps, to + w * lanes, to_row);
+            const float* one = added ? added + w * lanes : nullptr;
+            fuse_columns<1>(z + w * lanes, p.epilogue(v, 0), one, p.d, p.eps, to + w * lanes, to_row);
           }
         }
         if (!y_row) {
-          const int64_t next = p.V * p.d;
-          transpose<float>(p.d, rows, rows_of(z, block), rows_of(y + b0 * next + v * p.d, next));
+          const int64_t sample = p.V * p.d;
+          transpose<float>(p.d, rows, rows_of(z, block), rows_of(y + b0 * sample + v * p.d, sample));
         }
       }
     }
-    if constexpr (std::is_same_v<Weight, at::BFloat16>) {
+    if constexpr (rounded) {
       // Or torch takes a thread's AMX tiles for still configured, though another operator has configured them since.
       at::native::cpublas::brgemm_release();
     }
@@ -162,7 +178,7 @@ void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_ro
 }
 
 // The same by rows, with weight (V, N, d).
-void score_few(Problem<float> p, float* y, int64_t y_row) {
+void score_few(Problem<float> p, float* y, int64_t y_row, bool residual) {
   const int64_t dims = p.V * p.d;
   std::vector<float> rows(p.x_next == 1 ? 0 : p.B * p.width), out(y_row ? p.B * dims : 0);
   if (p.x_next != 1) {
@@ -171,6 +187,11 @@ void score_few(Problem<float> p, float* y, int64_t y_row) {
     p.x_row = p.width;
     p.x_next = 1;
   }
+  std::vector<float> seen(residual ? p.B * dims : 0);
+  for (int64_t i = 0; i < static_cast<int64_t>(seen.size()); ++i) {
+    seen[i] = p.x[i / dims * p.x_row + p.indices[i % dims]];
+  }
+  p.residual = residual ? seen.data() : nullptr;
   fuse_rows(p, y_row ? out.data() : y);
   if (!y_row) {
     return;
@@ -183,7 +204,7 @@ void score_few(Problem<float> p, float* y, int64_t y_row) {
 at::Tensor view_scoring(
     const at::Tensor& x, const at::Tensor& indices, const at::Tensor& weight_t, const at::Tensor& bias,
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps,
-    const std::optional<at::Tensor>& weight, bool turned) {
+    const std::optional<at::Tensor>& weight, bool turned, bool residual) {
   static_assert(Vec<float>::size() <= COLUMNS_APART);
   const int64_t B = x.size(0), V = weight_t.size(0), d = weight_t.size(1), N = weight_t.size(2);
   // A few numbers between the dims, lest all of them fall into the same lines of the caches.
@@ -202,13 +223,13 @@ at::Tensor view_scoring(
   if (weight && B <= FEW_SAMPLES) {
     const auto plain = weight->contiguous();
     problem.weight = plain.const_data_ptr<float>();
-    score_few(problem, to, y_row);
+    score_few(problem, to, y_row, residual);
   } else if (weight_t.scalar_type() == at::kBFloat16 && has_bf16_brgemm() && N % 2 == 0) {
     const auto half = weight_t.contiguous();
-    score(problem, half.const_data_ptr<at::BFloat16>(), to, y_row);
+    score(problem, half.const_data_ptr<at::BFloat16>(), to, y_row, residual);
   } else {
     const auto whole = weight_t.to(at::kFloat).contiguous();
-    score(problem, whole.const_data_ptr<float>(), to, y_row);
+    score(problem, whole.const_data_ptr<float>(), to, y_row, residual);
   }
   return y;
 }
