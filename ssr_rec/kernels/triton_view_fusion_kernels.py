@@ -16,9 +16,9 @@ def _halves(u):
 
 @triton.jit
 def _kept(s, keep, at, inside, KEPT: tl.constexpr):
-    """s times what dropout multiplies it by."""
+    """s times what dropout multiplies it by: what is not a number stays so."""
     if keep is not None:
-        s = tl.where(tl.load(keep + at, mask=inside, other=0) != 0, s * KEPT, 0.0)
+        s = tl.where(tl.load(keep + at, mask=inside, other=0) != 0, s * KEPT, s * 0.0)
     return s
 
 

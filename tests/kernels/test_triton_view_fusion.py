@@ -132,6 +132,9 @@ def test_dropout(form, dtype):
     unit = 10 * torch.finfo(dtype).eps
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == dtype and (one.double() - other).norm() <= unit * other.norm()
+    if not FORMS[form]["norm"]:
+        inputs[3].data[0, 3] = math.nan
+        assert ours(*inputs, EPS)[:, 0, 3].isnan().all()
     if not FORMS[form]["residual"] and not FORMS[form]["norm"]:
         assert not found[0][~keep].any() and found[0][keep].any()
 
