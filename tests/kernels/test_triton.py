@@ -82,7 +82,7 @@ def test_ics_compiles(gpu, dtype, gamma, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["static", "dynamic residual", "neither"])
+@pytest.mark.parametrize("form", ["static", "dynamic residual dropout", "neither"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_view_fusion_compiles(gpu, dtype, form, monkeypatch):
     from ssr_rec.kernels import triton_view_fusion as fusion
@@ -93,10 +93,12 @@ def test_view_fusion_compiles(gpu, dtype, form, monkeypatch):
     indices = torch.stack([torch.randperm(512)[:dim].sort().values for _ in range(views)]) if form == "static" else None
     x = torch.randn(64, *((512,) if form == "static" else (views, dim))).to(dtype)
     weight, bias = torch.randn(views, dim, dim), torch.randn(views, dim)
-    residual = x if form == "dynamic residual" else None
+    residual, kept = None, ()
+    if form == "dynamic residual dropout":
+        residual, kept = x, (torch.rand(x.shape) < 0.8, 0.8)
     scale = None if form == "neither" else bias
-    y, pre, stats = fusion.view_fusion_forward(x, indices, weight, bias, residual, scale, scale, 1e-6, True)
-    fusion.view_fusion_backward(y, x, indices, weight, bias, residual, scale, pre, stats, True)
+    y, pre, stats = fusion.view_fusion_forward(x, indices, weight, bias, residual, scale, scale, 1e-6, True, *kept)
+    fusion.view_fusion_backward(y, x, indices, weight, bias, residual, scale, pre, stats, True, *kept)
     forward = ["fused"] if dtype.itemsize == 2 else ["gather", "epilogue"] if form == "static" else ["epilogue"]
     backward = ["epilogue_backward", *(["gather", "sum_segments"] if form == "static" else [])]
     assert [kernel.metadata.name for kernel in log] == forward + backward
