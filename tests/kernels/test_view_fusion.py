@@ -111,7 +111,7 @@ def test_gradcheck(shape: str, residual: bool, norm: bool, keep: bool) -> None:
     assert torch.autograd.gradcheck(
         lambda *given: view_fusion(**(tensors | dict(zip(names, given, strict=True))), eps=0.1),
         leaves,
-        fast_mode=keep,
+        fast_mode=keep or shape != "odd",
     )
 
 
