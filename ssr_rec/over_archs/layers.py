@@ -200,18 +200,13 @@ class ViewLinear(nn.Module):
 
 
 class ViewLayerNorm(nn.Module):
-    """LayerNorm over the dims of each view, with a scale and a shift per view."""
+    """Scale and shift (V, d) of a LayerNorm over the dims of each view, which ``view_fusion`` applies."""
 
     def __init__(self, num_views: int, view_dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_views, view_dim))
         self.bias = nn.Parameter(torch.zeros(num_views, view_dim))
         self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(V, B, d) -> (V, B, d)."""
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return torch.addcmul(self.bias.unsqueeze(1), x, self.weight.unsqueeze(1))
 
     def flops(self) -> Flops:
         return Flops(elementwise=LAYER_NORM_FLOPS * self.weight.numel())

@@ -227,7 +227,7 @@ def test_torchs_checks_of_an_operator(shape: str, residual: bool, norm: bool, ke
     tensors = inputs(shape, 4, residual, norm, keep=keep)
     kept = (tensors["keep"], tensors["keep_share"]) if keep else ()
     plain = tuple(tensors[name] for name in NAMES)
-    leaves = tuple(t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in plain)
+    leaves = tuple(t.clone().requires_grad_() if is_real(t) else t for t in plain)
     torch.library.opcheck(torch.ops.ssr_rec.view_fusion.default, (*leaves, EPS, *kept))
     for save in (True, False):
         torch.library.opcheck(torch.ops.ssr_rec.view_fusion_forward.default, (*plain, EPS, save, *kept))
@@ -250,7 +250,7 @@ def test_a_dim_that_a_view_sees_more_than_once(rows: int, dtype: torch.dtype) ->
     tensors = inputs("wide", rows, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     tensors["indices"] = torch.randint(9, (2, 128), generator=generator)
-    exact = {name: t.double() if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
+    exact = {name: t.double() if is_real(t) else t for name, t in tensors.items()}
     assert_near([t.double() for t in run(tensors)], run(exact, view_fusion_reference), 1e-5)
 
 
@@ -275,9 +275,7 @@ def test_autocast_leaves_it_in_float32() -> None:
 
 
 def test_bfloat16_tensors_take_the_plain_form() -> None:
-    tensors = {
-        name: t.bfloat16() if t is not None and t.is_floating_point() else t for name, t in inputs("wide", 40).items()
-    }
+    tensors = {name: t.bfloat16() if is_real(t) else t for name, t in inputs("wide", 40).items()}
     y = view_fusion(**tensors, eps=EPS)
     assert y.dtype == torch.bfloat16 and torch.equal(y, view_fusion_reference(**tensors, eps=EPS))
 
