@@ -31,5 +31,5 @@ RUN python3.11 -m venv /opt/venv \
 COPY . .
 # A host with other vector instructions than the builder's builds the CPU operators again, at first use.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
-    && python -c 'from ssr_rec.stack import check_stack; check_stack()' \
+    && python -c 'from ssr_rec.common.versions import check_stack; check_stack()' \
     && python -c 'from ssr_rec.kernels.extension import load; assert load()'

@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready-$(STACK)
 RUNS ?= runs/quickstart
 
-.PHONY: setup setup-spark train test test-slow test-faults lint format bench clean
+.PHONY: setup setup-spark train test test-forms test-slow test-faults lint format clean
 
 setup: $(READY)
 
@@ -19,7 +19,7 @@ $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/$(STACK).txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/no-deps.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/python -c 'from ssr_rec.stack import check_stack; check_stack()'
+	$(BIN)/python -c 'from ssr_rec.common.versions import check_stack; check_stack()'
 	$(BIN)/python -c 'from ssr_rec.kernels.extension import load; load()'
 	touch $@
 
@@ -40,6 +40,13 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow and not faults and not gpu"
+
+# The kernels as machines with fewer vector instructions run them; make test has run this machine's own form.
+test-forms: setup
+	@set -e; for form in $$($(BIN)/python -c 'import torch; forms = ["DEFAULT", "AVX2", "AVX512"]; \
+		own = torch.backends.cpu.get_cpu_capability(); print(*forms[:forms.index(own)] if own in forms else "")'); do \
+		echo "ATEN_CPU_CAPABILITY=$$form"; ATEN_CPU_CAPABILITY=$$(echo $$form | tr A-Z a-z) $(BIN)/python -m pytest -n auto \
+		--maxprocesses 4 --dist worksteal -m "not slow and not gpu" tests/kernels tests/serving/test_serving_model.py; done
 
 test-slow: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow and not faults and not gpu and not spark"

@@ -8,6 +8,7 @@ import torchx.specs as specs
 from torchx.components import dist as torchx_dist
 
 from launch.resources import environment
+from ssr_rec.common.errors import UserError
 
 
 def ddp(
@@ -48,11 +49,11 @@ def ddp(
     """
     if script is None and m is None:
         if not script_args:
-            raise ValueError("no script given; for example: torchx run dist.ddp -j 1x2 ssr_rec/train.py")
+            raise UserError("no script given; for example: torchx run dist.ddp -j 1x2 ssr_rec/train.py")
         script, script_args = script_args[0], script_args[1:]
     resource, processes = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h), torchx_dist.parse_nnodes(j)[2]
     if 0 < resource.gpu < processes:
-        raise ValueError(f"-j {j}: {processes} processes for the {resource.gpu} GPUs of a node; one for each at most")
+        raise UserError(f"-j {j}: {processes} processes for the {resource.gpu} GPUs of a node; one for each at most")
     # TorchX hands max_retries to the scheduler only; torchrun takes its arguments' defaults from PET_<NAME>. Restarted
     # workers would find the addresses of the dead ones in a store shared with torchrun (pytorch/pytorch#135712).
     env = {
@@ -62,19 +63,6 @@ def ddp(
         **(env or {}),
     }
     return torchx_dist.ddp(
-        *script_args,
-        script=script,
-        m=m,
-        j=j,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        name=name,
-        image=image,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-        debug=debug,
-    )
+        *script_args, script=script, m=m, j=j, h=h, cpu=cpu, gpu=gpu, memMB=memMB, name=name, image=image, env=env,
+        max_retries=max_retries, rdzv_port=rdzv_port, mounts=mounts, debug=debug,
+    )  # fmt: skip

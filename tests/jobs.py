@@ -13,21 +13,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from ssr_rec.checkpoint import write_checkpoint
-from ssr_rec.config import load_config
-from ssr_rec.evaluation import evaluate
-from ssr_rec.model import WeightedCrossEntropy
-from ssr_rec.optim import build_optimizer
-from ssr_rec.report import RunLog
-from ssr_rec.schema import Schema
-from ssr_rec.snapshot import model_tensors
-from ssr_rec.train import build_model, build_pipeline, open_reader, start_process_group, train
-from ssr_rec.warm_start import load_weights, warm_start
-from ssr_rec.watch import Preempted
+from ssr_rec.checkpointing.format import write_checkpoint
+from ssr_rec.checkpointing.train_state import model_tensors
+from ssr_rec.checkpointing.warm_rows import Here
+from ssr_rec.checkpointing.warm_start import load_weights, warm_start
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.model.build import build_model
+from ssr_rec.model.loss import WeightedCrossEntropy
+from ssr_rec.runs.log import RunLog
+from ssr_rec.train import train
+from ssr_rec.training.datasets import open_reader
+from ssr_rec.training.evaluation import evaluate
+from ssr_rec.training.optimizer import build_optimizer
+from ssr_rec.training.pipeline import build_pipeline
+from ssr_rec.training.setup import start_process_group
+from ssr_rec.training.stall_watch import Preempted
 
 
 def train_job(overrides: list[str], config: str | None = None) -> dict[str, Any]:
-    return train(load_config(config, overrides))
+    return train(load_config(config, overrides)).values()
 
 
 def refused_job(overrides: list[str]) -> str:
@@ -183,7 +188,7 @@ def bad_loss_job(overrides: list[str], step: int, value: float, times: int = 1) 
 
     WeightedCrossEntropy.forward = bad  # type: ignore[method-assign]
     try:
-        return train(load_config(None, overrides))
+        return train(load_config(None, overrides)).values()
     except ValueError as error:
         return str(error)
     finally:
@@ -195,7 +200,7 @@ def warm_started_job(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The report of a warm start (of none: {}) and every whole table by feature; rank 0's are complete."""
     model = built_model(overrides, dataset)
-    report = warm_start(model, Path(source), print) if source else {}
+    report = warm_start(model, Path(source), Here(Path(dataset), Schema.read(dataset))) if source else {}
     return report, {key.split(".")[-2]: t.numpy() for key, t in whole_tables(model).items() if "embedding_bags" in key}
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from ssr_rec.checkpoint import write_checkpoint
-from ssr_rec.config import dump_config, load_config
-from ssr_rec.model import CTRModel
-from ssr_rec.restore import TASK, build_plain_model
-from ssr_rec.schema import Schema
+from ssr_rec.checkpointing.format import write_checkpoint
+from ssr_rec.config.run import dump_config, load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.model.ctr_model import CTRModel
+from ssr_rec.serving.trained_model import TASK, build_plain_model
 
 
 def randomised(model: CTRModel, seed: int, noise: float = 0.3) -> CTRModel:

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssr_rec.data.prepare import prepare
-from ssr_rec.data.table_spec import make_spec
-from ssr_rec.schema import SPLITS, Schema
+from ssr_rec.data.preparation.engines import EngineSettings
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.spec import make_spec
+from ssr_rec.data.schema import SPLITS, Schema
 from tests.prepare_log import read_split
 
 SPEC: dict[str, Any] = {
@@ -89,7 +90,12 @@ def prepared(tmp_path: Path, table: pa.Table, **changes: Any) -> tuple[Schema, P
     """The schema, its folder, and the rows that the preparation made, in the order of ``table``."""
     pq.write_table(table, tmp_path / "raw.parquet")
     folder = tmp_path / "prepared"
-    schema = prepare([str(tmp_path / "raw.parquet")], folder, make_spec({**SPEC, **changes}, "test"), threads=1)
+    schema = prepare(
+        [str(tmp_path / "raw.parquet")],
+        folder,
+        make_spec({**SPEC, **changes}, "test"),
+        settings=EngineSettings(threads=1),
+    )
     rows = [row for split in SPLITS for row in read_split(folder, schema, split)]
     order = shuffled(table.num_rows)
     return schema, folder, [rows[place] for place in np.argsort(order)]

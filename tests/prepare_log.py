@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssr_rec.data.prepare import prepare
-from ssr_rec.data.table_spec import TableSpec, make_spec
-from ssr_rec.schema import DATASET_ID_KEY, SPLITS, Schema
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.spec import TableSpec, make_spec
+from ssr_rec.data.schema import DATASET_ID_KEY, SPLITS, Schema
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -77,7 +77,7 @@ def write_csv(rows: list[Row], path: Path) -> Path:
 def read_split(folder: Path, schema: Schema, split: str) -> list[Row]:
     shards = [pq.ParquetFile(folder / shard.path) for shard in schema.splits[split].shards]
     for shard in shards:
-        assert shard.schema_arrow.metadata[DATASET_ID_KEY] == schema.dataset_id.encode()
+        assert shard.schema_arrow.metadata[DATASET_ID_KEY].decode() in schema.shard_ids
     return [row for shard in shards for row in shard.read().to_pylist()]
 
 

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.profiler import ProfilerActivity, profile
 
-from ssr_rec.config import load_config
-from ssr_rec.schema import Schema
-from ssr_rec.train import open_reader, train
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.train import train
+from ssr_rec.training.datasets import open_reader
 from tests.jobs import built_model, refused_job, whole_tables
 
 
@@ -68,7 +69,7 @@ def reductions_job(overrides: list[str]) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         report = train(load_config(None, overrides))
     reduced = [e for e in profiled.events() if e.name == "gloo:all_reduce"]
-    return len(reduced), report["steps"]
+    return len(reduced), report.steps or 0
 
 
 def elsewhere_job(overrides: list[str], folders: list[str]) -> str:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssr_rec.data.reader import Reader
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
 from tests.conftest import reseal
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssr_rec.over_archs import SSR, SSRConfig
+from ssr_rec.over_archs.ssr import SSR
+from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 F, D, B, V, DV, L = 5, 4, 6, 3, 8, 2
 SMALL: dict[str, Any] = {"filter": "dynamic", "num_views": V, "view_dim": DV, "num_layers": L}

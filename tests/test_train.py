@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ssr_rec import train as train_script
-from ssr_rec.config import load_config
-from ssr_rec.run_folder import read_metrics
-from ssr_rec.schema import Schema
-from ssr_rec.train import check_train_config
-from ssr_rec.trainer import TrainConfig
+from ssr_rec.config.run import load_config
+from ssr_rec.config.training import TrainConfig
+from ssr_rec.data.schema import Schema
+from ssr_rec.runs.folder import read_metrics
+from ssr_rec.training.setup import check_train_config
 from tests.conftest import write_dataset
 from tests.jobs import initial_digests_job, plain_loss_job, refused_job, train_job
 from tests.ranks import run_ranks
@@ -49,6 +49,11 @@ def losses(runs: Path) -> np.ndarray:
             marks=pytest.mark.slow,
         ),
         pytest.param("adam", ["--embeddings.learning_rate=0.001"], marks=pytest.mark.slow),
+        pytest.param(
+            "lazy_adam",
+            ["--embeddings.learning_rate=0.01", "--embeddings.weight_decay=0.1"],
+            marks=pytest.mark.slow,
+        ),
         # The only one that notices a gradient of the wrong scale.
         ("sgd", ["--embeddings.learning_rate=3.0"]),
     ],
@@ -162,7 +167,10 @@ def test_bf16_trains_close_to_fp32(dataset, tmp_path):
         ("--train.monitor_task=buy", "train.monitor_task names 'buy'"),
         ("--train.batch_size=8", "batch size 8 is the global one and must be at least 16"),
         ("--sharding.types=[row_wise]", "'row_wise' is not supported on cpu; use table_wise, column_wise"),
-        ("--sharding.types=[table_wise] --embeddings.optimizer=adam", "adam on CPU keeps every table on every rank"),
+        (
+            "--sharding.types=[table_wise] --embeddings.optimizer=adam",
+            "adam, and on CPU lazy_adam, keeps every table on every rank",
+        ),
         ("--sharding.memory_gib=1e-6", "no sharding plan for 5 tables on 2 cpu ranks"),
         ("--over_arch.view_dim=500", "500"),
         ("--device=cuda", "no GPU here"),

@@ -7,10 +7,11 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from ssr_rec.config import load_config
-from ssr_rec.over_archs import OVER_ARCHS, OverArchConfig
-from ssr_rec.run_folder import read_metrics
-from ssr_rec.train import compile_over_arch
+from ssr_rec.config.run import load_config
+from ssr_rec.model.build import compile_over_arch
+from ssr_rec.over_archs.choice import OverArchConfig
+from ssr_rec.over_archs.registry import OVER_ARCHS
+from ssr_rec.runs.folder import read_metrics
 from tests.jobs import own_optimizer_job, train_job
 from tests.ranks import run_ranks
 

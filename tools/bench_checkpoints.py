@@ -21,15 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_training import (  # it also checks the stack, before torchrec is imported
-    make_loop,
+    make_trainer,
     open_data,
     stepper,
     turns_parser,
 )
 
-from ssr_rec.run_folder import hardware
-from ssr_rec.saver import CheckpointConfig
-from ssr_rec.train import quiet
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.logs import quiet
+from ssr_rec.config.checkpointing import CheckpointConfig
+from ssr_rec.runs.provenance import hardware
 
 MODES = ("none", "background", "foreground")
 
@@ -41,23 +42,25 @@ def main() -> int:
     quiet()
     try:
         config, schema, device, reader = open_data(arguments, overrides)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     held: dict[str, list[float]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory() as folder:
-        loop = make_loop(config, schema, device, reader, Path(folder))
-        run = stepper(loop, reader)
+        trainer = make_trainer(config, schema, device, reader, Path(folder))
+        run = stepper(trainer, reader)
         for turn in range(arguments.turns + 1):
             for mode in MODES:
-                loop.saver.config = CheckpointConfig(every_minutes=None, keep=1, asynchronous=mode == "background")
+                trainer.checkpoints.config = CheckpointConfig(
+                    every_minutes=None, keep=1, asynchronous=mode == "background"
+                )
                 start = time.perf_counter()
                 if mode != "none" and turn:  # dense optimizers have no state before the first step
-                    loop.saver.save_training(loop.state())
+                    trainer.checkpoints.save_training(trainer.state_dict())
                 saved = time.perf_counter()
                 run(arguments.steps)
-                loop.saver.finish()
+                trainer.checkpoints.finish()
                 if turn:
                     seconds[mode].append(time.perf_counter() - start)
                     held[mode].append(saved - start)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -27,10 +28,15 @@ import torch.distributed as dist
 from bench_training import Job, whole_job  # it also checks the stack, before torchrec is imported
 from fuxictr_side import FuxiCTR, write_for_fuxictr
 
-from ssr_rec.config import RunConfig, resolve
-from ssr_rec.run_folder import hardware, versions
-from ssr_rec.schema import Schema
-from ssr_rec.train import build_model, open_reader, quiet, start_process_group, train
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.logs import quiet
+from ssr_rec.config.run import RunConfig, resolve
+from ssr_rec.data.schema import Schema
+from ssr_rec.model.build import build_model
+from ssr_rec.runs.provenance import hardware, versions
+from ssr_rec.train import train
+from ssr_rec.training.datasets import open_reader
+from ssr_rec.training.setup import start_process_group
 
 CHILD = Path(__file__).with_name("fuxictr_child.py")
 DIM, BATCH_SIZE, LEARNING_RATE, HIDDEN, CROSS_LAYERS = 16, 1024, 1e-3, [320, 320, 320], 3
@@ -90,7 +96,7 @@ def compare(model: str, data: Path, schema: Schema, fuxictr: FuxiCTR, options: a
                 training = config.train.model_copy(update={"epochs": options.auc})
                 with contextlib.redirect_stdout(sys.stderr):  # its progress lines
                     report = train(config.model_copy(update={"seed": seed, "name": f"{seed}", "train": training}))
-                aucs["ours"].append(round(report["test"][schema.labels[0]]["auc"], 5))
+                aucs["ours"].append(round(report.test[schema.labels[0]]["auc"] or math.nan, 5))
                 aucs["fuxictr"].append(round(fuxictr.ask(epochs=options.auc, seed=seed)["auc"], 5))
                 print(f"seed {seed}: " + "  ".join(f"{n} test AUC {a[-1]:.5f}" for n, a in aucs.items()), flush=True)
             figures["test_auc"] = aucs
@@ -107,7 +113,7 @@ def pinned(cores: int) -> Iterator[None]:
     """
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     if not 1 <= cores <= len(before):
-        raise ValueError(f"--cores {cores}: this machine has {len(before)} for us")
+        raise UserError(f"--cores {cores}: this machine has {len(before)} for us")
     os.sched_setaffinity(0, sorted(before)[-cores:])
     torch.set_num_threads(cores)
     try:
@@ -117,7 +123,7 @@ def pinned(cores: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="prepared dataset")
     parser.add_argument("--fuxictr-python", required=True, help="the python of a venv with FuxiCTR")
@@ -144,13 +150,17 @@ def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
         default=0,
         help="worker processes of its npz loader; on one core 0 is the fastest",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
+    options = _parser().parse_args(arguments)
     quiet()
     try:
         schema = Schema.read(options.data)
         scalars = [feature.name for feature in schema.features if feature.kind != "list"]
         if not scalars:
-            raise ValueError(f"{options.data}: no single-valued feature, and only those are compared")
+            raise UserError(f"{options.data}: no single-valued feature, and only those are compared")
         schema = schema.select(scalars, [options.label or schema.labels[0]])
         settings = {
             "dim": DIM, "hidden": HIDDEN, "num_cross_layers": CROSS_LAYERS, "batch_size": BATCH_SIZE,
@@ -164,7 +174,7 @@ def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
                 fuxictr = FuxiCTR(options.fuxictr_python, child, Path(folder), model, options.cores)
                 with contextlib.closing(fuxictr):
                     figures[model] = compare(model, options.data, schema, fuxictr, options)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

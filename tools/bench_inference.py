@@ -15,7 +15,8 @@ JSON, in seconds and bytes.
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.versions import require_stack
 
 require_stack()
 
@@ -36,10 +37,10 @@ from inference_sources import DENSE, TABLES, Source, cases_of, match_of, read_so
 from inference_tables import tables
 from inference_worker import CLOCKS, Failed, Worker
 
-from ssr_rec.latency import Requests, poisson_arrivals, summary
-from ssr_rec.metrics import auc, logloss
-from ssr_rec.run_folder import git_commit, hardware, versions
-from ssr_rec.train import quiet
+from ssr_rec.common.logs import quiet
+from ssr_rec.metrics.exact import auc, logloss
+from ssr_rec.runs.provenance import git_commit, hardware, versions
+from ssr_rec.serving.latency import Requests, poisson_arrivals, summary
 
 Record = dict[str, Any]
 Key = tuple[int, int, int]
@@ -193,30 +194,30 @@ def _check(options: argparse.Namespace) -> None:
         ValueError: names the option.
     """
     if not (options.run or options.artifact or options.config):
-        raise ValueError("nothing to measure: give --run, --artifact or --config")
+        raise UserError("nothing to measure: give --run, --artifact or --config")
     for key in ("over_archs", "match"):
         if getattr(options, key) and not options.config:
-            raise ValueError(f"--{key.replace('_', '-')} has no effect without --config: remove it, or give a config")
+            raise UserError(f"--{key.replace('_', '-')} has no effect without --config: remove it, or give a config")
     if options.multiple is not None and options.match is None:
-        raise ValueError("--multiple has no effect without --match: remove it")
+        raise UserError("--multiple has no effect without --match: remove it")
     if options.raw and not (options.artifact or "aot" in options.modes):
-        raise ValueError("--raw has no effect without an artifact or the mode aot: remove it")
+        raise UserError("--raw has no effect without an artifact or the mode aot: remove it")
     made = (options.run or options.config) and "aot" in options.modes
     for key, value in (("tables", ["fp32"]), ("dense", ["fp32"]), ("keep", None)):
         if getattr(options, key) != value and not made:
-            raise ValueError(f"--{key} has no effect without an aot case of a run or config: remove it")
+            raise UserError(f"--{key} has no effect without an aot case of a run or config: remove it")
     for key in ("batch", "threads", "clients", "repetitions", "warmup", "multiple"):
         value = getattr(options, key)
         if value is not None and np.min(value) < (0 if key == "warmup" else 1):
-            raise ValueError(f"--{key} {value}: must be at least {0 if key == 'warmup' else 1}")
+            raise UserError(f"--{key} {value}: must be at least {0 if key == 'warmup' else 1}")
     for key in ("seconds", "open_seconds", "load"):
         value = getattr(options, key)
         if np.size(value) and not (np.min(value) > 0 and np.max(value) < np.inf):
-            raise ValueError(f"--{key.replace('_', '-')} {value}: must be a positive number")
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be a positive number")
     if options.clock == "cpu" and (options.load or [*options.clients, *options.threads] != [1, 1]):
-        raise ValueError("--clock cpu is the time of one thread: with it no --load, and one of --clients and --threads")
+        raise UserError("--clock cpu is the time of one thread: with it no --load, and one of --clients and --threads")
     if options.picture is not None and not options.picture.parent.is_dir():
-        raise ValueError(f"--picture {options.picture}: there is no folder {options.picture.parent}; make it first")
+        raise UserError(f"--picture {options.picture}: there is no folder {options.picture.parent}; make it first")
 
 
 def run_benchmark(sources: Sequence[Source], options: argparse.Namespace) -> dict[str, list[Record]]:
@@ -241,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
         sources = read_sources(options, match_of(options.match))
         records = run_benchmark(sources, options)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Failed as error:

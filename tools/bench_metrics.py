@@ -9,7 +9,8 @@ the predictions, and computing the measures at the end. Shares are medians over 
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.versions import require_stack
 
 require_stack()
 
@@ -24,10 +25,10 @@ from typing import Any
 import torch
 
 from ssr_rec.data.reader import Reader
-from ssr_rec.fold_metrics import BoundedMetrics, ExactMetrics, FoldMetrics
-from ssr_rec.model import CTRModel
-from ssr_rec.restore import restore_model
-from ssr_rec.run_folder import hardware
+from ssr_rec.metrics.split_metrics import BoundedMetrics, ExactMetrics, FoldMetrics
+from ssr_rec.model.ctr_model import CTRModel
+from ssr_rec.runs.provenance import hardware
+from ssr_rec.serving.trained_model import restore_model
 
 
 def evaluation(model: CTRModel, reader: Reader, metrics: FoldMetrics) -> tuple[dict[str, float], dict[str, Any]]:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restored = restore_model(chosen.run, chosen.data)
         schema, batch_size = restored.schema, restored.config.train.eval_batch_size
         reader = Reader(restored.data, schema, chosen.split, batch_size, num_lanes=1)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds: dict[str, list[dict[str, float]]] = {"exact": [], "bounded": []}

@@ -11,7 +11,8 @@ the other figures count. The last line is JSON, in seconds, bytes and FLOPs.
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.versions import require_stack
 
 require_stack()
 
@@ -26,25 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from over_arch_cases import (
-    Case,
-    Setting,
-    build,
-    bytes_moved,
-    interleave,
-    operator_cases,
-    over_arch_case,
-    peak_bytes,
-    saved_bytes,
-)
+from over_arch_cases import Case, Setting, build, interleave, operator_cases, over_arch_case
 from over_arch_figure import draw
 from over_arch_sizes import COSTS, SIZE_KEYS, parse_over_arch, resize
+from step_bytes import bytes_moved, peak_bytes, saved_bytes
 
-from ssr_rec.over_archs import OverArchConfig
-from ssr_rec.progress import short_number
-from ssr_rec.run_folder import git_commit, hardware, versions
-from ssr_rec.run_table import markdown_table
-from ssr_rec.train import quiet
+from ssr_rec.common.formatting import short_number
+from ssr_rec.common.logs import quiet
+from ssr_rec.over_archs.choice import OverArchConfig
+from ssr_rec.runs.provenance import git_commit, hardware, versions
+from ssr_rec.runs.table import markdown_table
 
 EQUAL_HELP = f"{' or '.join(COSTS)}, and its value for each over-arch (FLOPs of one sample's forward): scales one size"
 CACHE_HELP = "what a timed step finds: cold, what another left; warm, what an untimed one of its own left just before"
@@ -191,7 +183,7 @@ def _check(options: argparse.Namespace) -> None:
         ValueError: names the option.
     """
     if not options.over_archs and not options.operators:
-        raise ValueError("nothing to measure: give --over-archs or --operators")
+        raise UserError("nothing to measure: give --over-archs or --operators")
     parts = (
         ("--over-archs", options.over_archs, OVER_ARCH_OPTIONS),
         ("--operators", options.operators, OPERATOR_OPTIONS),
@@ -201,16 +193,16 @@ def _check(options: argparse.Namespace) -> None:
             if getattr(options, key) is None:
                 setattr(options, key, default)
             elif not wanted:
-                raise ValueError(f"--{key.replace('_', '-')} has no effect without {part}: remove it, or give {part}")
+                raise UserError(f"--{key.replace('_', '-')} has no effect without {part}: remove it, or give {part}")
     for key in ("fields", "dim", "views", "view_dim", "iterations", "threads", "repetitions", "warmup", "batch"):
         if np.min(getattr(options, key)) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
+            raise UserError(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     if options.plot is not None and not options.plot.parent.is_dir():
-        raise ValueError(f"--plot {options.plot}: there is no folder {options.plot.parent}; make it first")
+        raise UserError(f"--plot {options.plot}: there is no folder {options.plot.parent}; make it first")
     if options.equal is not None and options.equal[0] not in COSTS:
-        raise ValueError(f"--equal {options.equal[0]}: must be {' or '.join(COSTS)}")
+        raise UserError(f"--equal {options.equal[0]}: must be {' or '.join(COSTS)}")
 
 
 def _configs(options: argparse.Namespace) -> list[tuple[str, OverArchConfig]]:
@@ -225,7 +217,7 @@ def _configs(options: argparse.Namespace) -> list[tuple[str, OverArchConfig]]:
     except ValueError:
         target = math.nan
     if not 0 < target < math.inf:
-        raise ValueError(f"--equal {cost} {text}: the value must be a positive number, such as 1.2e6")
+        raise UserError(f"--equal {cost} {text}: the value must be a positive number, such as 1.2e6")
     configs = [(spec, resize(config, cost, target, options.fields, options.dim)) for spec, config in configs]
     for _, config in configs:
         value = getattr(build(config, options.fields, options.dim), COSTS[cost])
@@ -241,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check(options)
         configs = _configs(options)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)

@@ -29,7 +29,9 @@ from pipeline_figure import draw_figure
 from pipeline_logs import FUXICTR_LOGS, Log
 from pipeline_stages import OVER_ARCH, peak_mb
 
-from ssr_rec.run_folder import hardware, versions
+from ssr_rec.common.errors import UserError
+from ssr_rec.runs.provenance import hardware, versions
+from ssr_rec.runs.report import read_report
 
 TOOLS = Path(__file__).parent
 STAGES = ("draw", "prepare", "read", "consume", "train", "fuxictr")
@@ -54,7 +56,7 @@ def run(command: Sequence[str], threads: int = 1) -> tuple[str, float]:
         lines = errors.read().strip().splitlines() or ["no message"]
         complaint = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
     if process.returncode:
-        raise ValueError(f"{' '.join(command[:3])} ... ended with {process.returncode}: {complaint}")
+        raise UserError(f"{' '.join(command[:3])} ... ended with {process.returncode}: {complaint}")
     return said, peak
 
 
@@ -90,12 +92,12 @@ def train(data: Path, runs: Path, ranks: int, steps: int, batch_size: int) -> di
     ]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     _, peak = run([sys.executable, *launch, *job])
-    report = json.loads((runs / name / "report.json").read_text())
+    report = read_report(runs / name)
     return {
         "ranks": ranks,
         "rows": steps * batch_size,
-        "rows_per_s": round(report["samples_per_s"]),
-        "data_wait": report["data_wait"],
+        "rows_per_s": round(report.samples_per_s or 0),
+        "data_wait": report.data_wait,
         "peak_mb": round(peak),
     }
 
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.work.mkdir(parents=True, exist_ok=True)
         found = measure(options)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if options.plot:

@@ -9,7 +9,8 @@ the ratio is that of their median samples/s. The last line is JSON.
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.versions import require_stack
 
 require_stack()
 
@@ -27,66 +28,54 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ssr_rec.config import RunConfig, load_config
+from ssr_rec.checkpointing.manager import Saver
+from ssr_rec.common.logs import quiet
+from ssr_rec.config.checkpointing import CheckpointConfig
+from ssr_rec.config.run import RunConfig, load_config
 from ssr_rec.data.batch import Batch
 from ssr_rec.data.reader import Reader
-from ssr_rec.metrics import RunningAUC
-from ssr_rec.optim import Schedule, build_optimizer
-from ssr_rec.run_folder import hardware, versions
-from ssr_rec.saver import CheckpointConfig, Saver
-from ssr_rec.schema import Schema
-from ssr_rec.snapshot import training_now, weights_now
-from ssr_rec.train import build_model, build_pipeline, open_reader, quiet, start_process_group
-from ssr_rec.trainer import PROGRESS_ROWS, Fitted, Loop, train_segment
+from ssr_rec.data.schema import Schema
+from ssr_rec.model.build import build_model
+from ssr_rec.runs.provenance import hardware, versions
+from ssr_rec.training.datasets import Rows, open_reader
+from ssr_rec.training.optimizer import build_optimizer
+from ssr_rec.training.setup import start_process_group
+from ssr_rec.training.trainer import Trainer
 
 Job = Callable[[int], None]
 """Trains for a number of steps and may be called again."""
 
 
-def make_loop(config: RunConfig, schema: Schema, device: torch.device, reader: Reader, folder: Path) -> Loop:
-    """The loop of ssr_rec/train.py on one rank, without a log; checkpoints, when asked for, go to ``folder``."""
+def make_trainer(config: RunConfig, schema: Schema, device: torch.device, reader: Reader, folder: Path) -> Trainer:
+    """The trainer of ssr_rec/train.py on one rank; checkpoints, when asked for, go to ``folder``."""
     model = build_model(config, schema, device, world_size=1, local_world_size=1)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
-    running, fitted, values = RunningAUC(schema.labels, PROGRESS_ROWS), Fitted(), config.model_dump(mode="json")
     model.train()
-    return Loop(
-        pipeline=build_pipeline(model, optimizer, device, config.train),
-        model=model,
-        schedule=Schedule(optimizer, config.optimizer.warmup_steps),
-        train=reader,
-        validation=lambda epoch: (reader, {}),
-        config=config.train,
-        running=running,
-        log=lambda row: None,
-        note=lambda text: print(text, file=sys.stderr),
-        saver=Saver(config.checkpoint, folder, lambda text: print(text, file=sys.stderr)),
-        weights=lambda: weights_now(model, fitted),
-        state=lambda: training_now(model, optimizer, running, fitted, reader, values),
-        beat=lambda where: None,
-        fitted=fitted,
-    )
+    rows = Rows(reader, lambda epoch: (reader, {}), reader, lambda split, to_train: reader)
+    return Trainer(config, rows, model, optimizer, Saver(config.checkpoint, folder))
 
 
 def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: Reader) -> Job:
     """What ssr_rec/train.py does between two evaluations: reader, pipeline, running AUC, progress rows."""
     never = CheckpointConfig(every_steps=None, every_minutes=None)
     with tempfile.TemporaryDirectory() as folder:
-        loop = make_loop(config.model_copy(update={"checkpoint": never}), schema, device, reader, Path(folder))
-    return stepper(loop, reader)
+        trainer = make_trainer(config.model_copy(update={"checkpoint": never}), schema, device, reader, Path(folder))
+    return stepper(trainer, reader)
 
 
-def stepper(loop: Loop, reader: Reader) -> Job:
+def stepper(trainer: Trainer, reader: Reader) -> Job:
     """Training of so many further steps, across epochs."""
     epochs = [(0, reader.epoch(0))]
 
     def run(steps: int) -> None:
-        last = loop.fitted.steps + steps
-        while loop.fitted.steps < last:
-            epoch, step = divmod(loop.fitted.steps, reader.steps_per_epoch)
+        last = trainer.fitted.steps + steps
+        while trainer.fitted.steps < last:
+            epoch, step = divmod(trainer.fitted.steps, reader.steps_per_epoch)
             if epoch != epochs[-1][0]:
                 epochs.append((epoch, reader.epoch(epoch)))
-            until = min(last, loop.fitted.steps - step + reader.steps_per_epoch)
-            train_segment(loop, epochs[-1][1], epoch, until)
+            until = min(last, trainer.fitted.steps - step + reader.steps_per_epoch)
+            for _ in trainer.train_segment(epochs[-1][1], epoch, until):
+                pass
 
     return run
 
@@ -162,7 +151,7 @@ def main() -> int:
     quiet()
     try:
         config, schema, device, reader = open_data(arguments, overrides)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     jobs = {"ours": whole_job(config, schema, device, reader), "bare": bare_loop(config, schema, device)}

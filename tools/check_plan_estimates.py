@@ -9,7 +9,7 @@ made from that, and then the plans take turns of training on random batches in m
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.versions import require_stack
 
 require_stack()
 
@@ -32,16 +32,19 @@ from tabulate import tabulate
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from ssr_rec.config import load_config
-from ssr_rec.hardware import Hardware, load_hardware
-from ssr_rec.optim import build_optimizer
-from ssr_rec.plan_file import plan_of, write_plan
+from ssr_rec.common.logs import quiet
+from ssr_rec.config.run import load_config
+from ssr_rec.data.features import Drawn, Feature
+from ssr_rec.data.schema import Schema
+from ssr_rec.embeddings.plan_file import plan_of, write_plan
+from ssr_rec.model.build import build_model
 from ssr_rec.planning.cases import Case, make_world
 from ssr_rec.planning.estimate import Estimate, estimate_plan
+from ssr_rec.planning.hardware import Hardware, load_hardware
 from ssr_rec.planning.remedies import Planned, plan_case
-from ssr_rec.run_folder import hardware as this_machine
-from ssr_rec.schema import Drawn, Feature, Schema
-from ssr_rec.train import build_model, quiet, start_process_group
+from ssr_rec.runs.provenance import hardware as this_machine
+from ssr_rec.training.optimizer import build_optimizer
+from ssr_rec.training.setup import start_process_group
 
 WITHIN = 0.05
 SINGLES, LISTS = 6, 6

@@ -7,7 +7,8 @@ Stopped at any time, the same command goes on where it was.
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.versions import require_stack
 
 # Before torchrec is imported: with a wrong stack that import itself fails, deep in C++.
 require_stack()
@@ -21,13 +22,13 @@ from pathlib import Path
 
 import yaml
 
-from ssr_rec.run_folder import write_text
-from ssr_rec.schema import Schema
-from ssr_rec.study import Plan, make_plan, read_study, slug
-from ssr_rec.study_figures import draw_costs
-from ssr_rec.study_runner import TRAIN_COMMAND, Comparison, open_comparison, run_comparison
-from ssr_rec.study_table import comparison_text, runs_frame, summarise
-from ssr_rec.train import quiet
+from ssr_rec.common.logs import quiet
+from ssr_rec.data.schema import Schema
+from ssr_rec.runs.folder import write_text
+from ssr_rec.studies.figure import draw_costs
+from ssr_rec.studies.runner import TRAIN_COMMAND, Comparison, open_comparison, run_comparison
+from ssr_rec.studies.study import Plan, choose, make_plan, read_study, slug
+from ssr_rec.studies.table import comparison_text, runs_frame, summarise
 
 
 def main(arguments: Sequence[str] | None = None, command: Sequence[str] = TRAIN_COMMAND) -> int:
@@ -37,11 +38,10 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = TRAIN_
     try:
         schema = Schema.read(options.data)
         plan = make_plan(
-            read_study(options.study),
+            choose(read_study(options.study), options.over_archs, options.study),
             schema,
             str(options.data),
             options.seeds,
-            over_archs=options.over_archs,
             trials=options.trials,
             overrides=overrides,
             where=options.study,
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = TRAIN_
             _say(f"{len(plan.trials)} systems, {plan.num_jobs()} runs, {comparison.num_done()} of them there; {out}")
             run_comparison(comparison, options.workers, command, _say)
         write_results(comparison)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ssr_rec.config import apply_override
-from ssr_rec.data.synthetic import SyntheticConfig, write_synthetic
-from ssr_rec.schema import first_problem
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.settings import first_problem
+from ssr_rec.config.run import apply_override
+from ssr_rec.data.synthetic.config import SyntheticConfig
+from ssr_rec.data.synthetic.write import write_synthetic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         print(f"error: {first_problem(error)}; keys: {', '.join(SyntheticConfig.model_fields)}", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows = sum(split.num_rows for split in schema.splits.values())

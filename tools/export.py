@@ -6,7 +6,7 @@ python tools/export.py runs/ssr_s --out artifacts/ssr_s_int8 --tables int8 --den
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.versions import require_stack
 
 require_stack()
 
@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from ssr_rec.export import TOLERANCES, export_run
-from ssr_rec.packed_tables import Precision
-from ssr_rec.schema import SPLITS
-from ssr_rec.train import is_library_error, quiet
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.logs import quiet
+from ssr_rec.data.schema import SPLITS
+from ssr_rec.serving.export import TOLERANCES, Compared, export_run
+from ssr_rec.serving.quantized_tables import Precision
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,14 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
             tables=options.tables,
             dense=options.dense,
             data=options.data,
-            split=options.split,
-            rows=options.rows,
-            tolerance=options.tolerance,
+            compared=Compared(options.split, options.rows, options.tolerance),
             note=lambda text: print(text, file=sys.stderr, flush=True),
         )
-    except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and is_library_error(error):
-            raise
+    except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(report))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ssr_rec.schema import SPLITS, Schema
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.schema import SPLITS, Schema
 
 
 class FuxiCTR:
@@ -36,7 +37,7 @@ class FuxiCTR:
                     text=True,
                 )
         except OSError as error:
-            raise ValueError(f"--fuxictr-python {python}: {error.strerror}; give the python of a venv") from None
+            raise UserError(f"--fuxictr-python {python}: {error.strerror}; give the python of a venv") from None
         try:
             self.built = self._answer()
         except ValueError:
@@ -57,12 +58,12 @@ class FuxiCTR:
             try:
                 return json.loads(line)
             except json.JSONDecodeError:
-                raise ValueError(f"FuxiCTR's process said {line.strip()[:80]!r}, which is not JSON") from None
+                raise UserError(f"FuxiCTR's process said {line.strip()[:80]!r}, which is not JSON") from None
         self.process.wait()
         said = self.errors.read_text().strip().splitlines() or ["no message"]
         if "No module named 'fuxictr'" in said[-1]:
-            raise ValueError(f"{self.python} has no FuxiCTR; in a venv of its own: pip install fuxictr==2.3.10")
-        raise ValueError(f"FuxiCTR's process ended with {self.process.returncode}: {said[-1]}")
+            raise UserError(f"{self.python} has no FuxiCTR; in a venv of its own: pip install fuxictr==2.3.10")
+        raise UserError(f"FuxiCTR's process ended with {self.process.returncode}: {said[-1]}")
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None

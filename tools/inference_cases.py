@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ssr_rec.config import RunConfig
+from ssr_rec.common.errors import UserError
+from ssr_rec.config.run import RunConfig
 from ssr_rec.data.reader import Reader
-from ssr_rec.embeddings import initialise_tables
-from ssr_rec.model import CTRModel
-from ssr_rec.restore import build_plain_model, restore_model
-from ssr_rec.schema import Schema
-from ssr_rec.serving import load
+from ssr_rec.data.schema import Schema
+from ssr_rec.embeddings.tables import initialise_tables
+from ssr_rec.model.ctr_model import CTRModel
+from ssr_rec.serving.scorer import load
+from ssr_rec.serving.trained_model import build_plain_model, restore_model
 
 MODES = ("eager", "compiled", "aot")
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -104,7 +105,7 @@ def read_rows(folder: Path, schema: Schema, count: int | None = None) -> Rows:
         ValueError: see ``Reader``.
     """
     size = min(count or schema.splits["test"].num_rows, schema.splits["test"].num_rows)
-    reader = Reader(folder, schema, "test", batch_size=max(1, size), num_lanes=1, prefetch=1)
+    reader = Reader(folder, schema, "test", batch_size=max(1, size), num_lanes=1).reading(prefetch=1)
     batches = reader.epoch(0)
     try:
         batch = next(batches)
@@ -125,7 +126,7 @@ def requests_of(rows: Rows, batch: int, seed: int, most: int = 256) -> list[tupl
         ValueError: fewer rows than a request has.
     """
     if len(rows) < batch:
-        raise ValueError(f"--batch {batch}: there are {len(rows)} rows to draw requests from")
+        raise UserError(f"--batch {batch}: there are {len(rows)} rows to draw requests from")
     count = min(most, max(8, len(rows) // batch))
     starts = np.random.default_rng([seed, batch]).integers(0, len(rows) - batch + 1, count)
     return [rows.request(int(start), int(start) + batch) for start in starts]
@@ -163,14 +164,9 @@ def load_case(case: Case) -> Score:
     else:
         assert case.config is not None
         model = untrained(case.config, case.schema)
-    forward: Callable[[KeyedJaggedTensor], Tensor] = model
     if case.mode == "compiled":
-        dense = torch.compile(model.dense, dynamic=True)
-
-        def forward(sparse: KeyedJaggedTensor) -> Tensor:
-            return dense(model.tables(sparse))
-
-    return kjt_scorer(case.schema.feature_names, forward)
+        model.dense = torch.compile(model.dense, dynamic=True)  # type: ignore[assignment]
+    return kjt_scorer(case.schema.feature_names, model)
 
 
 def timed_load(case: Case, first: tuple[Tensor, Tensor]) -> tuple[Score, float]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from ssr_rec.figures import COLORS, DPI, MARKERS, Decimals
+from ssr_rec.runs.curves import COLORS, DPI, MARKERS, Decimals
 
 Record = Mapping[str, Any]
 

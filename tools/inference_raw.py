@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from inference_cases import Rows
 
-from ssr_rec.places import source
-from ssr_rec.schema import LISTED, Drawn, Feature, LogBuckets, Schema
+from ssr_rec.common.paths import source
+from ssr_rec.data.features import LISTED, Drawn, Feature, LogBuckets
+from ssr_rec.data.schema import Schema
 
 UNKNOWN = "a value that no vocabulary has"
 
@@ -39,17 +38,9 @@ def _values(feature: Feature, folder: Path) -> Any:
     if isinstance(encoding, Drawn):
         return int
     if isinstance(encoding, LogBuckets):
-        width = (encoding.high - encoding.low) / encoding.num_buckets
-        return lambda i: (
-            None if i == encoding.missing_id else _unlog(encoding.low + (i - encoding.first_id + 0.5) * width)
-        )
+        return lambda i: None if i == encoding.missing_id else encoding.middle(i)
     if isinstance(encoding, LISTED):
         stored = pq.read_table(source(folder / encoding.file))
         texts = dict(zip(stored["id"].to_pylist(), stored["value"].to_pylist(), strict=True))
         return lambda i: None if i == encoding.missing_id else texts.get(i, UNKNOWN)
     return lambda i: None if i == encoding.missing_id else str(i)
-
-
-def _unlog(value: float) -> float:
-    """The inverse of ``sign(v) * log1p(|v|)``."""
-    return float(np.copysign(math.expm1(abs(value)), value))

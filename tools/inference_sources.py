@@ -15,16 +15,18 @@ import torch
 from inference_cases import Case, untrained
 from over_arch_sizes import COSTS, SIZE_KEYS, parse_over_arch, resize
 
-from ssr_rec.config import RunConfig, load_config, resolve
-from ssr_rec.data.synthetic import ensure_synthetic
-from ssr_rec.export import export_restored
-from ssr_rec.over_archs import OverArch, OverArchConfig
-from ssr_rec.over_archs.base import equal_dim
-from ssr_rec.packed_tables import Precision
-from ssr_rec.places import place
-from ssr_rec.restore import Restored, build_dense, restore_model
-from ssr_rec.schema import Schema
-from ssr_rec.serving import load
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.paths import place
+from ssr_rec.config.run import RunConfig, load_config, resolve
+from ssr_rec.data.schema import Schema
+from ssr_rec.data.synthetic.write import ensure_synthetic
+from ssr_rec.model.build import build_dense
+from ssr_rec.over_archs.base import OverArch, equal_dim
+from ssr_rec.over_archs.choice import OverArchConfig
+from ssr_rec.serving.export import Compared, export_restored
+from ssr_rec.serving.quantized_tables import Precision
+from ssr_rec.serving.scorer import load
+from ssr_rec.serving.trained_model import Restored, restore_model
 
 TABLES: tuple[str, ...] = get_args(Precision)
 DENSE = ("fp32", "bf16")
@@ -62,7 +64,7 @@ def match_of(text: str | None) -> tuple[str, float] | None:
     except ValueError:
         target = math.nan
     if name not in MATCHES or not 0 < target < math.inf:
-        raise ValueError(f"--match {text}: must be {' or '.join(MATCHES)}, = and a positive number, such as params=1e6")
+        raise UserError(f"--match {text}: must be {' or '.join(MATCHES)}, = and a positive number, such as params=1e6")
     return MATCHES[name], target
 
 
@@ -139,7 +141,7 @@ def _artifact(path: Path, data: Path | None) -> Source:
         # An artifact does not say where folds lie.
         found = Schema.read(data)
         if found.dataset_id != schema.dataset_id:
-            raise ValueError(f"--data {data}: dataset {found.dataset_id}, that of {path} is {schema.dataset_id}")
+            raise UserError(f"--data {data}: dataset {found.dataset_id}, that of {path} is {schema.dataset_id}")
         schema = found.select(schema.feature_names, schema.labels)
     return Source("artifact", label, schema, path, data, None, {})
 
@@ -190,7 +192,7 @@ def export(source: Source, folder: Path, tables: Any, dense: Any) -> None:
     assert source.config is not None
     if folder.exists():
         if load(folder).manifest.over_arch != source.config.over_arch.model_dump(mode="json"):
-            raise ValueError(f"--keep {folder.parent}: {folder} is of another over-arch; give another folder")
+            raise UserError(f"--keep {folder.parent}: {folder} is of another over-arch; give another folder")
         return
     print(f"{source.model}: exporting with {tables} tables, {dense} dense", file=sys.stderr, flush=True)
     if source.kind == "run":
@@ -198,4 +200,4 @@ def export(source: Source, folder: Path, tables: Any, dense: Any) -> None:
     else:
         model, (schema, data) = untrained(source.config, source.schema), dataset(source.config)
         restored = Restored(model, schema, source.config, data, Path("untrained"))
-    export_restored(restored, source.path.stem, folder, tables=tables, dense=dense, rows=PARITY_ROWS)
+    export_restored(restored, source.path.stem, folder, tables=tables, dense=dense, compared=Compared(rows=PARITY_ROWS))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssr_rec.progress import short_number
-from ssr_rec.run_table import markdown_table
+from ssr_rec.common.formatting import short_number
+from ssr_rec.runs.table import markdown_table
 
 Record = Mapping[str, Any]
 

@@ -18,9 +18,10 @@ from inference_cases import Case, Rows, Score, draw_rows, read_rows, requests_of
 from inference_raw import raw_rows
 from process_memory import resident
 
-from ssr_rec.latency import Requests, drive
-from ssr_rec.serving import load
-from ssr_rec.train import quiet
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.logs import quiet
+from ssr_rec.serving.latency import Requests, drive
+from ssr_rec.serving.scorer import load
 
 ROWS = 16_384
 """Rows that requests are drawn from, or the largest batch."""
@@ -65,7 +66,7 @@ class Worker:
             self._process.join()
             raise Failed(f"{self.case.name}: its process ended with {self._process.exitcode}") from None
         if kind == "bad":
-            raise ValueError(value)
+            raise UserError(value)
         if kind == "error":
             raise Failed(f"{self.case.name}:\n{value}")
         return value

@@ -16,27 +16,26 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from step_bytes import size_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssr_rec.kernels import ics, ics_reference, view_fusion_reference
-from ssr_rec.over_archs import OVER_ARCHS, OverArch, OverArchConfig, SSRConfig
+from ssr_rec.kernels import ics
+from ssr_rec.kernels.reference import ics_reference, view_fusion_reference
+from ssr_rec.over_archs.base import OverArch
+from ssr_rec.over_archs.choice import OverArchConfig
 from ssr_rec.over_archs.filters import IcsFilter
+from ssr_rec.over_archs.registry import OVER_ARCHS
 from ssr_rec.over_archs.ssr import SSRLayer
-
-WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_"}
-"""Operators that overwrite their first argument unread."""
-UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-"""Operators whose result nobody has written yet."""
+from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def operator_cases(batch: int, views: int, dim: int, iterations: int, setting: S
     gamma = torch.ones(views, dim, device=setting.device, requires_grad=True)
     for train in (False, True):
         leaf = z.detach().requires_grad_(train)
-        cases += _forms(f"ICS {_way(train)}", ics, ics_reference, [leaf], [alpha, gamma], 0, train, setting)
+        cases += _forms(f"ICS {_way(train)}", ics, ics_reference, Given([leaf], [alpha, gamma]), 0, train, setting)
     for kind, train in product(("static", "dynamic"), (False, True)):
         config = SSRConfig.model_validate(
             {"filter": kind, "num_views": views, "view_dim": dim}
@@ -163,8 +162,8 @@ def operator_cases(batch: int, views: int, dim: int, iterations: int, setting: S
         x = torch.randn(batch, views * dim, device=setting.device, requires_grad=train)
         name, flops = f"{config.label.split()[0]} layer {_way(train)}", layer.flops()
         steps = batch * (3 if train else 1)
-        cases += _forms(name, layer, plain_layer, [x], [], steps * flops.total, train, setting, layer)
-        cases.append(_gemms(name, kind == "dynamic", train, batch, views, dim, steps * flops.matmul, dtype, setting))
+        cases += _forms(name, layer, plain_layer, Given([x], [], layer), steps * flops.total, train, setting)
+        cases.append(_gemms(name, kind == "dynamic", train, (batch, views, dim), steps * flops.matmul, dtype, setting))
     return cases
 
 
@@ -180,25 +179,32 @@ def plain_layer(x: Tensor, layer: SSRLayer) -> Tensor:
     return view_fusion_reference(x, indices, dense.weight, dense.bias, None, norm.weight, norm.bias, norm.eps)
 
 
+class Given(NamedTuple):
+    """What a case computes with; of a layer, its plain form is given the layer in place of parameters."""
+
+    inputs: list[Tensor]
+    parameters: list[Tensor]
+    layer: SSRLayer | None = None
+
+
 def _forms(
     name: str,
     ours: Callable[..., Any],
     plain: Callable[..., Any],
-    inputs: list[Tensor],
-    parameters: list[Tensor],
+    given: Given,
     flops: int,
     train: bool,
     setting: Setting,
-    layer: SSRLayer | None = None,
 ) -> list[Case]:
     """Ours, plain and, with ``compile``, plain compiled; the plain form of a layer is given the layer."""
+    inputs, parameters, layer = given
     weights = parameters if layer is None else list(layer.parameters())
-    own, given = [*inputs, *parameters], [*inputs, *(parameters if layer is None else [layer])]
-    least = least_bytes(lambda: plain(*given), inputs, weights, train, setting)
+    own, theirs = [*inputs, *parameters], [*inputs, *(parameters if layer is None else [layer])]
+    least = least_bytes(lambda: plain(*theirs), inputs, weights, train, setting)
     resident = (*weights, *(() if layer is None else layer.buffers()))
-    forms = [(name, ours, own, setting.compile), (f"{name}, plain", plain, given, False)]
+    forms = [(name, ours, own, setting.compile), (f"{name}, plain", plain, theirs, False)]
     if setting.compile:
-        forms.append((f"{name}, plain compiled", plain, given, True))
+        forms.append((f"{name}, plain compiled", plain, theirs, True))
     cases = []
     for form, function, arguments, compiled in forms:
         forward = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
@@ -211,14 +217,17 @@ def _gemms(
     name: str,
     projected: bool,
     train: bool,
-    batch: int,
-    views: int,
-    dim: int,
+    sizes: tuple[int, int, int],
     flops: int,
     dtype: torch.dtype,
     setting: Setting,
 ) -> Case:
-    """The matrix products of a layer alone, in the layouts that they have in the plain layer."""
+    """The matrix products of a layer alone, in the layouts that they have in the plain layer.
+
+    Args:
+        sizes: batch, views, dim.
+    """
+    batch, views, dim = sizes
     like: Any = {"device": setting.device, "dtype": dtype}
     pairs = [(torch.randn(views, batch, dim, **like), torch.randn(views, dim, dim, **like))]
     if projected:
@@ -240,14 +249,6 @@ def _gemms(
 
 def _way(train: bool) -> str:
     return "fwd+bwd" if train else "fwd"
-
-
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements; those that an expanded tensor repeats count once."""
-    return sum(
-        t.element_size() * int(np.prod([n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n == 0]))
-        for t in tensors
-    )
 
 
 def interleave(
@@ -281,62 +282,3 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
-
-
-class _Traffic(TorchDispatchMode):
-    """Adds up what operators read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        # By storage, not by schema: _unsafe_view does not say that it is one.
-        is_view = not func._schema.is_mutable and not _storages(written).isdisjoint(_storages(read))
-        if not is_view and name not in UNTOUCHED:
-            self.bytes += size_of(read[1:] if name in WRITE_ONLY else read) + size_of(written)
-        return result
-
-
-def _storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
-
-
-def bytes_moved(step: Callable[[], object]) -> int:
-    """What the operators of one eager step read and write."""
-    with _Traffic() as traffic:
-        step()
-    return traffic.bytes
-
-
-def saved_bytes(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
-    """Bytes of the storages that one step keeps for its backward."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in resident}
-    found: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            # Or a storage freed early would lend its address to a later one.
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(found.values())
-
-
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """GPU memory of one step above what was allocated before it."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before

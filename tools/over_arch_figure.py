@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ssr_rec.figures import COLORS, DPI
+from ssr_rec.runs.curves import COLORS, DPI
 
 
 def draw(parts: Mapping[str, Sequence[Mapping[str, Any]]], subtitle: str, path: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from over_arch_cases import build
 
-from ssr_rec.config import apply_override, resolve
-from ssr_rec.over_archs import OverArchConfig, RankMixerConfig
+from ssr_rec.common.errors import UserError
+from ssr_rec.config.run import apply_override, resolve
+from ssr_rec.over_archs.choice import OverArchConfig
+from ssr_rec.over_archs.settings import RankMixerConfig
 
 SIZE_KEYS = {
     "ssr": "view_dim",
@@ -41,7 +43,7 @@ def parse_over_arch(spec: str) -> OverArchConfig:
     name, _, settings = spec.partition(":")
     pairs = re.split(r",(?=\w+=)", settings) if settings else []
     if not name or not all(re.match(r"\w+=.", pair) for pair in pairs):
-        raise ValueError(f"over-arch {spec!r} is not name:key=value,key=value, such as mlp:hidden=[320,320]")
+        raise UserError(f"over-arch {spec!r} is not name:key=value,key=value, such as mlp:hidden=[320,320]")
     values: dict[str, Any] = {}
     for pair in [f"name={name}", *pairs]:
         apply_override(values, f"--over_arch.{pair}")
@@ -64,7 +66,7 @@ def resize(
     key = SIZE_KEYS[config.name]
     now = getattr(config, key)
     if now == []:
-        raise ValueError(f"--equal scales {key} of {config.name}, which is empty here: give it a layer")
+        raise UserError(f"--equal scales {key} of {config.name}, which is empty here: give it a layer")
     unit = math.lcm(multiple, config.num_tokens) if isinstance(config, RankMixerConfig) else multiple
     start = (max(now) if isinstance(now, list) else now) // unit
 
@@ -84,7 +86,7 @@ def resize(
     above = 1 + bisect.bisect_left(range(1, LARGEST_SIZE), target, key=cost_of)
     nearest = min((n for n in (above - 1, above) if n), key=lambda n: abs(cost_of(n) - target))
     if not abs(cost_of(nearest) / target - 1) <= TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"--equal {cost} {target:g}: {config.label} comes no nearer than {cost_of(nearest):g}, "
             f"with {key}={nearest * unit}; change its other sizes"
         )

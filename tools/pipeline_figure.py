@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ssr_rec.figures import COLORS
+from ssr_rec.runs.curves import COLORS
 
 SHOWN = ("draw", "prepare", "read")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import duckdb
 
-from ssr_rec.data.presets import PRESETS
-from ssr_rec.data.table_spec import read_spec
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.preparation.presets import PRESETS
+from ssr_rec.data.preparation.spec import read_spec
 
 CRITEO_ROWS = 2_000_000
 SPEC = Path(__file__).parents[1] / "configs" / "data" / "ml1m_half.yaml"
@@ -39,7 +40,7 @@ class Log:
             try:
                 duckdb.execute(f"copy (select * exclude r from ({self.rows}) where {rule}) to '{file}' ({form})")
             except duckdb.Error as error:
-                raise ValueError(f"{self.raw}: {str(error).splitlines()[0]}") from None
+                raise UserError(f"{self.raw}: {str(error).splitlines()[0]}") from None
         return {**self.fuxictr, "folder": str(folder), "min_count": MIN_COUNT}
 
 

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from process_memory import resident
 
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.preparation.engines import EngineSettings
+
 # What only some stages use is imported there: it would count as memory of all of them.
 if TYPE_CHECKING:
-    from ssr_rec.schema import Schema
+    from ssr_rec.data.schema import Schema
 
 OVER_ARCH = {"name": "mlp", "hidden": [320, 320, 320]}
 NUM_NUMERIC = 13
@@ -41,7 +44,8 @@ def timed(work: Callable[[], int]) -> dict[str, float]:
 
 def draw(rows: int, output: str, ids: int) -> dict[str, Any]:
     """A synthetic log of 39 single-valued features and a list; users and items have ``ids`` ids each."""
-    from ssr_rec.data.synthetic import SyntheticConfig, write_synthetic
+    from ssr_rec.data.synthetic.config import SyntheticConfig
+    from ssr_rec.data.synthetic.write import write_synthetic
 
     config = SyntheticConfig(train_rows=rows, validation_rows=FOLD_ROWS, test_rows=FOLD_ROWS, users=ids, items=ids)
     return timed(lambda: write_synthetic(config, Path(output)).splits["train"].num_rows)
@@ -49,9 +53,9 @@ def draw(rows: int, output: str, ids: int) -> dict[str, Any]:
 
 def prepare_drawn(drawn: str, output: str, memory_limit: str) -> dict[str, Any]:
     """The drawn log taken for a raw one: 26 categorical columns, 13 numbers, one list."""
-    from ssr_rec.data.prepare import prepare
-    from ssr_rec.data.table_spec import make_spec
-    from ssr_rec.schema import Schema
+    from ssr_rec.data.preparation.prepare import prepare
+    from ssr_rec.data.preparation.spec import make_spec
+    from ssr_rec.data.schema import Schema
 
     schema = Schema.read(drawn)
     # Those of few values last: an id of a small table makes a plausible number.
@@ -69,19 +73,21 @@ def prepare_drawn(drawn: str, output: str, memory_limit: str) -> dict[str, Any]:
         },
         "drawn",
     )
-    return timed(lambda: _rows(prepare([f"{drawn}/train"], Path(output), spec, memory_limit=memory_limit)))
+    return timed(lambda: _rows(prepare([f"{drawn}/train"], Path(output), spec, settings=EngineSettings(memory_limit))))
 
 
 def prepare_log(inputs: list[str], output: str, memory_limit: str, preset: str, spec: str | None) -> dict[str, Any]:
     """A raw log by a preset, or by the spec in a file."""
-    from ssr_rec.data.prepare import prepare
-    from ssr_rec.data.presets import PRESETS
-    from ssr_rec.data.sources import read_table
-    from ssr_rec.data.table_spec import read_spec
+    from ssr_rec.data.preparation.prepare import prepare
+    from ssr_rec.data.preparation.presets import PRESETS
+    from ssr_rec.data.preparation.sources import read_table
+    from ssr_rec.data.preparation.spec import read_spec
 
     read, chosen = (read_table, read_spec(Path(spec))) if spec else (PRESETS[preset].read, PRESETS[preset].spec)
     return timed(
-        lambda: _rows(prepare(inputs, Path(output), chosen, read=read, memory_limit=memory_limit, preset=preset))
+        lambda: _rows(
+            prepare(inputs, Path(output), chosen, read=read, settings=EngineSettings(memory_limit), preset=preset)
+        )
     )
 
 
@@ -91,7 +97,7 @@ def _rows(schema: Schema) -> int:
 
 def read(data: str, batch_size: int) -> dict[str, Any]:
     """One shuffled pass of the reader over the training split on one rank."""
-    from ssr_rec.schema import Schema
+    from ssr_rec.data.schema import Schema
 
     return timed(partial(one_pass, data, Schema.read(data), batch_size, 0))
 
@@ -112,9 +118,10 @@ def consume(data: str, batch_size: int, turns: int, steps: int) -> dict[str, Any
     import torch
     from bench_training import bare_loop
 
-    from ssr_rec.config import resolve
-    from ssr_rec.schema import Schema
-    from ssr_rec.train import quiet, start_process_group
+    from ssr_rec.common.logs import quiet
+    from ssr_rec.config.run import resolve
+    from ssr_rec.data.schema import Schema
+    from ssr_rec.training.setup import start_process_group
 
     quiet()
     torch.set_num_threads(1)
@@ -168,7 +175,7 @@ def main() -> int:
         return 0 if sys.argv[1:] == ["-h"] else 2
     try:
         figures = STAGES[sys.argv[1]](**json.loads(sys.argv[2]))
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps({**figures, "peak_mb": round(peak_mb())}))

@@ -7,7 +7,8 @@ python tools/plan_sharding.py --config configs/plan/criteo_1tb.yaml --tables con
 Exit code: 0 it fits; 2 bad input; 3 it does not fit; 4 it fits, but ranks wait for a slow one.
 """
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.versions import require_stack
 
 # Before torchrec is imported: with a wrong stack that import itself fails, deep in C++.
 require_stack()
@@ -20,27 +21,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssr_rec.config import load_config
-from ssr_rec.data.synthetic import ensure_synthetic
-from ssr_rec.hardware import load_hardware, preset_names
-from ssr_rec.places import place
-from ssr_rec.plan_file import plan_of, write_plan
+from ssr_rec.common.logs import quiet
+from ssr_rec.common.paths import place
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.data.synthetic.write import ensure_synthetic
+from ssr_rec.embeddings.plan_file import plan_of, write_plan
 from ssr_rec.planning.cases import (
     Case,
+    RowLookups,
     make_world,
     mean_lengths,
     override_rows,
     parse_rows,
     parse_world,
     read_tables,
+    table_lookups,
 )
+from ssr_rec.planning.comparison_text import remedies_text, remedy_values, what_if_text, what_if_values
 from ssr_rec.planning.costs import dense_cost
 from ssr_rec.planning.explain import overflows, table_plans
+from ssr_rec.planning.hardware import load_hardware, preset_names
 from ssr_rec.planning.remedies import plan_case, try_balancing, try_remedies
-from ssr_rec.planning.text import headline, overflow_text, report
-from ssr_rec.planning.text_many import remedies_text, remedy_values, what_if_text, what_if_values
-from ssr_rec.schema import Schema
-from ssr_rec.train import quiet
+from ssr_rec.planning.report_text import headline, overflow_text, report
 
 FITS, BAD_INPUT, DOES_NOT_FIT, UNBALANCED = 0, 2, 3, 4
 
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.what_if:
             return _what_if(case, options)
         return _plan(case, options)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
@@ -66,23 +69,24 @@ def _case(options: argparse.Namespace, overrides: Sequence[str]) -> Case:
     """
     config = load_config(options.config, overrides)
     if config.sharding.plan is not None:
-        raise ValueError(f"sharding.plan={config.sharding.plan} names a plan, and this makes one; remove it")
+        raise UserError(f"sharding.plan={config.sharding.plan} names a plan, and this makes one; remove it")
     hardware = load_hardware(options.hardware)
     world = make_world(options.nodes, options.gpus_per_node or hardware.max_ranks_per_node, hardware)
+    lookups: dict[str, RowLookups] = {}
     if options.tables:
         if options.data:
-            raise ValueError("--tables and --data are two answers to one question; give one")
+            raise UserError("--tables and --data are two answers to one question; give one")
         config, schema, lengths = read_tables(options.tables, config)
     else:
         path = options.data or config.data.path
         folder = place(path) if path else ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root))
         schema = Schema.read(folder)
-        lengths = mean_lengths(folder, schema)
+        lengths, lookups = mean_lengths(folder, schema), table_lookups(folder, schema)
     schema = schema.select(config.data.features, config.data.labels)
     if options.scale_rows <= 0:
-        raise ValueError(f"--scale-rows {options.scale_rows:g}: must be more than 0")
+        raise UserError(f"--scale-rows {options.scale_rows:g}: must be more than 0")
     schema = override_rows(schema, parse_rows(options.rows), options.scale_rows)
-    return Case(config, schema, lengths, world)
+    return Case(config, schema, lengths, world, lookups)
 
 
 def _plan(case: Case, options: argparse.Namespace) -> int:
@@ -117,7 +121,7 @@ def _plan(case: Case, options: argparse.Namespace) -> int:
     _show(text, values, options)
     if options.picture:
         # Imported here: matplotlib takes a second.
-        from ssr_rec.planning.picture import draw_plan
+        from ssr_rec.planning.figure import draw_plan
 
         draw_plan(case, planned.estimate, options.picture)
     if options.save and planned.fits:
@@ -133,7 +137,7 @@ def _what_if(case: Case, options: argparse.Namespace) -> int:
     """Compare worlds; with --scale-batch every rank keeps the rows it has in the case's own world."""
     for flag, given in {"--save": options.save, "--picture": options.picture}.items():
         if given:
-            raise ValueError(f"{flag} is for one plan; leave out --what-if")
+            raise UserError(f"{flag} is for one plan; leave out --what-if")
     dense, planned = dense_cost(case), []
     for text in options.what_if.split(","):
         world = parse_world(text, case.world.hardware)
@@ -142,8 +146,9 @@ def _what_if(case: Case, options: argparse.Namespace) -> int:
             batch = case.rows_per_rank * world.size
             config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": batch})})
         planned.append(plan_case(replace(case, world=world, config=config), dense))
-    values = {"format_version": 1, "dataset": case.schema.name, "worlds": what_if_values(planned)}
-    _show(what_if_text(planned), values, options)
+    worlds = what_if_values(planned, options.total_rows)
+    values = {"format_version": 1, "dataset": case.schema.name, "total_rows": options.total_rows, "worlds": worlds}
+    _show(what_if_text(planned, options.total_rows), values, options)
     return FITS if any(one.fits for one in planned) else DOES_NOT_FIT
 
 

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from ssr_rec.data.add import add
-from ssr_rec.data.engines import SparkSettings
-from ssr_rec.data.prepare import prepare
-from ssr_rec.data.presets import PRESETS
-from ssr_rec.data.sources import Read, read_table
-from ssr_rec.data.table_spec import DaySplit, RandomSplit, TableSpec, TimeSplit, make_spec, read_spec
-from ssr_rec.places import is_local, place
-from ssr_rec.schema import Schema
+from ssr_rec.common import stopping
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.paths import is_local, place
+from ssr_rec.data.preparation.append_days import add
+from ssr_rec.data.preparation.engines import EngineSettings, SparkSettings
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.presets import PRESETS
+from ssr_rec.data.preparation.sources import Read, read_table
+from ssr_rec.data.preparation.spec import DaySplit, RandomSplit, TableSpec, TimeSplit, make_spec, read_spec
+from ssr_rec.data.schema import Schema
 
 SETTLED = (
     *("spec", "seed", "ratios", "time_column", "boundaries", "days", "fit_days"),
-    *("min_count", "num_buckets", "hash_buckets", "hash_min_count", "max_list_length"),
+    *("min_count", "num_buckets", "hash_buckets", "hash_min_count", "spread_ids", "max_list_length"),
 )
 """Options that a dataset was made with, and rows added later follow."""
 
@@ -37,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         schema = _add(options) if options.add_to else _prepare(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        place_of = options.output or options.add_to
+        return stopping.exit_status(error, f": {place_of} is as it was before; the same command starts anew")
     seconds = time.perf_counter() - started
     splits = {name: split.num_rows for name, split in schema.splits.items()}
     if options.add_to:
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _prepare(options: argparse.Namespace) -> Schema:
     if options.extend_vocabulary:
-        raise ValueError("--extend-vocabulary is for --add-to; with --output vocabularies are fitted anew")
+        raise UserError("--extend-vocabulary is for --add-to; with --output vocabularies are fitted anew")
     read, spec = _chosen(options)
     return prepare(
         options.input,
@@ -60,27 +61,23 @@ def _prepare(options: argparse.Namespace) -> Schema:
         spec,
         read=read,
         seed=options.seed or 0,
-        memory_limit=options.memory_limit,
-        threads=options.threads,
         preset=options.preset,
-        spark=_spark(options),
+        settings=EngineSettings(options.memory_limit, options.threads, _spark(options)),
     )
 
 
 def _add(options: argparse.Namespace) -> Schema:
     for key in SETTLED:
         if getattr(options, key) is not None:
-            raise ValueError(f"--{key.replace('_', '-')} is settled by the dataset that --add-to names; leave it out")
+            raise UserError(f"--{key.replace('_', '-')} is settled by the dataset that --add-to names; leave it out")
     if not is_local(place(str(options.add_to))):
-        raise ValueError(f"--add-to {options.add_to}: a dataset grows on a local or mounted disk alone; copy it there")
+        raise UserError(f"--add-to {options.add_to}: a dataset grows on a local or mounted disk alone; copy it there")
     return add(
         options.input,
         Path(options.add_to),
         preset=options.preset,
         extend=options.extend_vocabulary,
-        memory_limit=options.memory_limit,
-        threads=options.threads,
-        spark=_spark(options),
+        settings=EngineSettings(options.memory_limit, options.threads, _spark(options)),
     )
 
 
@@ -89,15 +86,15 @@ def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
     read: Read = read_table
     if options.preset == "table":
         if options.spec is None:
-            raise ValueError("preset table needs --spec, a YAML file that says what each column is; see docs/data.md")
+            raise UserError("preset table needs --spec, a YAML file that says what each column is; see docs/data.md")
         spec = read_spec(options.spec)
     elif options.spec is not None:
-        raise ValueError(f"--spec is for preset table; {options.preset} has its own")
+        raise UserError(f"--spec is for preset table; {options.preset} has its own")
     else:
         read, spec = PRESETS[options.preset].read, PRESETS[options.preset].spec
     changes: dict[str, Any] = {
         name: value
-        for name in ("min_count", "num_buckets", "hash_buckets", "hash_min_count")
+        for name in ("min_count", "num_buckets", "hash_buckets", "hash_min_count", "spread_ids")
         if (value := getattr(options, name)) is not None
     }
     if options.max_list_length is not None:
@@ -113,10 +110,10 @@ def _spark(options: argparse.Namespace) -> SparkSettings | None:
     if options.engine == "spark":
         for entry in options.spark_conf:
             if "=" not in entry:
-                raise ValueError(f"--spark-conf {entry}: not key=value, as in spark.executor.memory=8g")
+                raise UserError(f"--spark-conf {entry}: not key=value, as in spark.executor.memory=8g")
         return SparkSettings(options.spark_master, dict(entry.split("=", 1) for entry in options.spark_conf))
     if options.spark_master or options.spark_conf:
-        raise ValueError("--spark-master and --spark-conf are for --engine spark")
+        raise UserError("--spark-master and --spark-conf are for --engine spark")
     return None
 
 
@@ -124,14 +121,14 @@ def _split(options: argparse.Namespace, split: RandomSplit | TimeSplit | DaySpli
     if options.days or options.fit_days:
         column = options.days or (split.column if isinstance(split, DaySplit) else None)
         if column is None:
-            raise ValueError("--fit-days needs --days, the column the days are in")
+            raise UserError("--fit-days needs --days, the column the days are in")
         if options.time_column or options.boundaries or options.ratios:
-            raise ValueError("--days makes every day a split: --time-column, --boundaries and --ratios are not for it")
+            raise UserError("--days makes every day a split: --time-column, --boundaries and --ratios are not for it")
         return {"type": "days", "column": column, "fit_days": options.fit_days or 1}
     column = options.time_column or (split.column if isinstance(split, TimeSplit) else None)
     if options.boundaries:
         if column is None:
-            raise ValueError("--boundaries needs --time-column, the column they are in")
+            raise UserError("--boundaries needs --time-column, the column they are in")
         moments = [int(moment) if moment.lstrip("-").isdigit() else moment for moment in options.boundaries]
         return {"type": "time", "column": column, "boundaries": moments}
     if options.time_column:
@@ -166,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hash-min-count", type=int, metavar="N", help="training occurrences that admit a value to its hash bucket"
     )
+    parser.add_argument(
+        "--spread-ids",
+        action="store_true",
+        default=None,
+        help="spread frequent values over the ids, for row-wise shards",
+    )
     parser.add_argument("--max-list-length", type=int, metavar="N", help="items kept of every list")
     parser.add_argument(
         "--memory-limit",
@@ -181,5 +184,5 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     # So that a polite kill, like Ctrl-C, removes what is half-written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopping.listen()
     sys.exit(main())

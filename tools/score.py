@@ -5,22 +5,23 @@ python tools/score.py artifacts/ssr_s --input rows.parquet --output scores.parqu
 
 from __future__ import annotations
 
-from ssr_rec.stack import require_stack
+from ssr_rec.common.versions import require_stack
 
 require_stack()
 
 import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from ssr_rec.score_file import score_file
+from ssr_rec.common import stopping
+from ssr_rec.common.logs import quiet
+from ssr_rec.data.schema import Lookups
 from ssr_rec.serving import load
-from ssr_rec.train import is_library_error, quiet
+from ssr_rec.serving.score_file import score_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,19 +33,23 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     def progress(rows: int) -> None:
+        stopping.check()
         seconds = time.perf_counter() - started
         print(f"scored {rows:,} rows, {rows / seconds:,.0f} rows/s", file=sys.stderr, flush=True)
 
     try:
-        rows = score_file(load(options.artifact), options.input, options.output, options.keep, progress)
-    except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and is_library_error(error):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        scorer = load(options.artifact)
+        rows = score_file(scorer, options.input, options.output, options.keep, progress)
+    except (Exception, KeyboardInterrupt) as error:
+        return stopping.exit_status(error, f": {options.output} is as it was before")
     seconds = time.perf_counter() - started
-    print(json.dumps({"rows": rows, "seconds": round(seconds, 3), "output": str(options.output)}))
+    values = {name: _shares(found) for name, found in scorer.values.counts().items()}
+    print(json.dumps({"rows": rows, "seconds": round(seconds, 3), "output": str(options.output), "values": values}))
     return 0
+
+
+def _shares(found: Lookups) -> dict[str, float]:
+    return {"missing": round(found.share("missing"), 4), "unknown": round(found.share("oov"), 4)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,5 +64,5 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     # So that a polite kill, like Ctrl-C, removes what is half-written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopping.listen()
     sys.exit(main())

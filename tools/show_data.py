@@ -1,8 +1,9 @@
 """What a prepared dataset's tables are used for: ``python tools/show_data.py DATA [--plot PATH]``; see docs/ids.md.
 
 Prints a Markdown table, one line per feature, counted over the training split (or all days): rows of its table, ids
-seen, shares of lookups, and for hashed features the collisions measured when it was prepared beside those expected. The
-last line is JSON. Bad input ends it with exit code 2 and one line.
+seen, shares of lookups, and for hashed features the collisions measured when it was prepared beside those expected. A
+second table has the missing and out-of-vocabulary shares of every split. The last line is JSON. Bad input ends it with
+exit code 2 and one line.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssr_rec.data.use import table_use
-from ssr_rec.schema import Schema
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.schema import Schema
+from ssr_rec.data.table_usage import split_lookups, table_use
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,18 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         schema = Schema.read(chosen.data)
         uses = table_use(chosen.data, schema, chosen.memory_limit, chosen.threads)
         # Imported here: matplotlib takes a second, which a wrong path need not wait for.
-        from ssr_rec.use_figures import draw_use, unknown, use_table
+        from ssr_rec.runs.table_usage import draw_use, split_table, unknown, use_table
 
         print(use_table(uses))
+        shares = split_lookups(chosen.data, schema, chosen.memory_limit)
+        if any(shares.values()):
+            print(f"\n{split_table(shares)}")
         if (missing := unknown(uses)) is not None:
             print(f"\n{missing}")
         if chosen.plot is not None:
             draw_use(uses, chosen.plot)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"show_data: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     figures = [{k: None if v != v else v for k, v in use.figures().items()} for use in uses]
-    print(json.dumps({"dataset": schema.name, "dataset_id": schema.dataset_id, "features": figures}))
+    splits = {split: {n: found.model_dump() for n, found in of.items()} for split, of in shares.items()}
+    about = {"dataset": schema.name, "dataset_id": schema.dataset_id}
+    print(json.dumps({**about, "features": figures, "splits": splits}))
     return 0
 
 

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssr_rec.run_folder import read_run
-from ssr_rec.run_table import runs_table, summary
+from ssr_rec.common.errors import UserError
+from ssr_rec.runs.report import read_run
+from ssr_rec.runs.table import runs_table, summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,19 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = [read_run(folder) for folder in chosen.runs]
         print(runs_table(runs), summary(runs), sep="\n\n")
-        by_days = all("days" in run.report for run in runs)
+        by_days = all(run.report.days for run in runs)
         # Imported here: matplotlib takes a second, and the table alone does not need it.
         if by_days:
-            from ssr_rec.day_figures import days_table, draw_days
+            from ssr_rec.runs.days import days_table, draw_days
 
             print(f"\n{days_table(runs)}")
             if chosen.plot is not None:
                 draw_days(runs, chosen.plot)
         elif chosen.plot is not None:
-            from ssr_rec.figures import draw_comparison
+            from ssr_rec.runs.curves import draw_comparison
 
             draw_comparison(runs, chosen.plot)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"show_runs: {error}", file=sys.stderr)
         return 2
     return 0

@@ -10,7 +10,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from ssr_rec.schema import Schema, Vocabulary
+from ssr_rec.data.features import Vocabulary
+from ssr_rec.data.schema import Schema
 
 
 @dataclass
@@ -59,3 +60,30 @@ def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> B
             ids = values[ends[place] : ends[place + 1]]
             ids[ids >= new_from[feature.name]] = feature.encoding.oov_id
     return batch
+
+
+def row_keys(sparse: KeyedJaggedTensor) -> Tensor:
+    """Return a 64-bit hash (B,) int64 of each row's ids, lists in their order: rows of equal inputs have equal keys."""
+    lengths = sparse.lengths().view(len(sparse.keys()), -1)
+    keys = torch.zeros(lengths.shape[1], dtype=torch.int64)
+    for feature, (ids, counts) in enumerate(zip(sparse.values().split(sparse.length_per_key()), lengths, strict=True)):
+        # int64 arithmetic wraps around; each id is mixed with its feature, and with its place in a list.
+        seed = (feature + 1) * _GOLDEN % 2**63
+        if bool((counts == 1).all()):
+            keys += _mixed(ids + seed)
+            continue
+        rows = torch.repeat_interleave(counts)
+        places = torch.arange(len(ids)) - (torch.cumsum(counts, 0) - counts)[rows]
+        keys.index_add_(0, rows, _mixed(_mixed(ids + seed) + places))
+    return keys
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Return x (int64) with its bits spread over all 64, as the finaliser of splitmix64 does."""
+    # Torch shifts copies of the sign in, which would cancel it and make two numbers one: they are masked.
+    x = (x ^ (x >> 30 & 2**34 - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & 2**37 - 1)) * -7723592293110705685
+    return x ^ (x >> 31 & 2**33 - 1)
+
+
+_GOLDEN = 0x1E3779B97F4A7C15

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.data.batch import Batch, hide_new_ids
-from ssr_rec.data.blocks import Block, SplitFiles
-from ssr_rec.data.lanes import Lanes, Piece, lanes_of_rank
-from ssr_rec.schema import Schema
+from ssr_rec.data.batch_order import Lanes, Piece, lanes_of_rank
+from ssr_rec.data.oov_dropout import OovDropout
+from ssr_rec.data.row_groups import Block, SplitFiles
+from ssr_rec.data.schema import Schema
 
 
 class Reader:
@@ -32,14 +34,12 @@ class Reader:
         schema: its schema, perhaps a selection of its features and labels.
         split: "train", "validation" or "test", or a day.
         batch_size: rows of a global batch over all ranks.
-        rank, world_size: this process and how many there are.
-        num_lanes: rows are dealt to this many lanes (lanes.py); fewer than ``world_size`` means ``world_size``.
+        ranks: this process and how many there are.
+        num_lanes: rows are dealt to this many lanes (batch_order.py); fewer than ranks means as many as those.
         seed: of the shuffle; None keeps the stored order.
-        prefetch: batches decoded ahead in a background thread.
-        hide_new: take ids that the rows of this day themselves gave to values as out of vocabulary.
 
     Raises:
-        ValueError: see ``SplitFiles``; also a batch size smaller than the number of lanes, or too few rows.
+        UserError: see ``SplitFiles``; also a batch size smaller than the number of lanes, or too few rows.
     """
 
     def __init__(
@@ -48,19 +48,18 @@ class Reader:
         schema: Schema,
         split: str,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: tuple[int, int] = (0, 1),
         num_lanes: int = 16,
         seed: int | None = None,
-        prefetch: int = 4,
-        hide_new: bool = False,
     ) -> None:
+        rank, world_size = ranks
         self.files, self.split = SplitFiles(folder, schema, split), split
-        self.schema, self.batch_size, self.seed, self.prefetch = schema, batch_size, seed, prefetch
-        self.new_from = schema.new_from(split) if hide_new else {}
+        self.schema, self.batch_size, self.seed, self.prefetch = schema, batch_size, seed, 4
+        self.new_from: dict[str, int] = {}
+        self.oov_dropout: OovDropout | None = None
         self.num_lanes = max(num_lanes, world_size)
         if batch_size < self.num_lanes:
-            raise ValueError(
+            raise UserError(
                 f"batch size {batch_size} is the global one and must be at least {self.num_lanes}, the larger of "
                 f"data.num_lanes and the world size {world_size}; raise the batch size or lower data.num_lanes"
             )
@@ -68,6 +67,18 @@ class Reader:
         self.my_lanes = lanes_of_rank(self.num_lanes, rank, world_size)
         self.num_rows = schema.splits[split].num_rows
         self.steps_per_epoch = -(-self.num_rows // batch_size)
+
+    def reading(self, prefetch: int = 4, hide_new: bool = False, oov_dropout: OovDropout | None = None) -> Reader:
+        """Set how batches are read, and return the reader.
+
+        Args:
+            prefetch: batches decoded ahead in a background thread.
+            hide_new: take ids that the rows of this day themselves gave to values as out of vocabulary.
+            oov_dropout: of training; None: every id as it is stored.
+        """
+        self.prefetch, self.oov_dropout = prefetch, oov_dropout
+        self.new_from = self.schema.new_from(self.split) if hide_new else {}
+        return self
 
     def num_steps(self, epochs: int) -> int:
         return epochs * self.steps_per_epoch
@@ -162,7 +173,11 @@ class Reader:
         if self.seed is not None:
             rng = np.random.default_rng((self.seed, epoch, piece.group))
             order = rng.permutation(int(self.files.group_rows[piece.group]))
-        return self.files.read(piece, order)
+        block = self.files.read(piece, order)
+        if self.oov_dropout is not None:
+            rows = np.arange(piece.stop) if order is None else order
+            self.oov_dropout.apply(block, rows[piece.start : piece.stop], piece.group, epoch)
+        return block
 
     def _assemble(self, slices: list[tuple[Block, int, int]], global_rows: int) -> Batch:
         num_rows = sum(stop - start for _, start, stop in slices)
@@ -207,7 +222,7 @@ class Reader:
 def check_rows(folder: Path, schema: Schema, split: str, world_size: int) -> None:
     """Refuse a split of which some rank would get no row."""
     if schema.splits[split].num_rows < world_size:
-        raise ValueError(
+        raise UserError(
             f"{folder}: split {split!r} has {schema.splits[split].num_rows} rows for a world size of "
             f"{world_size}; use fewer processes or more data"
         )

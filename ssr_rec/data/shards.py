@@ -2,28 +2,37 @@
 
 A flipped bit in a shard would be another id or label, and decoders of damaged bytes may do anything. So each page
 carries a checksum, and the digest of the footer, which says where the pages are and what is in them, stands in the
-schema. What neither covers is the few bytes before each page; ``data/blocks.py`` checks what they could change.
+schema. What neither covers is the few bytes before each page; ``data/row_groups.py`` checks what they could change.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ssr_rec.places import is_local, sink
-from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, SHARD_KEY, Schema, Shard, Split
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.paths import is_local, sink
+from ssr_rec.data.features import Feature
+from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, SHARD_KEY, Lookups, Schema, Shard, Split
 
 ROWS_PER_SHARD = 4_194_304
 DAYS_FOLDER = "days"
+YOUNG_S = 60.0
 
 
 def row_group_rows(num_rows: int) -> int:
@@ -38,13 +47,19 @@ def row_group_rows(num_rows: int) -> int:
 def arrow_schema(schema: Schema) -> pa.Schema:
     """The columns every shard of the dataset has, in order: features, labels, group id."""
     fields = [
-        pa.field(f.name, pa.list_(pa.int64()) if f.kind == "list" else pa.int64(), nullable=False)
+        pa.field(f.name, pa.list_(pa.int64()) if f.kind == "list" else pa.int64(), False, _special_ids(f))
         for f in schema.features
     ]
     fields += [pa.field(label, pa.int8(), nullable=False) for label in schema.labels]
     if schema.group_id is not None:
         fields.append(pa.field(GROUP_COLUMN, pa.int64(), nullable=False))
     return pa.schema(fields, metadata={DATASET_ID_KEY: schema.dataset_id.encode()})
+
+
+def _special_ids(feature: Feature) -> dict[str, str] | None:
+    """Return the ids of missing and of unknown values, where the encoding has them, for ``_count``."""
+    found = {key: getattr(feature.encoding, f"{key}_id", None) for key in ("missing", "oov")}
+    return {key: str(value) for key, value in found.items() if value is not None} or None
 
 
 def write_shards(
@@ -79,6 +94,7 @@ def write_shard(
 def _write_shard(groups: Iterator[pa.Table], columns: pa.Schema, folder: Path, path: str, rows_in_group: int) -> Shard:
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     num_rows = 0
+    content, lookups = hashlib.sha256(), dict[str, Lookups]()
     # All columns are integers: packed differences are written and read faster than dictionaries and take less room;
     # after them, lz4 takes a quarter less time to read than zstd, for a fortieth more bytes.
     with (
@@ -95,7 +111,38 @@ def _write_shard(groups: Iterator[pa.Table], columns: pa.Schema, folder: Path, p
         for table in groups:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
             num_rows += table.num_rows
-    return Shard(path=path, num_rows=num_rows, footer=footer_digest(folder / path), group_rows=rows_in_group)
+            for field, column in zip(columns, table.itercolumns(), strict=True):
+                values = _values(content, field, column)
+                if field.metadata:
+                    found = _count(values, field.metadata)
+                    lookups[field.name] = lookups[field.name] + found if field.name in lookups else found
+    return Shard(
+        path=path,
+        num_rows=num_rows,
+        footer=footer_digest(folder / path),
+        group_rows=rows_in_group,
+        content=content.hexdigest(),
+        lookups=lookups or None,
+    )
+
+
+def _values(content: hashlib._Hash, field: pa.Field, column: pa.ChunkedArray) -> np.ndarray:
+    """Return the values of a column of a row group, items of lists one after another, and feed them to a digest.
+
+    The digest does not depend on the chunks and buffers that the values lie in.
+    """
+    content.update(f"{field.name} {len(column)}".encode())
+    if pa.types.is_list(field.type):
+        content.update(pc.list_value_length(column).to_numpy())
+        column = pc.list_flatten(column)
+    values: np.ndarray = column.to_numpy()
+    content.update(np.ascontiguousarray(values).data)
+    return values
+
+
+def _count(ids: np.ndarray, special: Mapping[bytes, bytes]) -> Lookups:
+    counts = {key.decode(): int((ids == int(value)).sum()) for key, value in special.items()}
+    return Lookups(total=len(ids), **counts)
 
 
 def split_folder(schema: Schema, split: str) -> str:
@@ -122,7 +169,7 @@ def write_splits(
         rows = counts[name]["rows"]
         place = split_folder(schema, name)
         shards = write_shards(_take(batches, rows, held), arrow_schema(schema), folder, place, row_group_rows(rows))
-        splits[name] = split.model_copy(update={"num_rows": rows, "shards": shards})
+        splits[name] = split.written(shards)
         progress(f"wrote {name}", rows)
     return schema.model_copy(update={"splits": splits})
 
@@ -142,18 +189,18 @@ def footer_digest(path: Path) -> str:
     """sha256 of the metadata at the end of a parquet file, read without the parquet library.
 
     Raises:
-        ValueError: not a regular file, or no parquet file.
+        UserError: not a regular file, or no parquet file.
         OSError: unreadable.
     """
     if path.exists() and not path.is_file():
-        raise ValueError("not a regular file")
+        raise UserError("not a regular file")
     with path.open("rb") as file:
         # The file ends with the metadata, its length in four bytes, and the word PAR1.
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little")
         if length + 8 > size:
-            raise ValueError("it does not end as a parquet file does")
+            raise UserError("it does not end as a parquet file does")
         file.seek(size - 8 - length)
         return hashlib.sha256(file.read(length)).hexdigest()
 
@@ -184,7 +231,7 @@ def new_dataset(place: Path) -> Iterator[tuple[Path, Path]]:
     follows at the end, and ``schema.json``, without which there is no dataset, comes last.
 
     Raises:
-        ValueError: there is something at ``place``.
+        UserError: there is something at ``place``.
     """
     if is_local(place):
         with new_folder(place) as folder:
@@ -207,7 +254,7 @@ def new_dataset(place: Path) -> Iterator[tuple[Path, Path]]:
 
 def _refuse_full(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not empty; choose another folder or remove this one")
+        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove this one")
 
 
 def _remove(folder: Path) -> None:
@@ -221,15 +268,38 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that becomes ``folder`` on success and vanishes on failure.
 
     Raises:
-        ValueError: ``folder`` exists and is not an empty folder.
+        UserError: ``folder`` exists and is not an empty folder.
     """
     _refuse_full(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    handle = os.open(work, os.O_RDONLY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield work
         work.chmod(0o755)
         os.replace(work, folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders for ``folder`` of processes that were killed: their locks went with them."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp names them
+    for path in folder.parent.iterdir():
+        # One that was made a moment ago may not be locked yet.
+        if not ours.fullmatch(path.name) or not path.is_dir() or time.time() - path.stat().st_mtime < YOUNG_S:
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(handle)
+        print(f"removing {path}, which a killed process has left", file=sys.stderr)
+        shutil.rmtree(path, ignore_errors=True)

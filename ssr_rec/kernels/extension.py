@@ -1,7 +1,8 @@
 """The C++ forms of the operators: built once with this machine's compiler, then loaded by every process.
 
-The library stands in torch's extension cache (``TORCH_EXTENSIONS_DIR``, or ~/.cache/torch_extensions) under a name made
-of its sources, torch's version, the compiler and the vector instructions, so that nothing stale is ever loaded.
+The library stands in torch's extension cache (``TORCH_EXTENSIONS_DIR``, or ~/.cache/torch_extensions, or one under the
+temporary folder where there is no home to write to) under a name made of its sources, torch's version and the vector
+instructions, so that nothing stale is ever loaded, and with a digest beside it, so that no part of one is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,18 @@ CAPABILITY_FLAGS = {
     "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c",
     "AVX2": "-mavx2 -mfma -mf16c",
 }
+
+
+PASSING = (
+    "No space left",
+    "Disk quota",
+    "Input/output error",
+    "annot allocate memory",
+    "Killed",
+    "Terminated",
+    "out of memory",
+)
+"""In a compiler's output: the machine's trouble of the moment, not the compiler's or the sources'."""
 
 
 class BuildError(Exception):
@@ -71,36 +86,76 @@ def count_flops() -> None:
 def build() -> Path:
     """The library, built if it is not there. Processes that come together wait for the one that builds.
 
+    One that is there needs no compiler, as on a host that only scores.
+
     Raises:
-        BuildError: no compiler, or it failed, now or before.
+        BuildError: no compiler, nowhere to build, or the compiler failed, now or before.
     """
+    flags = compile_flags()
+    name, folders = f"{build_key(flags)}.so", cache_folders()
+    for folder in folders:
+        if is_whole(folder / name):
+            return folder / name
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         raise BuildError(f"there is no C++ compiler {compiler[0]!r}: install one, or set CXX")
-    flags = compile_flags()
-    target = cache_folder() / f"{build_key(compiler, flags)}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = writable(folders) / name
     # The kernel drops the lock with the process that holds it, however it ends.
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
+        if not is_whole(target):
             compile_to(target, compiler, flags)
     return target
 
 
-def cache_folder() -> Path:
+def cache_folders() -> list[Path]:
+    """Where a library may be, the best place first: ``TORCH_EXTENSIONS_DIR``, or the home and the temporary folder."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root:
+        return [Path(root) / "ssr_rec"]
+    folders = [Path(tempfile.gettempdir()) / f"ssr_rec-{os.getuid()}"]
+    with suppress(RuntimeError):  # a container's user without an entry in its /etc/passwd has no home
+        folders.insert(0, Path.home() / ".cache" / "torch_extensions" / "ssr_rec")
+    return [folder for folder in folders if is_own(folder)]
+
+
+def is_own(folder: Path) -> bool:
+    """Whether nobody else can have put a library there, or could: what is in it will run in this process."""
     try:
-        return Path(root or Path.home() / ".cache" / "torch_extensions") / "ssr_rec"
-    except RuntimeError as error:
-        # As a container's user without an entry in its /etc/passwd.
-        raise BuildError("this user has no home folder to build in: set TORCH_EXTENSIONS_DIR") from error
+        found = folder.stat()
+    except OSError:
+        return True  # not there yet, or not for us to see: then nothing is loaded from it
+    return found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022
+
+
+def writable(folders: Sequence[Path]) -> Path:
+    """The first of the folders that can be written, made if need be.
+
+    Raises:
+        BuildError: there is none.
+    """
+    problems = []
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            problems.append(str(error))
+    raise BuildError(f"there is no folder to build in: set TORCH_EXTENSIONS_DIR ({'; '.join(problems)})")
+
+
+def is_whole(library: Path) -> bool:
+    """Whether the file is there as it was built; loading a part of one would end the process by SIGBUS."""
+    digest = library.with_suffix(".sha256")
+    try:
+        return digest.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def compile_flags() -> list[str]:
-    """For the vector instructions that torch itself uses here; ATEN_CPU_CAPABILITY lowers both."""
+    """Return the flags for the vector instructions that torch itself uses here; ATEN_CPU_CAPABILITY lowers both."""
     capability = torch.backends.cpu.get_cpu_capability()
     vectors = CAPABILITY_FLAGS.get(capability, "")
     name = capability if vectors else "DEFAULT"
@@ -117,9 +172,9 @@ def compile_flags() -> list[str]:
     ]
 
 
-def build_key(compiler: list[str], flags: list[str]) -> str:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(repr((torch.__version__, version, compiler, flags)).encode())
+def build_key(flags: list[str]) -> str:
+    """Return the key of what the library must fit: torch, vector instructions and sources; any compiler's will do."""
+    digest = hashlib.sha256(repr((torch.__version__, flags)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
@@ -129,9 +184,11 @@ def compile_to(target: Path, compiler: list[str], flags: list[str]) -> None:
     """Build into a folder of its own, then move the library to its place in one step.
 
     Raises:
-        BuildError: the compiler failed. Its output stays beside ``target``, so that no process tries again.
+        BuildError: the compiler failed. Unless that may pass, as a full disk does, its output stays beside ``target``,
+            so that no process tries again with this compiler.
     """
-    log = target.with_suffix(".log")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    log = target.with_suffix(f".{hashlib.sha256(repr((compiler, version)).encode()).hexdigest()[:8]}.log")
     if log.exists():
         raise BuildError(f"the compiler failed; {log} has its output, delete it to try again")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -143,11 +200,16 @@ def compile_to(target: Path, compiler: list[str], flags: list[str]) -> None:
             errors = run_together(
                 [[*compiler, "-shared", *map(str, units.values()), *link_flags(), "-o", str(library)]]
             )
+        if any(text in errors for text in PASSING):
+            raise BuildError(f"the compiler failed, the next process tries again: {errors.strip()[:300]}")
         if errors:
             log.write_text(errors)
-            return compile_to(target, compiler, flags)
+            raise BuildError(f"the compiler failed; {log} has its output, delete it to try again")
+        digest = Path(folder) / target.with_suffix(".sha256").name
+        digest.write_text(hashlib.sha256(library.read_bytes()).hexdigest())
+        # A library without its digest, or with that of another, is built again.
         os.replace(library, target)
-    return None
+        os.replace(digest, target.with_suffix(".sha256"))
 
 
 def link_flags() -> list[str]:
@@ -166,5 +228,9 @@ def run_together(commands: list[list[str]]) -> str:
             for command in commands[start : start + at_once]
         ]
         outputs = [process.communicate()[0] for process in running]
-        failed += "".join(out for out, process in zip(outputs, running, strict=True) if process.returncode)
+        for output, process in zip(outputs, running, strict=True):
+            status = process.returncode
+            failed += output if status else ""
+            if status < 0 or status > 128:  # as by a stop of the whole job; the compiler itself says nothing then
+                failed += f"Killed by signal {-status if status < 0 else status - 128}\n"
     return failed

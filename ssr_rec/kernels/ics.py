@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.kernels.devices import has_operators
 from ssr_rec.kernels.reference import ics_reference
 
@@ -35,7 +36,7 @@ def ics(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
         (B, V, d) of z's type, exact zeros where a dim lost.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        UserError: the shapes do not belong together.
     """
     check_shapes(z, alpha, gamma)
     if z.dtype in FAST_TYPES and has_operators(z.device.type):
@@ -45,6 +46,6 @@ def ics(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
 
 def check_shapes(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> None:
     if z.dim() != 3 or alpha.dim() != 2 or alpha.shape[0] != z.shape[1]:
-        raise ValueError(f"z {tuple(z.shape)} must be (B, V, d) and alpha {tuple(alpha.shape)} (V, T)")
+        raise UserError(f"z {tuple(z.shape)} must be (B, V, d) and alpha {tuple(alpha.shape)} (V, T)")
     if gamma is not None and gamma.shape != z.shape[1:]:
-        raise ValueError(f"gamma {tuple(gamma.shape)} must be (V, d) of z {tuple(z.shape)}: {tuple(z.shape[1:])}")
+        raise UserError(f"gamma {tuple(gamma.shape)} must be (V, d) of z {tuple(z.shape)}: {tuple(z.shape[1:])}")

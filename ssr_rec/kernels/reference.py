@@ -15,7 +15,7 @@ def ics_reference(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 def gather_views(x: Tensor, indices: Tensor) -> Tensor:
-    """For each view the dims of x that indices (V, N) name: (B, width) -> (B, V, N)."""
+    """Return for each view the dims of x that indices (V, N) name: (B, width) -> (B, V, N)."""
     return x.index_select(1, indices.flatten()).unflatten(1, indices.shape)
 
 

@@ -177,30 +177,10 @@ def fused(
 
 @triton.jit
 def epilogue_backward(
-    grad,
-    pre,
-    bias,
-    residual,
-    keep,
-    scale,
-    stats,
-    grad_pre,
-    grad_residual,
-    grad_bias,
-    grad_scale,
-    grad_shift,
-    batch,
-    views,
-    dim,
-    programs,
-    grad_batch,
-    grad_view,
-    grad_dim,
-    KEPT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    A: tl.constexpr,
-):
+    grad, pre, bias, residual, keep, scale, stats, grad_pre, grad_residual, grad_bias, grad_scale, grad_shift,
+    batch, views, dim, programs, grad_batch, grad_view, grad_dim,
+    KEPT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
     """Every ``programs``-th tile of one view a program, and that program's part of the parameters' gradients."""
     view = tl.program_id(0) % views
     part = tl.program_id(0) // views
@@ -255,7 +235,8 @@ def sum_segments(copies, order, ends, total, batch, width, TILE: tl.constexpr, A
     for step in range(tl.max(count, 0)):
         live = step < count
         copy = tl.load(order + first + step, mask=live, other=0)
-        some = live[:, None] & (row < batch)[None, :]
-        sums += tl.load(copies + copy[:, None] * batch + row[None, :], mask=some, other=0.0).to(A)
+        # Loaded for dead columns too, which read the first copy: with both in the mask, Triton 3.6 does not compile.
+        found = tl.load(copies + copy[:, None] * batch + row[None, :], mask=(row < batch)[None, :], other=0.0).to(A)
+        sums += tl.where(live[:, None], found, 0.0)
     inside = (column < width)[:, None] & (row < batch)[None, :]
     tl.store(total + row[None, :] * width + column[:, None], sums, mask=inside)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.kernels.devices import has_operators
 from ssr_rec.kernels.reference import view_fusion_reference
 
@@ -47,7 +48,7 @@ def view_fusion(
         (B, V, d), of the type of the weights; on a GPU under autocast, of autocast's.
 
     Raises:
-        ValueError: the shapes do not belong together, or an index is not a dim of x; on a GPU, which nobody waits
+        UserError: the shapes do not belong together, or an index is not a dim of x; on a GPU, which nobody waits
             for, what a view sees there is NaN instead.
     """
     check_shapes(x, indices, weight, bias, residual, scale, shift, keep)
@@ -82,18 +83,18 @@ def check_shapes(
 ) -> None:
     views, seen, dim = weight.shape
     if indices is None and x.shape[1:] != (views, seen):
-        raise ValueError(f"x {tuple(x.shape)} must be (B, V, N) of weight {tuple(weight.shape)} = (V, N, d)")
+        raise UserError(f"x {tuple(x.shape)} must be (B, V, N) of weight {tuple(weight.shape)} = (V, N, d)")
     if indices is not None and (x.dim() != 2 or indices.shape != (views, seen)):
-        raise ValueError(
+        raise UserError(
             f"x {tuple(x.shape)} must be (B, width), indices {tuple(indices.shape)} (V, N) of {tuple(weight.shape)}"
         )
     for name, tensor in (("bias", bias), ("scale", scale), ("shift", shift)):
         if tensor is not None and tensor.shape != (views, dim):
-            raise ValueError(f"{name} {tuple(tensor.shape)} must be (V, d) = {(views, dim)}")
+            raise UserError(f"{name} {tuple(tensor.shape)} must be (V, d) = {(views, dim)}")
     for name, tensor in (("residual", residual), ("keep", keep)):
         if tensor is not None and tensor.shape != (x.shape[0], views, dim):
-            raise ValueError(f"{name} {tuple(tensor.shape)} must be (B, V, d) = {(x.shape[0], views, dim)}")
+            raise UserError(f"{name} {tuple(tensor.shape)} must be (B, V, d) = {(x.shape[0], views, dim)}")
     if keep is not None and keep.dtype != torch.bool:
-        raise ValueError(f"keep is {keep.dtype}: it must be bool, true where dropout leaves a dim")
+        raise UserError(f"keep is {keep.dtype}: it must be bool, true where dropout leaves a dim")
     if (scale is None) != (shift is None):
-        raise ValueError("scale and shift come together: give both, or neither for no LayerNorm")
+        raise UserError("scale and shift come together: give both, or neither for no LayerNorm")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.kernels.devices import has_operators
 from ssr_rec.kernels.reference import gather_views, view_fusion_reference
 from ssr_rec.kernels.view_fusion import check_shapes
@@ -38,16 +39,18 @@ def view_scoring(
         (B, V, d) float32.
 
     Raises:
-        ValueError: the shapes do not belong together, an index is not a dim of x, or a gradient is asked for.
+        UserError: the shapes do not belong together, an index is not a dim of x, or a gradient is asked for.
     """
     check_shapes(x, indices, weight_t.mT, bias, None, scale, shift)
     if residual and weight_t.shape[1] != weight_t.shape[2]:
-        raise ValueError(
+        raise UserError(
             f"residual=True adds N dims to d: weight_t {tuple(weight_t.shape)} must be (V, d, N) with d = N"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_t, bias, scale, shift)):
-        raise ValueError("view_scoring has no gradients: use it under torch.no_grad, or ssr_rec.kernels.view_fusion")
+        raise UserError("view_scoring has no gradients: use it under torch.no_grad, or ssr_rec.kernels.view_fusion")
     if has_operators("cpu"):
         return torch.ops.ssr_rec.view_scoring(x, indices, weight_t, bias, scale, shift, eps, weight, turned, residual)
     seen = gather_views(x, indices) if residual else None
+    if weight_t.dtype == torch.bfloat16 and weight_t.shape[2] % 2 == 0:
+        x = x.to(torch.bfloat16).float()  # as the operator does
     return view_fusion_reference(x, indices, weight_t.mT.to(bias.dtype), bias, seen, scale, shift, eps)

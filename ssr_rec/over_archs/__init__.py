@@ -5,7 +5,8 @@
 
 Some take the embeddings of further tables too, and some return logits beside the features; see ``OverArch``.
 
-``OverArch`` is the contract. Each config stands beside its class; its ``name`` is the key in ``OVER_ARCHS``.
+``OverArch`` is the contract. The settings of all of them are in ``*settings.py``, which
+import no torch; their ``name`` is the key in ``OVER_ARCHS`` (``registry.py``).
 
 Shapes, here and in every docstring of the package:
 
@@ -17,74 +18,47 @@ Shapes, here and in every docstring of the package:
 ``(B, F*D)`` stands for B rows of all embeddings one after another, whatever the dims of the single fields.
 """
 
-from typing import Annotated
+from importlib import import_module
+from typing import Any
 
-from pydantic import Field
-
-from ssr_rec.over_archs.afn import AFN, AFNConfig
-from ssr_rec.over_archs.autofis import AutoFIS, AutoFISConfig
-from ssr_rec.over_archs.autoint import AutoInt, AutoIntConfig
-from ssr_rec.over_archs.base import Flops, OverArch
-from ssr_rec.over_archs.dcn_v2 import DCNv2, DCNv2Config
-from ssr_rec.over_archs.deepfm import DeepFM, DeepFMConfig
-from ssr_rec.over_archs.mlp import MLP, MLPConfig
-from ssr_rec.over_archs.mmoe import MMoE, MMoEConfig
-from ssr_rec.over_archs.rankmixer import RankMixer, RankMixerConfig
-from ssr_rec.over_archs.ssr import SSR, SSRConfig, ssr_statistics
-from ssr_rec.over_archs.wukong import Wukong, WukongConfig
-
-OVER_ARCHS: dict[str, type[OverArch]] = {
-    "ssr": SSR,
-    "mlp": MLP,
-    "deepfm": DeepFM,
-    "dcn_v2": DCNv2,
-    "mmoe": MMoE,
-    "autoint": AutoInt,
-    "autofis": AutoFIS,
-    "afn": AFN,
-    "wukong": Wukong,
-    "rankmixer": RankMixer,
+_HOMES = {
+    "afn": ("AFN",),
+    "autofis": ("AutoFIS",),
+    "autofis_settings": ("AutoFISConfig",),
+    "autoint": ("AutoInt",),
+    "base": (
+        "Flops",
+        "OverArch",
+    ),
+    "choice": ("OverArchConfig",),
+    "dcn_v2": ("DCNv2",),
+    "deepfm": ("DeepFM",),
+    "mlp": ("MLP",),
+    "mmoe": ("MMoE",),
+    "rankmixer": ("RankMixer",),
+    "registry": ("OVER_ARCHS",),
+    "settings": (
+        "AFNConfig",
+        "AutoIntConfig",
+        "DCNv2Config",
+        "DeepFMConfig",
+        "MLPConfig",
+        "MMoEConfig",
+        "RankMixerConfig",
+        "WukongConfig",
+    ),
+    "ssr": (
+        "SSR",
+        "ssr_statistics",
+    ),
+    "ssr_settings": ("SSRConfig",),
+    "wukong": ("Wukong",),
 }
 
-OverArchConfig = Annotated[
-    SSRConfig
-    | MLPConfig
-    | DeepFMConfig
-    | DCNv2Config
-    | MMoEConfig
-    | AutoIntConfig
-    | AutoFISConfig
-    | AFNConfig
-    | WukongConfig
-    | RankMixerConfig,
-    Field(discriminator="name"),
-]
-"""Any over-arch's config; ``name`` says which."""
 
-__all__ = [
-    "AFN",
-    "MLP",
-    "OVER_ARCHS",
-    "SSR",
-    "AFNConfig",
-    "AutoFIS",
-    "AutoFISConfig",
-    "AutoInt",
-    "AutoIntConfig",
-    "DCNv2",
-    "DCNv2Config",
-    "DeepFM",
-    "DeepFMConfig",
-    "Flops",
-    "MLPConfig",
-    "MMoE",
-    "MMoEConfig",
-    "OverArch",
-    "OverArchConfig",
-    "RankMixer",
-    "RankMixerConfig",
-    "SSRConfig",
-    "Wukong",
-    "WukongConfig",
-    "ssr_statistics",
-]
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that reading a config needs no torch."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

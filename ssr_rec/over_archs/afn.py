@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import Flops, OverArch, OverArchSettings, equal_dim
-from ssr_rec.over_archs.layers import DenseStack, Dropout, Initializer, InputNorm, InputNormKind, make_input_norm, sizes
+from ssr_rec.common.errors import UserError
+from ssr_rec.over_archs.base import Flops, OverArch, equal_dim
+from ssr_rec.over_archs.layers import DenseStack, Dropout, InputNorm, make_input_norm
+from ssr_rec.over_archs.settings import AFNConfig
 
 NEURON_STD = 0.1
 """Start of the orders, from the authors' code: normal, small enough that exp stays near 1."""
@@ -20,48 +20,6 @@ MOMENTUM = 0.1
 MAX_EXPONENT = 30.0
 """exp of it is 1e13: beyond every useful cross feature, and float32 still holds its square, which batch norm and the
 optimizers take."""
-
-
-class AFNConfig(OverArchSettings):
-    """AFN and, with ``plus``, AFN+ (Cheng, Shen, Huang, AAAI 2020)."""
-
-    name: Literal["afn"] = "afn"
-    num_neurons: int = Field(default=600, ge=1, description="logarithmic neurons (N), one cross feature of D dims each")
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[400, 400, 400], min_length=1, description="widths of the ReLU layers over the cross features"
-    )
-    plus: bool = Field(default=False, description="AFN+: a deep network beside AFN, with a second set of tables")
-    deep_hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[400, 400, 400], min_length=1, description="plus: widths of the deep network's ReLU layers"
-    )
-    clamp_min: float = Field(
-        default=1e-4, gt=0.0, description="least |embedding| before the logarithm; smaller ones get no gradient"
-    )
-    batch_norm: bool = Field(default=True, description="batch norm per field after log and per neuron after exp")
-    hidden_norm: Literal["none", "batch", "layer"] = Field(
-        default="batch", description="batch: batch norm after each ReLU; layer: LayerNorm before it"
-    )
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of activations dropped after each layer")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the embeddings before the logarithm and of the deep network's"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="of the ReLU layers; glorot: uniform, zero bias; torch: nn.Linear's own"
-    )
-
-    @model_validator(mode="after")
-    def _deep_hidden_needs_plus(self) -> AFNConfig:
-        if not self.plus and self.deep_hidden != AFNConfig.model_fields["deep_hidden"].default:
-            raise ValueError(
-                f"deep_hidden={self.deep_hidden} has no effect with plus=false: remove it, or set plus=true"
-            )
-        return self
-
-    @property
-    def label(self) -> str:
-        """Logarithmic neurons and the widths above them, then those of the deep network."""
-        afn = f"{self.num_neurons} neurons {sizes(self.hidden)}"
-        return f"AFN+ {afn} + {sizes(self.deep_hidden)}" if self.plus else f"AFN {afn}"
 
 
 class LogarithmicNeurons(nn.Module):
@@ -134,7 +92,7 @@ class AFN(OverArch):
     over the concatenation is the sum of a logit of each branch.
 
     Raises:
-        ValueError: fields of different dims; in ``forward``, the second input missing with ``plus`` or given without.
+        UserError: fields of different dims; in ``forward``, the second input missing with ``plus`` or given without.
     """
 
     def __init__(
@@ -156,7 +114,7 @@ class AFN(OverArch):
 
     def forward(self, x: Tensor, deep: Tensor | None = None) -> Tensor:
         if (deep is not None) != self.config.plus:
-            raise ValueError(f"AFN with plus={self.config.plus} takes {2 if self.config.plus else 1} input(s)")
+            raise UserError(f"AFN with plus={self.config.plus} takes {2 if self.config.plus else 1} input(s)")
         features = self.layers(self.neurons(self.input_norm(x)))
         if deep is None or self.deep_layers is None:
             return features

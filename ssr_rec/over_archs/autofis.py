@@ -5,84 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, Flops, OverArch, OverArchSettings, equal_dim
-from ssr_rec.over_archs.grda import GRDA, LEARNING_RATE, MU, C
-from ssr_rec.over_archs.layers import (
-    BATCH_NORM_EPS,
-    BATCH_NORM_MOMENTUM,
-    DenseStack,
-    Initializer,
-    InputNormKind,
-    make_input_norm,
-    sizes,
-)
+from ssr_rec.common.errors import UserError
+from ssr_rec.over_archs.autofis_settings import GRDA_KEYS, AutoFISConfig
+from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, Flops, OverArch, equal_dim
+from ssr_rec.over_archs.grda import GRDA
+from ssr_rec.over_archs.layers import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, DenseStack, make_input_norm
 
 ALPHA_SPREAD = 1e-3
 """Released code: alphas start uniform in ``alpha_init`` plus or minus this."""
 GRAM_ENTRIES_PER_PAIR = 16
 """A gathered pair takes about the time of so many entries of the Gram matrix; docs/over_archs.md has figures."""
-GRDA_KEYS = ("grda_lr", "grda_c", "grda_mu")
-
-# Not strict, because a pair is a list in YAML; its indices are still strict integers.
-Pair = Annotated[tuple[int, int], Field(strict=False)]
-
-
-class AutoFISConfig(OverArchSettings):
-    """AutoDeepFM. ``pairs`` decides the stage: without it the search, with it the model of these pairs."""
-
-    name: Literal["autofis"] = "autofis"
-    pairs: list[Pair] | None = Field(
-        default=None, description="pairs i < j of field indices to keep, from 0; None: search among all of them"
-    )
-    grda_lr: float = Field(default=LEARNING_RATE, gt=0.0, description="search: learning rate of the gates")
-    grda_c: float = Field(default=C, ge=0.0, description="search: strength of the gates' threshold; 0 closes none")
-    grda_mu: float = Field(
-        default=MU, gt=0.0, lt=1.0, description="search: the gates' threshold grows with step^grda_mu"
-    )
-    alpha_init: float = Field(default=0.6, gt=0.0, description="start of every pair's weight, in both stages")
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[320, 320, 320], min_length=1, description="deep: width of each ReLU layer"
-    )
-    layer_norm: bool = Field(default=False, description="deep: LayerNorm between each dense layer and its ReLU")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="deep: share dropped after each layer")
-    input_norm: InputNormKind = Field(
-        default="none", description="deep: batch norm of its input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="deep: Glorot uniform and zero bias, or (torch) nn.Linear's own"
-    )
-
-    @model_validator(mode="after")
-    def _pairs_are_distinct_pairs(self) -> AutoFISConfig:
-        seen = set()
-        for i, j in self.pairs or []:
-            if not 0 <= i < j:
-                raise ValueError(f"pairs has [{i}, {j}]: a pair is two field indices i < j, counted from 0")
-            if (i, j) in seen:
-                raise ValueError(f"pairs has [{i}, {j}] twice: remove one")
-            seen.add((i, j))
-        return self
-
-    @model_validator(mode="after")
-    def _search_settings_need_a_search(self) -> AutoFISConfig:
-        for key in GRDA_KEYS if self.pairs is not None else ():
-            value = getattr(self, key)
-            if value != AutoFISConfig.model_fields[key].default:
-                raise ValueError(f"{key}={value} has no effect with pairs: remove it, or remove pairs to search")
-        return self
-
-    @property
-    def label(self) -> str:
-        """The stage, and depth x width of the deep part or every width where they differ."""
-        stage = "search" if self.pairs is None else f"{len(self.pairs)} pairs"
-        return f"AutoFIS {stage} {sizes(self.hidden)}"
 
 
 class PairProducts(nn.Module):
@@ -155,7 +93,7 @@ class AutoFIS(OverArch):
     ``alpha_init`` on. All tasks share the alphas, hence the selection; with more than one task, each scales the sum.
 
     Raises:
-        ValueError: fields of different dims, or a pair with a field that is not there.
+        UserError: fields of different dims, or a pair with a field that is not there.
     """
 
     def __init__(
@@ -166,7 +104,7 @@ class AutoFIS(OverArch):
         dim = equal_dim(self, "AutoFIS")
         for i, j in config.pairs or []:
             if j >= num_fields:
-                raise ValueError(f"pairs has [{i}, {j}], but the last of the {num_fields} fields is {num_fields - 1}")
+                raise UserError(f"pairs has [{i}, {j}], but the last of the {num_fields} fields is {num_fields - 1}")
         every_pair = list(itertools.combinations(range(num_fields), 2))
         self.pairs: list[tuple[int, int]] = every_pair if config.pairs is None else list(config.pairs)
         self.extra_tables = {"first_order": (num_tasks,) * num_fields}

@@ -3,68 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import (
-    LAYER_NORM_FLOPS,
-    SOFTMAX_FLOPS,
-    Flops,
-    OverArch,
-    OverArchSettings,
-    dense_flops,
-    equal_dim,
-)
-from ssr_rec.over_archs.layers import (
+from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, SOFTMAX_FLOPS, Flops, OverArch, dense_flops, equal_dim
+from ssr_rec.over_archs.layers import DenseStack, Dropout, init_dense_, make_input_norm
+from ssr_rec.over_archs.settings import (
     LAYER_NORM_EPS,
-    DenseStack,
-    Dropout,
-    Initializer,
-    InputNormKind,
-    init_dense_,
-    make_input_norm,
-    sizes,
+    AutoIntConfig,
 )
-
-
-class AutoIntConfig(OverArchSettings):
-    """AutoInt, and AutoInt+ with ``deep_hidden``.
-
-    The defaults are the paper's text (4.4, 4.5, 5.1). Keys marked "released" switch to what the authors' code does
-    instead.
-    """
-
-    name: Literal["autoint"] = "autoint"
-    num_layers: int = Field(default=3, ge=1, description="interacting layers")
-    num_heads: int = Field(default=2, ge=1, description="attention heads (H in the paper)")
-    attention_dim: int = Field(default=32, ge=1, description="dims of one head (d' in the paper)")
-    scale: bool = Field(default=False, description="released: divide the inner products by sqrt(attention_dim)")
-    residual: bool = Field(default=True, description="add a projection of the layer's input before ReLU (eq. 8)")
-    layer_norm: bool = Field(default=False, description="released: LayerNorm of each field after ReLU")
-    deep_hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[], description="AutoInt+: widths of ReLU layers beside the attention; empty: none"
-    )
-    dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="released: share dropped of attention weights and after deep layers"
-    )
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
-
-    @property
-    def label(self) -> str:
-        """Layers x heads x dims of a head, and the deep network's widths."""
-        attention = f"{self.num_layers}x{self.num_heads}x{self.attention_dim}"
-        if not self.deep_hidden:
-            return f"AutoInt {attention}"
-        return f"AutoInt+ {attention} + {sizes(self.deep_hidden)}"
 
 
 class InteractingLayer(nn.Module):
@@ -114,7 +64,7 @@ class AutoInt(OverArch):
     (B, F*D) -> (B, F * heads * attention_dim + deep_hidden[-1]), attention first.
 
     Raises:
-        ValueError: the fields' dims differ.
+        UserError: the fields' dims differ.
     """
 
     def __init__(

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssr_rec.settings import Settings
+from ssr_rec.common.errors import UserError
 
 SOFTMAX_FLOPS = 5
 """Maximum, subtraction, exp, sum, division."""
@@ -21,17 +20,6 @@ LAYER_NORM_FLOPS = 7
 """Mean, subtraction, square, sum of squares, division by the deviation, scale, shift."""
 FOLDED_NORM_FLOPS = 2
 """Batch norm at inference: one scale, one shift."""
-
-
-class OverArchSettings(Settings):
-    """What the config of every over-arch has."""
-
-    name: str
-    compile: bool = Field(
-        default=False,
-        description="run the over-arch as torch.compile makes it: the first steps of training and of evaluation take "
-        "up to minutes, those after them less time where many small operations follow one another",
-    )
 
 
 @dataclass(frozen=True)
@@ -88,10 +76,11 @@ class OverArch(nn.Module, ABC):
         self.field_dims = _field_dims(num_fields, embedding_dim)
         self.in_features = sum(self.field_dims)
         if num_tasks < 1:
-            raise ValueError(f"num_tasks={num_tasks}: an over-arch serves at least one task")
+            raise UserError(f"num_tasks={num_tasks}: an over-arch serves at least one task")
         self.num_tasks = num_tasks
         self.extra_tables: dict[str, tuple[int, ...]] = {}
         self.optimizers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {}
+        self.register_forward_pre_hook(_check_width)
 
     @abstractmethod
     def flops(self) -> Flops:
@@ -116,15 +105,25 @@ class OverArch(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+def _check_width(over_arch: OverArch, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse x of another width, of which a gather or a slice would use a part without a word."""
+    width = inputs[0].shape[-1]
+    if width != over_arch.in_features:
+        raise UserError(
+            f"x is {width} wide, {type(over_arch).__name__} was built for {over_arch.in_features}, "
+            f"{len(over_arch.field_dims)} fields of dims {', '.join(map(str, sorted(set(over_arch.field_dims))))}"
+        )
+
+
 def equal_dim(over_arch: OverArch, name: str) -> int:
     """D of an over-arch whose fields must have equal dims.
 
     Raises:
-        ValueError: they differ; ``name`` is who asks.
+        UserError: they differ; ``name`` is who asks.
     """
     dims = set(over_arch.field_dims)
     if len(dims) > 1:
-        raise ValueError(
+        raise UserError(
             f"{name} needs fields of equal dims, these have {', '.join(map(str, sorted(dims)))}: remove embeddings.dims"
         )
     return over_arch.field_dims[0]
@@ -132,10 +131,10 @@ def equal_dim(over_arch: OverArch, name: str) -> int:
 
 def _field_dims(num_fields: int, embedding_dim: int | Sequence[int]) -> tuple[int, ...]:
     if num_fields < 1:
-        raise ValueError(f"num_fields={num_fields}: an over-arch needs at least one field")
+        raise UserError(f"num_fields={num_fields}: an over-arch needs at least one field")
     dims = (embedding_dim,) * num_fields if isinstance(embedding_dim, int) else tuple(embedding_dim)
     if len(dims) != num_fields:
-        raise ValueError(f"embedding_dim has {len(dims)} dims for num_fields={num_fields}: give one per field")
+        raise UserError(f"embedding_dim has {len(dims)} dims for num_fields={num_fields}: give one per field")
     if min(dims) < 1:
-        raise ValueError(f"embedding_dim={embedding_dim}: every field needs at least one dim")
+        raise UserError(f"embedding_dim={embedding_dim}: every field needs at least one dim")
     return dims

@@ -3,60 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, OverArchSettings, dense_flops
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, init_dense_, make_input_norm, sizes
-
-
-class DCNv2Config(OverArchSettings):
-    """DCN v2: full rank, low rank (``rank``), or DCN-Mix (``rank`` and ``num_experts`` above 1)."""
-
-    name: Literal["dcn_v2"] = "dcn_v2"
-    num_cross_layers: int = Field(default=3, ge=1, description="cross layers; n of them cross n + 1 features")
-    rank: int | None = Field(default=None, ge=1, description="r of each layer's W = U V^T; null: a full W")
-    num_experts: int = Field(
-        default=1, ge=1, description="above 1: DCN-Mix, as many gated experts in each layer, each of rank r"
-    )
-    structure: Literal["parallel", "stacked"] = Field(
-        default="parallel", description="parallel: cross and deep side by side; stacked: deep on top of cross"
-    )
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[320, 320, 320], description="width of each ReLU layer of the deep network; empty: cross layers only"
-    )
-    layer_norm: bool = Field(default=False, description="LayerNorm between each deep layer and its activation")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each deep layer")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
-
-    @model_validator(mode="after")
-    def _settings_without_effect_are_errors(self) -> DCNv2Config:
-        if self.num_experts > 1 and self.rank is None:
-            raise ValueError(f"num_experts={self.num_experts} has no effect without a rank: set rank")
-        if not self.hidden:
-            for key in ("structure", "layer_norm", "dropout"):
-                value = getattr(self, key)
-                if value != DCNv2Config.model_fields[key].default:
-                    raise ValueError(f"{key}={value} has no effect with hidden=[]: remove it, or give hidden")
-        return self
-
-    @property
-    def label(self) -> str:
-        """Cross layers with their rank, if any, and the deep network's widths."""
-        name = "DCN v2" if self.num_experts == 1 else "DCN-Mix"
-        experts = "" if self.num_experts == 1 else f"{self.num_experts}x"
-        cross = f"{name} {self.num_cross_layers} cross" + (f" {experts}r{self.rank}" if self.rank else "")
-        if not self.hidden:
-            return cross
-        return f"{cross}{' + ' if self.structure == 'parallel' else ', then '}{sizes(self.hidden)}"
+from ssr_rec.common.errors import UserError
+from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, dense_flops
+from ssr_rec.over_archs.layers import DenseStack, init_dense_, make_input_norm
+from ssr_rec.over_archs.settings import DCNv2Config
 
 
 class CrossLayer(nn.Module):
@@ -150,7 +105,7 @@ class DCNv2(OverArch):
     (B, F*D) -> (B, F*D + hidden[-1]), crosses first; (B, hidden[-1]) when stacked; (B, F*D) without deep network.
 
     Raises:
-        ValueError: the rank is above the width of the input.
+        UserError: the rank is above the width of the input.
     """
 
     def __init__(
@@ -159,7 +114,7 @@ class DCNv2(OverArch):
         super().__init__(num_fields, embedding_dim, num_tasks)
         self.config = config = config or DCNv2Config()
         if config.rank is not None and config.rank > self.in_features:
-            raise ValueError(f"rank={config.rank} is above the input's width {self.in_features}: lower it")
+            raise UserError(f"rank={config.rank} is above the input's width {self.in_features}: lower it")
         self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.cross = CrossNetwork(self.in_features, config)
         self.deep = DenseStack(

@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.base import Flops, OverArch, OverArchSettings, equal_dim
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, make_input_norm, sizes
-
-
-class DeepFMConfig(OverArchSettings):
-    """DeepFM (Guo, Tang, Ye, Li, He, IJCAI 2017)."""
-
-    name: Literal["deepfm"] = "deepfm"
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[320, 320, 320], min_length=1, description="widths of the deep branch; the last one is the output's"
-    )
-    layer_norm: bool = Field(default=False, description="LayerNorm between each dense layer and its ReLU")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of activations dropped after each layer")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the deep branch's input; the FM sees the embeddings as they are"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
-
-    @property
-    def label(self) -> str:
-        """The deep branch's depth x width, or every width where they differ."""
-        return f"DeepFM {sizes(self.hidden)}"
+from ssr_rec.over_archs.base import Flops, OverArch, equal_dim
+from ssr_rec.over_archs.layers import DenseStack, make_input_norm
+from ssr_rec.over_archs.settings import DeepFMConfig
 
 
 def factorization_machine(fields: Tensor) -> Tensor:
@@ -52,7 +29,7 @@ class DeepFM(OverArch):
     embeddings, so that without s all would get the same FM.
 
     Raises:
-        ValueError: fields of different dims, which have no inner product.
+        UserError: fields of different dims, which have no inner product.
     """
 
     def __init__(

@@ -1,23 +1,26 @@
 """The filters of an SSR layer: what picks, for every view, the signals its dense fusion gets to see.
 
-To add one: a class with the methods of ``Filter``, a name in ``FilterName`` and a line in ``FILTERS``.
+To add one: a class with the methods of ``Filter``, a name in ``FilterName``, its keys in ``FILTER_KEYS`` and a
+line in ``FILTERS``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssr_rec.kernels import gather_views, ics
+from ssr_rec.common.errors import UserError
+from ssr_rec.kernels import ics
+from ssr_rec.kernels.reference import gather_views
 from ssr_rec.over_archs.base import Flops, dense_flops
 from ssr_rec.over_archs.layers import Dropout, init_dense_
 
 if TYPE_CHECKING:
-    from ssr_rec.over_archs.ssr import SSRConfig
+    from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 
 class Filter(nn.Module, ABC):
@@ -28,9 +31,6 @@ class Filter(nn.Module, ABC):
     Attributes:
         out_dim: dims the fusion of a view gets to see: d, or all of the input where nothing is taken away.
     """
-
-    SETTINGS: ClassVar[tuple[str, ...]] = ()
-    """The keys of SSRConfig that only some filters read, and this one does."""
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__()
@@ -57,12 +57,10 @@ class StaticRandomFilter(Filter):
     layer and the view alone: not on the run's seed, and not on how many other views there are.
     """
 
-    SETTINGS = ("index_seed",)
-
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
         if config.view_dim > width:
-            raise ValueError(
+            raise UserError(
                 f"view_dim={config.view_dim} asks each view of layer {layer} for more dims than its input has: "
                 f"set view_dim to at most {width}, or filter='dynamic'"
             )
@@ -98,8 +96,6 @@ class IcsFilter(Filter):
 
     ``h_i = ICS_i(x W_i^proj)``; with ``gate``, ``h_i = ICS_i(x W_i^proj) * (x W_i^value)``.
     """
-
-    SETTINGS = ("iterations", "alpha_init", "learn_alpha", "gamma", "gate")
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
@@ -149,8 +145,6 @@ class TopKFilter(Filter):
     selection for the identity, so that dims that were cut get a gradient too.
     """
 
-    SETTINGS = ("top_k",)
-
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
         self.proj = projection(width, config)
@@ -189,8 +183,6 @@ class NoFilter(Filter):
 class DropoutFilter(NoFilter):
     """Dropout instead of a filter: every view sees the whole input under a random mask of its own (paper, Table 4)."""
 
-    SETTINGS = ("filter_dropout",)
-
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
         self.dropout = Dropout(config.filter_dropout)
@@ -199,7 +191,6 @@ class DropoutFilter(NoFilter):
         return self.dropout(super().forward(x))
 
 
-FilterName = Literal["static", "dynamic", "topk", "none", "dropout"]
 FILTERS: dict[str, type[Filter]] = {
     "static": StaticRandomFilter,
     "dynamic": IcsFilter,

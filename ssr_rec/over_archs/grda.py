@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-LEARNING_RATE, C, MU = 1.0, 5e-4, 0.8
-"""The released AutoDeepFM run: ``learning_rate2``, ``grda_c``, ``grda_mu``."""
+from ssr_rec.common.errors import UserError
+from ssr_rec.over_archs.autofis_settings import LEARNING_RATE, MU, C
 
 
 class GRDA(Optimizer):
@@ -31,12 +31,12 @@ class GRDA(Optimizer):
         mu: how fast the threshold grows; its authors advise 0.5 < mu < 1.
 
     Raises:
-        ValueError: lr or c below 0, mu outside (0, 1).
+        UserError: lr or c below 0, mu outside (0, 1).
     """
 
     def __init__(self, params: Iterable[Any], lr: float = LEARNING_RATE, c: float = C, mu: float = MU) -> None:
         if not (lr >= 0 and c >= 0 and 0 < mu < 1):
-            raise ValueError(f"GRDA needs lr >= 0, c >= 0 and 0 < mu < 1; got lr={lr}, c={c}, mu={mu}")
+            raise UserError(f"GRDA needs lr >= 0, c >= 0 and 0 < mu < 1; got lr={lr}, c={c}, mu={mu}")
         super().__init__(params, {"lr": lr, "c": c, "mu": mu})
 
     @torch.no_grad()

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, GELU_FLOPS, LAYER_NORM_FLOPS, Flops, dense_flops
+from ssr_rec.over_archs.settings import LAYER_NORM_EPS, Initializer, InputNormKind
 
-Initializer = Literal["glorot", "torch"]
-InputNormKind = Literal["none", "per_dim", "per_field", "across_fields"]
-
-LAYER_NORM_EPS = 1e-6
-"""Small, because the variance of fresh embeddings is: docs/over_archs.md has figures."""
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
 """Weight of the new batch; Keras writes the same as momentum 0.99, the weight of the old value."""
@@ -47,11 +44,6 @@ def init_dense_(
         nn.init.uniform_(bias, -bound, bound) if initializer == "torch" else nn.init.zeros_(bias)
 
 
-def sizes(hidden: Sequence[int]) -> str:
-    """Widths of a stack for a label: depth x width, or every width where they differ."""
-    return f"{len(hidden)}x{hidden[0]}" if len(set(hidden)) == 1 else "-".join(map(str, hidden))
-
-
 class InputNorm(nn.Module):
     """Batch norm of the input vector, with a mean, variance, scale and shift for what ``kind`` says.
 
@@ -68,7 +60,7 @@ class InputNorm(nn.Module):
     ) -> None:
         super().__init__()
         if kind != "per_dim" and len(set(field_dims)) > 1:
-            raise ValueError(
+            raise UserError(
                 f"input_norm={kind!r} needs fields of equal dims, got {list(field_dims)}: use input_norm='per_dim'"
             )
         self.momentum = momentum

@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from ssr_rec.over_archs.base import Flops, OverArch, OverArchSettings
-from ssr_rec.over_archs.layers import DenseStack, Initializer, InputNormKind, make_input_norm, sizes
-
-
-class MLPConfig(OverArchSettings):
-    """Dense MLP."""
-
-    name: Literal["mlp"] = "mlp"
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[320, 320, 320], min_length=1, description="width of each layer; the last one is the output's"
-    )
-    activation: Literal["relu", "gelu"] = Field(default="relu", description="GELU is the exact one")
-    layer_norm: bool = Field(default=False, description="LayerNorm between each dense layer and its activation")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of activations dropped after each layer")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
-
-    @property
-    def label(self) -> str:
-        """Depth x width, or every width where they differ."""
-        return f"Dense MLP {sizes(self.hidden)}"
+from ssr_rec.over_archs.base import Flops, OverArch
+from ssr_rec.over_archs.layers import DenseStack, make_input_norm
+from ssr_rec.over_archs.settings import MLPConfig
 
 
 class MLP(OverArch):

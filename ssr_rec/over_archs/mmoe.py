@@ -4,41 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, OverArchSettings, dense_flops
-from ssr_rec.over_archs.layers import Dropout, Initializer, InputNormKind, ViewLinear, init_dense_, make_input_norm
-
-
-class MMoEConfig(OverArchSettings):
-    """Multi-gate mixture of experts."""
-
-    name: Literal["mmoe"] = "mmoe"
-    num_experts: int = Field(default=8, ge=2, description="experts, all of them seen by every task (n in the paper)")
-    expert_hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[128], min_length=1, description="widths of each expert's ReLU layers"
-    )
-    tower_hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[64], description="widths of each task's ReLU layers; empty: the mixtures go to the heads"
-    )
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each ReLU")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own; fans of one expert"
-    )
-
-    @property
-    def label(self) -> str:
-        """Experts x their widths, then the towers' widths."""
-        towers = f" + {'-'.join(map(str, self.tower_hidden))}" if self.tower_hidden else ""
-        return f"MMoE {self.num_experts}x{'-'.join(map(str, self.expert_hidden))}{towers}"
+from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, dense_flops
+from ssr_rec.over_archs.layers import Dropout, ViewLinear, init_dense_, make_input_norm
+from ssr_rec.over_archs.settings import MMoEConfig
 
 
 class ReluStacks(nn.Module):

@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import cast
 
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.base import GELU_FLOPS, LAYER_NORM_FLOPS, Flops, OverArch, OverArchSettings
-from ssr_rec.over_archs.layers import LAYER_NORM_EPS, Dropout, Initializer, InputNormKind, ViewLinear, make_input_norm
-
-
-class RankMixerConfig(OverArchSettings):
-    """RankMixer with dense per-token FFNs (arXiv 2507.15551, section 3)."""
-
-    name: Literal["rankmixer"] = "rankmixer"
-    num_tokens: int = Field(default=8, ge=1, description="tokens, and heads of the token mixing (T = H in the paper)")
-    dim: int = Field(default=96, ge=1, description="dims of a token (D in the paper), a multiple of num_tokens")
-    num_layers: int = Field(default=2, ge=1, description="blocks of token mixing and per-token FFN")
-    ffn_ratio: int = Field(default=2, ge=1, description="hidden width of the FFN over dim (k in the paper)")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after the FFN's activation")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    layer_norm_eps: float = Field(default=LAYER_NORM_EPS, gt=0.0, description="added to each token's variance")
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own; fans of one token"
-    )
-
-    @model_validator(mode="after")
-    def _heads_divide_the_dim(self) -> RankMixerConfig:
-        if self.dim % self.num_tokens:
-            raise ValueError(
-                f"dim={self.dim} is not divisible by num_tokens={self.num_tokens}: token mixing splits each token "
-                f"into num_tokens heads"
-            )
-        return self
-
-    @property
-    def label(self) -> str:
-        """Tokens x dims x layers."""
-        return f"RankMixer {self.num_tokens}x{self.dim}x{self.num_layers}"
+from ssr_rec.common.errors import UserError
+from ssr_rec.over_archs.base import GELU_FLOPS, LAYER_NORM_FLOPS, Flops, OverArch
+from ssr_rec.over_archs.layers import Dropout, ViewLinear, make_input_norm
+from ssr_rec.over_archs.settings import RankMixerConfig
 
 
 def mix_tokens(x: Tensor) -> Tensor:
@@ -84,7 +53,7 @@ class RankMixer(OverArch):
     filling the last one up; each piece has a dense layer of its own to ``dim`` (section 3.2).
 
     Raises:
-        ValueError: more tokens than the input can fill, so that one of them would be all zeros.
+        UserError: more tokens than the input can fill, so that one of them would be all zeros.
     """
 
     def __init__(
@@ -95,7 +64,7 @@ class RankMixer(OverArch):
         tokens = config.num_tokens
         piece = -(-self.in_features // tokens)
         if (tokens - 1) * piece >= self.in_features:
-            raise ValueError(
+            raise UserError(
                 f"num_tokens={tokens} leaves the last token empty: an input of {self.in_features} dims fills "
                 f"{-(-self.in_features // piece)} pieces of {piece}"
             )

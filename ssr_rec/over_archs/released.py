@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.filters import IcsFilter, StaticRandomFilter
 from ssr_rec.over_archs.layers import InputNorm
 from ssr_rec.over_archs.ssr import SSR
@@ -33,7 +34,7 @@ def load_released_weights(ssr: SSR, arrays: Mapping[str, np.ndarray]) -> None:
     targets = released_names(ssr)
     missing, unknown = targets.keys() - arrays.keys(), arrays.keys() - targets.keys()
     if missing or unknown:
-        raise ValueError(f"arrays for this SSR: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        raise UserError(f"arrays for this SSR: missing {sorted(missing)}, unknown {sorted(unknown)}")
     sources = {name: torch.from_numpy(np.array(arrays[name])) for name in targets}
     for name, source in sources.items():
         _check(name, source, targets[name], ssr)
@@ -77,11 +78,11 @@ def _ics_arrays(ics_filter: IcsFilter) -> dict[str, Tensor]:
 
 def _check(name: str, source: Tensor, target: Tensor, ssr: SSR) -> None:
     if source.shape != target.shape:
-        raise ValueError(f"array {name!r} has shape {tuple(source.shape)}, this SSR needs {tuple(target.shape)}")
+        raise UserError(f"array {name!r} has shape {tuple(source.shape)}, this SSR needs {tuple(target.shape)}")
     if source.is_floating_point() != target.is_floating_point():
-        raise ValueError(f"array {name!r} is {source.dtype}, this SSR needs {target.dtype}")
+        raise UserError(f"array {name!r} is {source.dtype}, this SSR needs {target.dtype}")
     if name.endswith("/indices"):
         width = ssr.blocks()[int(name[len("layer") : name.index("/")])].filter.width
         distinct = all(row.unique().numel() == row.numel() for row in source)
         if int(source.min()) < 0 or int(source.max()) >= width or not distinct:
-            raise ValueError(f"array {name!r} must name distinct dims from 0 to {width - 1} in each view")
+            raise UserError(f"array {name!r} must name distinct dims from 0 to {width - 1} in each view")

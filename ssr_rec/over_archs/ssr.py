@@ -3,107 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssr_rec.kernels import gather_views, view_fusion
-from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch, OverArchSettings
-from ssr_rec.over_archs.filters import FILTERS, FilterName, StaticRandomFilter
-from ssr_rec.over_archs.layers import (
-    LAYER_NORM_EPS,
-    DenseStack,
-    Dropout,
-    Initializer,
-    InputNormKind,
-    ViewLayerNorm,
-    ViewLinear,
-    make_input_norm,
-)
-
-
-class SSRConfig(OverArchSettings):
-    """SSR-S (``filter: static``) and SSR-D (``filter: dynamic``).
-
-    The defaults are the paper's text (eq. 3-11). Keys marked "released" switch to what the authors'
-    code does instead; docs/over_archs.md lists them with their sources.
-    """
-
-    name: Literal["ssr"] = "ssr"
-    filter: FilterName = Field(
-        default="static",
-        description="static: SSR-S, eq. 3; dynamic: SSR-D, eq. 4; topk, none, dropout: the ablations of Table 4",
-    )
-    num_views: int = Field(default=8, ge=1, description="views per layer (b in the paper)")
-    view_dim: int = Field(default=128, ge=1, description="dims per view (d_v); a layer's output has views * dims")
-    num_layers: int = Field(default=2, ge=1, description="layers (L), each fed with the output of the one before")
-
-    index_seed: int = Field(default=0, ge=0, description="static: seed of each view's dims, apart from the run's")
-
-    iterations: int = Field(default=5, ge=1, description="dynamic: ICS steps (T)")
-    alpha_init: float = Field(default=0.1, description="dynamic: start of the extinction rates, one per view and step")
-    learn_alpha: bool = Field(default=True, description="dynamic: train the extinction rates; false keeps alpha_init")
-    gamma: bool = Field(default=True, description="dynamic: signal recovery, one trained scale per view and dim")
-    gate: bool = Field(default=False, description="dynamic, released: multiply ICS by a second linear projection")
-
-    top_k: int = Field(default=16, ge=1, description="topk: dims of a view that stay, by straight-through top-k")
-    filter_dropout: float = Field(default=0.5, gt=0.0, lt=1.0, description="dropout: share of the input a view loses")
-
-    fusion_layers: Literal[1, 2] = Field(default=1, description="dense + GELU layers per view; released SSR-S has 2")
-    residual: bool = Field(default=False, description="released: add the fusion's input before LayerNorm")
-    fusion_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="released: share dropped after the fusion")
-    layer_norm_eps: float = Field(
-        default=LAYER_NORM_EPS,
-        gt=0.0,
-        description="added to each view's variance; released: 1e-6 in SSR-D, 1e-3 in SSR-S",
-    )
-
-    input_norm: InputNormKind = Field(
-        default="none", description="released: batch norm of the input, across_fields in SSR-D, per_field in SSR-S"
-    )
-    input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of input dims dropped")
-    output: Literal["concat", "mean"] = Field(
-        default="concat", description="views of the last layer: concatenated (eq. 6), or averaged (released)"
-    )
-    output_mlp: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[], description="widths of ReLU layers after the views; released SSR-S has [64]"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: as released, zero biases; torch: what nn.Linear would do"
-    )
-
-    @model_validator(mode="after")
-    def _settings_of_another_filter_are_errors(self) -> SSRConfig:
-        used = FILTERS[self.filter].SETTINGS
-        for other, cls in FILTERS.items():
-            for key in cls.SETTINGS:
-                value, default = getattr(self, key), SSRConfig.model_fields[key].default
-                if key not in used and value != default:
-                    raise ValueError(
-                        f"{key}={value} has no effect with filter={self.filter!r}: remove it, or set filter={other!r}"
-                    )
-        if self.filter == "topk" and self.top_k > self.view_dim:
-            raise ValueError(f"top_k={self.top_k} is more than a view has: set it to at most view_dim={self.view_dim}")
-        if self.residual and self.filter in ("none", "dropout"):
-            raise ValueError(
-                f"residual=True adds a view's input, which with filter={self.filter!r} is as wide as the layer's: "
-                "remove it, or choose another filter"
-            )
-        return self
-
-    @property
-    def label(self) -> str:
-        """As the paper's tables name it, with views x dims x layers."""
-        kinds = {
-            "static": "SSR-S",
-            "dynamic": "SSR-D",
-            "topk": f"SSR top-{self.top_k}",
-            "none": "SSR without filter",
-            "dropout": f"SSR dropout {self.filter_dropout:g}",
-        }
-        return f"{kinds[self.filter]} {self.num_views}x{self.view_dim}x{self.num_layers}"
+from ssr_rec.kernels import view_fusion
+from ssr_rec.kernels.reference import gather_views
+from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
+from ssr_rec.over_archs.filters import FILTERS, StaticRandomFilter
+from ssr_rec.over_archs.layers import DenseStack, Dropout, ViewLayerNorm, ViewLinear, make_input_norm
+from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 
 class ViewFusion(nn.Module):

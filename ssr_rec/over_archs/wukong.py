@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, Flops, OverArch, OverArchSettings, dense_flops, equal_dim
-from ssr_rec.over_archs.layers import (
-    LAYER_NORM_EPS,
-    DenseStack,
-    Initializer,
-    InputNormKind,
-    init_dense_,
-    make_input_norm,
-)
-
-
-class WukongConfig(OverArchSettings):
-    """Wukong with the optimised FM of a learned projection (section 3)."""
-
-    name: Literal["wukong"] = "wukong"
-    num_layers: int = Field(default=2, ge=1, description="layers of the interaction stack (l in the paper)")
-    fmb_embeddings: int = Field(default=16, ge=1, description="embeddings out of a layer's FM block (n_F)")
-    lcb_embeddings: int = Field(default=16, ge=1, description="embeddings out of a layer's linear compression (n_L)")
-    fm_rank: int = Field(default=8, ge=1, description="embeddings that the FM's other side is projected to (k)")
-    fmb_hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[128], description="widths of the FM block's ReLU layers, before its linear layer to the embeddings"
-    )
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[256], description="widths of the ReLU layers after the stack; empty: the flat embeddings"
-    )
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each ReLU")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    layer_norm_eps: float = Field(default=LAYER_NORM_EPS, gt=0.0, description="added to every LayerNorm's variance")
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
-
-    @model_validator(mode="after")
-    def _dropout_needs_a_relu_layer(self) -> WukongConfig:
-        if self.dropout and not (self.fmb_hidden or self.hidden):
-            raise ValueError(f"dropout={self.dropout} has no effect without fmb_hidden and hidden: remove it")
-        return self
-
-    @property
-    def label(self) -> str:
-        """Layers x embeddings of both blocks, and the rank."""
-        return f"Wukong {self.num_layers}x({self.fmb_embeddings}+{self.lcb_embeddings}) k={self.fm_rank}"
+from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, Flops, OverArch, dense_flops, equal_dim
+from ssr_rec.over_archs.layers import DenseStack, init_dense_, make_input_norm
+from ssr_rec.over_archs.settings import Initializer, WukongConfig
 
 
 class RowMix(nn.Module):
@@ -126,7 +84,7 @@ class Wukong(OverArch):
     """Wukong: (B, F*D) -> (B, hidden[-1]), or (B, (n_F + n_L) * D) without hidden layers.
 
     Raises:
-        ValueError: the fields differ in dim.
+        UserError: the fields differ in dim.
     """
 
     def __init__(

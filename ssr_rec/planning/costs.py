@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec.distributed.planner.types import CollectiveType, GeneralizedCommsBandwidth
 
-from ssr_rec.embeddings import ExtraTables
-from ssr_rec.hardware import Hardware, Precision
-from ssr_rec.model import DenseArch
+from ssr_rec.embeddings.tables import ExtraTables, Tables
+from ssr_rec.model.build import build_dense
+from ssr_rec.model.ctr_model import DenseArch
 from ssr_rec.planning.cases import Case
-from ssr_rec.restore import build_dense
+from ssr_rec.planning.hardware import Hardware, Precision
 
 ID_BYTES = 8
 FLOAT_BYTES = 4
@@ -97,9 +97,9 @@ def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
 
 def state_bytes(optimizer: str, rows: int, columns: int) -> int:
     """Fused optimizer state of a shard; fp32 whatever the weights are, and a row-wise one per shard of columns."""
-    return {"sgd": 0, "rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}[
-        optimizer
-    ] * FLOAT_BYTES
+    adam = 2 * rows * columns
+    floats = {"sgd": 0, "rowwise_adagrad": rows, "adagrad": rows * columns, "lazy_adam": adam, "adam": adam}
+    return floats[optimizer] * FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,6 @@ def gemm_precision(case: Case) -> Precision:
 class Model(nn.Module):
     """What TorchRec's planner is shown: the tables, under the name that the training job's model has for them."""
 
-    def __init__(self, tables: nn.Module) -> None:
+    def __init__(self, tables: Tables) -> None:
         super().__init__()
-        self.tables = tables
+        self.tables, self.event_tables = tables

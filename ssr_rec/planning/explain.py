@@ -10,9 +10,11 @@ from torchrec.distributed.planner.types import ShardingOption
 
 from ssr_rec.planning.cases import Case
 from ssr_rec.planning.estimate import Estimate
-from ssr_rec.planning.search import Found, option_bytes
+from ssr_rec.planning.search import Found, busy_shares, option_bytes
 
 GIB = 2**30
+UNEVEN = 1.5
+"""Times the mean block's lookups from which a block of rows is called uneven."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def table_plans(case: Case, found: Found) -> list[TablePlan]:
                 host_bytes=sum(size.host for size in sizes),
                 ms=option.total_perf,
                 slowest_ms=_slowest(option),
-                why=why(option, found.alternatives[option.name], found.table_bytes),
+                why=why(option, found.alternatives[option.name], found.table_bytes) + _uneven(case, option),
             )
         )
     return sorted(lines, key=lambda line: -(line.device_bytes + line.host_bytes))
@@ -85,6 +87,17 @@ def why(chosen: ShardingOption, alternatives: Sequence[ShardingOption], table_by
         else:
             parts.append(f"makes room or balance for others, at {against}")
     return "; ".join(parts)
+
+
+def _uneven(case: Case, option: ShardingOption) -> str:
+    """Return what to say of a table whose blocks of rows get lookups very unevenly."""
+    shares = busy_shares(case, option)
+    if max(shares) < UNEVEN:
+        return ""
+    return (
+        f"; the busiest of its {len(shares)} blocks of rows gets {max(shares) / len(shares):.0%} of the lookups: "
+        "spread_ids: true in the spec numbers frequent values over all blocks"
+    )
 
 
 def _way(option: ShardingOption) -> str:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ssr_rec.config import RunConfig
-from ssr_rec.embeddings import DIM_MULTIPLE
+from ssr_rec.config.run import RunConfig
+from ssr_rec.config.sharding import TableConstraint
+from ssr_rec.embeddings.sharding import CACHING, SUPPORTED
+from ssr_rec.embeddings.tables import DIM_MULTIPLE
 from ssr_rec.planning.cases import Case, make_world
 from ssr_rec.planning.costs import DenseCost, dense_cost
 from ssr_rec.planning.estimate import Estimate, estimate_plan
 from ssr_rec.planning.explain import overflows
 from ssr_rec.planning.search import Found, find_plan
-from ssr_rec.sharding import CACHING, SUPPORTED, TableConstraint
 
 MOST_NODES = 64
 """More nodes are tried by doubling, up to so many."""
@@ -50,7 +51,7 @@ class Remedy:
 def plan_case(case: Case, dense: DenseCost | None = None) -> Planned:
     """
     Raises:
-        ValueError: see ``find_plan``.
+        UserError: see ``find_plan``.
     """
     dense = dense or dense_cost(case)
     found = find_plan(case, dense)

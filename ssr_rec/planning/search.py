@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -28,7 +29,8 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CommOp
 
-from ssr_rec.embeddings import build_tables
+from ssr_rec.embeddings.sharding import build_constraints, build_sharder
+from ssr_rec.embeddings.tables import build_tables
 from ssr_rec.planning.cases import Case
 from ssr_rec.planning.costs import (
     BATCHES_IN_FLIGHT,
@@ -42,7 +44,6 @@ from ssr_rec.planning.costs import (
     extra_tables,
     shard_bytes,
 )
-from ssr_rec.sharding import build_constraints, build_sharder
 
 TORCHREC_LOAD_FACTOR = 0.2
 """Of a cached table without a cache_load_factor: UVM_CACHING_RATIO in torchrec/distributed/planner/constants.py."""
@@ -104,13 +105,34 @@ class CaseEstimator(ShardEstimator):
         for option, one_each in zip(sharding_options, distinct, strict=True):
             option.is_weighted = one_each.is_weighted
             perfs = {tuple(shard.size): shard.perf for shard in one_each.shards}
-            for shard in option.shards:
+            shares = busy_shares(self.case, option)
+            for place, shard in enumerate(option.shards):
                 size = option_bytes(self.case, option, shard.size)
                 device = size.weights + size.state + size.gradients + size.buffers
                 shard.storage = Storage(hbm=device if on_gpu else 0, ddr=size.host if on_gpu else device)
-                shard.perf = copy(perfs[tuple(shard.size)])
+                shard.perf = _times(perfs[tuple(shard.size)], shares[place % len(shares)])
                 if self.by_memory:
                     shard.perf = Perf(fwd_compute=device / 2**20, fwd_comms=0, bwd_compute=0, bwd_comms=0)
+
+
+def busy_shares(case: Case, option: ShardingOption) -> list[float]:
+    """Return how many times the mean block's lookups each block of rows gets, where rows are cut; else one 1."""
+    blocks = {"row_wise": case.world.size, "table_row_wise": case.world.per_node}.get(option.sharding_type)
+    if blocks is None:
+        return [1.0]
+    return (case.block_shares(option.name.split("@")[0], blocks) * blocks).tolist()
+
+
+def _times(perf: Perf | None, busy: float) -> Perf:
+    """Return the times of a block with ``busy`` times the mean block's lookups; pooled rows are as many for all."""
+    assert perf is not None
+    return replace(
+        perf,
+        fwd_compute=perf.fwd_compute * busy,
+        bwd_compute=perf.bwd_compute * busy,
+        prefetch_compute=perf.prefetch_compute * busy,
+        input_dist_comms=perf.input_dist_comms * busy,
+    )
 
 
 def _in_float32(sharders: SharderDataMap) -> SharderDataMap:
@@ -124,7 +146,8 @@ def option_bytes(case: Case, option: ShardingOption, size: Sequence[int]) -> Sha
     """Bytes of one shard of that size under that way of sharding."""
     world, batch = case.world, case.rows_per_rank * case.world.size
     parts = {"row_wise": world.size, "table_row_wise": world.per_node, "data_parallel": world.size}
-    looked_up = batch * sum(option.input_lengths) / parts.get(option.sharding_type, 1)
+    bags = case.bags(option.name)
+    looked_up = batch * bags * sum(option.input_lengths) / parts.get(option.sharding_type, 1)
     return shard_bytes(
         size,
         option.tensor.element_size(),
@@ -132,7 +155,7 @@ def option_bytes(case: Case, option: ShardingOption, size: Sequence[int]) -> Sha
         option.compute_kernel,
         option.cache_load_factor or TORCHREC_LOAD_FACTOR,
         ids=looked_up,
-        pooled_rows=case.rows_per_rank if option.sharding_type == "data_parallel" else batch,
+        pooled_rows=int(bags * (case.rows_per_rank if option.sharding_type == "data_parallel" else batch)),
     )
 
 
@@ -151,9 +174,9 @@ class FixedBytes:
     buffers: int
 
 
-def fixed_bytes(case: Case, dense: DenseCost, columns: int) -> FixedBytes:
+def fixed_bytes(case: Case, dense: DenseCost, columns: float) -> FixedBytes:
     """Args:
-    columns: of all tables together, the width of what a row looks up.
+    columns: of all tables together, the width of what a row looks up, all its events included.
     """
     rows, config = case.rows_per_rank, case.config
     copies = sum(DENSE_BYTES.values()) + (2 if config.train.bf16 else 0)  # autocast keeps bf16 copies of the weights
@@ -193,13 +216,13 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
     """TorchRec's plan for the case: the fastest by its estimates, else the one with the most even memory.
 
     Raises:
-        ValueError: a setting of the config without effect or not for this device.
+        UserError: a setting of the config without effect or not for this device.
     """
     started = time.perf_counter()
     device = case.world.hardware.device
-    tables = build_tables(case.schema, case.config.embeddings, device, extra_tables(case))
-    configs = tables.embedding_bag_configs()
-    fixed = fixed_bytes(case, dense, sum(table.embedding_dim for table in configs))
+    tables = build_tables(case.schema, case.config.embeddings, device, extra_tables(case), case.reading)
+    configs, events = tables.configs, case.reading.events
+    fixed = fixed_bytes(case, dense, sum(table.embedding_dim * case.bags(table.name) for table in configs))
     left = case.world.hardware.rank_bytes(case.world.per_node) - fixed.dense - fixed.activations - fixed.buffers
     if case.config.sharding.memory_gib is not None:
         left = min(left, int(case.config.sharding.memory_gib * 2**30))
@@ -208,11 +231,13 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
     prefetch = case.config.train.pipeline == "prefetch"
     allowed = build_constraints([table.name for table in configs], case.config.sharding, device, fused, prefetch)
     sizes = {t.name: (t.num_embeddings, t.embedding_dim) for t in configs}
+    keys = {t.name: t.feature_names for t in configs}
     constraints = {
         name: replace(
             constraint,
             sharding_types=_distinct_types(case, constraint, *sizes[name], left),
-            pooling_factors=[case.lengths.get(name.split("@")[0], 1.0)],
+            pooling_factors=[1.0 if name in events else case.lengths.get(key, 1.0) for key in keys[name]],
+            batch_sizes=[math.ceil(case.rows_per_rank * case.bags(name))] if name in events else None,
         )
         for name, constraint in allowed.items()
     }

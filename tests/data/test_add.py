@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.add import add
-from ssr_rec.data.prepare import prepare
+from ssr_rec.data.preparation.append_days import add
+from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.reader import Reader
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
 from tests.prepare_log import ROOT, make_rows, md5_id, spec_with, write_csv, write_parquet
 from tools.prepare_data import main
 
@@ -41,8 +41,9 @@ def log(folder: Path, days: list[str], name: str, rows=ROWS, write=write_parquet
     return str(write([row for row in rows if row["day"] in days], folder / name))
 
 
-def made(tmp_path: Path, days: list[str], name: str, **options) -> Path:
-    prepare([log(tmp_path / f"log_{name}", days, "a.parquet")], tmp_path / name, spec(), **options)
+def made(tmp_path: Path, days: list[str], name: str, spread: bool = False, **options) -> Path:
+    chosen = spec().model_copy(update={"spread_ids": spread})
+    prepare([log(tmp_path / f"log_{name}", days, "a.parquet")], tmp_path / name, chosen, **options)
     return tmp_path / name
 
 
@@ -82,8 +83,9 @@ def test_added_days_are_as_if_they_had_been_there(tmp_path, write, batches):
         assert all((a.sparse.values() == b.sparse.values()).all() for a, b in zip(mine, other, strict=True))
 
 
-def test_the_vocabulary_grows_day_by_day_and_old_ids_never_move(tmp_path):
-    folder = made(tmp_path, OLD, "log")
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_vocabulary_grows_day_by_day_and_old_ids_never_move(tmp_path, spread):
+    folder = made(tmp_path, OLD, "log", spread)
     before = shards(folder)
     old = Schema.read(folder)
     add([log(tmp_path / "new", NEW, "b.parquet")], folder, extend=True)
@@ -145,7 +147,7 @@ def test_a_day_is_evaluated_without_the_ids_that_it_gave(tmp_path):
     hidden = 0
     for day in NEW:
         sizes = schema.new_from(day)
-        plain, served = (Reader(folder, schema, day, 16, hide_new=hide).batches(0, 0) for hide in (False, True))
+        plain, served = (Reader(folder, schema, day, 16).reading(hide_new=hide).batches(0, 0) for hide in (False, True))
         for trained, evaluated in zip(plain, served, strict=True):
             for name in schema.feature_names:
                 ids, seen = trained.sparse[name].values().numpy(), evaluated.sparse[name].values().numpy()
@@ -153,7 +155,7 @@ def test_a_day_is_evaluated_without_the_ids_that_it_gave(tmp_path):
                 assert (seen == np.where(ids >= limit, 1, ids)).all()
                 hidden += int((seen != ids).sum())
     assert hidden > 100
-    assert Reader(folder, schema, OLD[-1], 16, hide_new=True).new_from == {}
+    assert Reader(folder, schema, OLD[-1], 16).reading(hide_new=True).new_from == {}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +222,7 @@ def test_the_command_line_adds(tmp_path, capsys):
     for wrong, message in (
         (["--min-count", "3"], "--min-count is settled by the dataset that --add-to names; leave it out"),
         (["--seed", "0"], "--seed is settled by the dataset"),
+        (["--spread-ids"], "--spread-ids is settled by the dataset"),
     ):
         assert main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err
@@ -233,9 +236,25 @@ def test_the_command_line_adds(tmp_path, capsys):
     assert "--extend-vocabulary is for --add-to" in capsys.readouterr().err
 
 
+def test_a_dataset_from_before_values_had_one_text_grows_only_where_that_changes_nothing(tmp_path):
+    folder = made(tmp_path, OLD, "log")
+    new = log(tmp_path / "new", NEW, "b.parquet")
+    schema = json.loads((folder / "schema.json").read_text())
+    del schema["checksum"], schema["preparation"]["values"]
+    (folder / "schema.json").write_text(json.dumps(schema))
+    shutil.copytree(folder, tmp_path / "odd")
+    assert add([new], folder).days.names == DAYS
+    path = tmp_path / "odd" / "vocabularies" / "city.parquet"
+    table = pq.read_table(path)
+    odd = ["24.0", *table["value"].to_pylist()[1:]]
+    pq.write_table(table.set_column(0, table.schema.field(0), [odd]), path)
+    with pytest.raises(ValueError, match=r"column 'city' has '24\.0', which new rows could write differently"):
+        add([new], tmp_path / "odd")
+
+
 KILLED_AT = """
 import os, signal, sys
-from ssr_rec.data import add as module
+from ssr_rec.data.preparation import append_days as module
 steps = {"n": 0}
 def counted(name, at):
     original = getattr(os, name)

@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 
-from ssr_rec.data.add import add
-from ssr_rec.data.prepare import prepare
-from ssr_rec.data.use import table_use
-from ssr_rec.raw_rows import Encoder
-from ssr_rec.schema import SPLITS, Schema
+from ssr_rec.data.preparation.append_days import add
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.schema import SPLITS, Schema
+from ssr_rec.data.table_usage import table_use
+from ssr_rec.serving.raw_rows import Encoder
 from tests.prepare_log import make_rows, md5_id, read_split, run, spec_with, write_csv, write_parquet
 
 ROWS = make_rows(2000)

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.blocks import SplitFiles
-from ssr_rec.data.lanes import Piece
+from ssr_rec.data.batch_order import Piece
+from ssr_rec.data.row_groups import SplitFiles
+from ssr_rec.data.schema import Schema
 from ssr_rec.data.shards import arrow_schema, write_shards
-from ssr_rec.schema import Schema
 from tests.conftest import draw_rows, reseal, write_dataset
 from tests.shard_edits import forget_group_rows, read_all, replace, rewrite
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.course import DayStream
+from ssr_rec.data.day_stream import DayStream
 from ssr_rec.data.reader import Reader
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
 from tests.days_log import DAYS, ROWS, write_days
 
 BATCH = 64
@@ -25,7 +25,7 @@ def stream(folder: Path, passes: int, rank: int = 0, world_size: int = 1, opened
     def open_day(day: str) -> Reader:
         if opened is not None:
             opened.append(day)
-        return Reader(folder, schema, day, BATCH, rank, world_size, num_lanes=4, seed=3)
+        return Reader(folder, schema, day, BATCH, (rank, world_size), num_lanes=4, seed=3)
 
     return DayStream(open_day, schema, DAYS, passes, BATCH)
 

@@ -22,8 +22,8 @@ def test_what_an_engine_lacks_is_one_line(tmp_path, capsys, monkeypatch, options
     # As where pyspark is not installed.
     for name in ["pyspark", *(name for name in sys.modules if name.startswith("pyspark."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "ssr_rec.data.engines.spark", raising=False)
-    monkeypatch.delattr("ssr_rec.data.engines.spark", raising=False)
+    monkeypatch.delitem(sys.modules, "ssr_rec.data.preparation.spark_engine", raising=False)
+    monkeypatch.delattr("ssr_rec.data.preparation.spark_engine", raising=False)
     spec = tmp_path / "spec.yaml"
     spec.write_text("{name: toy, labels: [click], categorical: [user], ignore: [city, price, day, tags, uid]}")
     log = write_csv(make_rows(50), tmp_path / "log.csv")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ssr_rec.data.lanes import Lanes, lanes_of_rank
+from ssr_rec.data.batch_order import Lanes, lanes_of_rank
 
 CASES = [
     ([64] * 15 + [43], 128, 16),

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ssr_rec.data import blocks, shards
-from ssr_rec.data.blocks import SplitFiles
-from ssr_rec.data.lanes import Piece
-from ssr_rec.schema import Schema
+from ssr_rec.data import row_groups as blocks
+from ssr_rec.data import shards
+from ssr_rec.data.batch_order import Piece
+from ssr_rec.data.row_groups import SplitFiles
+from ssr_rec.data.schema import Schema
 from tests.conftest import reseal, write_dataset
 from tests.shard_edits import forget_group_rows, read_all, replace, rewrite
 

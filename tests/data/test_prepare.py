@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.engines import duck
-from ssr_rec.data.prepare import prepare
-from ssr_rec.schema import GROUP_COLUMN, SPLITS
+from ssr_rec.data.preparation import duckdb_engine as duck
+from ssr_rec.data.preparation.engines import EngineSettings
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.schema import GROUP_COLUMN, SPLITS
 from tests.prepare_log import Row, make_rows, md5_id, run, spec_with, write_csv, write_parquet
 
 
@@ -128,9 +129,9 @@ def test_the_result_depends_on_the_seed_but_not_on_threads_or_files(tmp_path: Pa
     write_csv(rows[:1000], parts / "a.csv")
     write_csv(rows[1000:1001], parts / "b.csv.gz")
     write_csv(rows[1001:], parts / "c.csv")
-    schema, splits = run(tmp_path, [whole], spec_with(), "1", threads=1)
+    schema, splits = run(tmp_path, [whole], spec_with(), "1", settings=EngineSettings(threads=1))
     for name, path in (("2", whole), ("3", zipped), ("4", parts), ("5", parts / "*.csv*")):
-        again, same = run(tmp_path, [path], spec_with(), name, threads=2)
+        again, same = run(tmp_path, [path], spec_with(), name, settings=EngineSettings(threads=2))
         assert same == splits
         assert again == schema
     other, changed = run(tmp_path, [whole], spec_with(), "6", seed=1)
@@ -205,7 +206,7 @@ def test_memory_below_the_data_spills_and_leaves_nothing(tmp_path: Path) -> None
     spec = spec_with(lists={}, ignore=["day", "tags"])
     path = write_csv(make_rows(20_000), tmp_path / "log.csv")
     schema, splits = run(tmp_path, [path], spec, "roomy")
-    tight, same = run(tmp_path, [path], spec, "tight", memory_limit="120MB")
+    tight, same = run(tmp_path, [path], spec, "tight", settings=EngineSettings("120MB"))
     assert (tight, same) == (schema, splits)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "roomy", "tight"]
     assert sorted(p.name for p in (tmp_path / "tight").iterdir()) == [

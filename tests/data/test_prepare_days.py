@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.prepare import prepare
-from ssr_rec.schema import Schema
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.schema import Schema
 from tests.prepare_log import make_rows, md5_id, read_split, spec_with, write_csv, write_parquet
 from tools.prepare_data import main
 
@@ -99,7 +99,7 @@ def test_what_is_no_split_by_days_is_refused(tmp_path, changes, fit_days, messag
 
 
 def test_moments_as_days_are_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("ssr_rec.data.split.MAX_DAYS", 19)
+    monkeypatch.setattr("ssr_rec.data.preparation.split.MAX_DAYS", 19)
     with pytest.raises(ValueError, match="column 'day' has more than 19 distinct values"):
         prepared(tmp_path, write_parquet(make_rows(400), tmp_path / "log.parquet"))
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
+import yaml
 
-from ssr_rec.data.prepare import prepare
-from ssr_rec.data.table_spec import TableSpec, read_spec
-from tests.prepare_log import SPEC, Row, make_rows, spec_with, write_csv, write_parquet
+from ssr_rec.data import shards
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.spec import TableSpec, read_spec
+from tests.prepare_log import ROOT, SPEC, Row, make_rows, spec_with, write_csv, write_parquet
 
 
 def bad_rows(column: str, row: int, value: Any) -> list[Row]:
@@ -145,3 +153,58 @@ def test_bad_specs(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         read_spec(tmp_path / "spec.yaml")
     assert "spec.yaml" in str(raised.value)
+
+
+STOPPED_BY = """
+import os, signal, sys
+import tools.prepare_data as tool
+from ssr_rec.data.preparation import prepare as module
+def stopped(plan):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+module.count_splits = stopped
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(tool.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_stopped_or_killed_it_leaves_nothing_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = write_csv(make_rows(300), tmp_path / "log.csv")
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec_with().model_dump(mode="json")))
+    output = tmp_path / "out" / "data"
+    command = ["table", "--spec", str(tmp_path / "spec.yaml"), "--input", str(log), "--output", str(output)]
+
+    def ended_by(name: str) -> subprocess.CompletedProcess:
+        command_line = [sys.executable, "-c", STOPPED_BY, name, *command]
+        return subprocess.run(command_line, cwd=ROOT, check=False, capture_output=True, text=True)
+
+    for name in ("SIGTERM", "SIGINT"):
+        ended = ended_by(name)
+        assert ended.returncode == 130 and "Traceback" not in ended.stderr
+        assert ended.stderr.splitlines()[-1] == f"stopped: {output} is as it was before; the same command starts anew"
+        assert list(output.parent.iterdir()) == []
+    assert ended_by("SIGKILL").returncode == -signal.SIGKILL
+    (left,) = output.parent.iterdir()
+    (output.parent / ".data.mine").mkdir()
+    held = output.parent / ".data.abcdefgh"
+    held.mkdir()
+    handle = os.open(held, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as a preparation that goes on has it
+    monkeypatch.setattr(shards, "YOUNG_S", -1.0)
+    with shards.new_folder(output):
+        pass
+    os.close(handle)
+    assert not left.exists()
+    assert sorted(path.name for path in output.parent.iterdir()) == [".data.abcdefgh", ".data.mine", "data"]
+
+
+def test_what_no_file_is_to_blame_for_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = write_csv(make_rows(300), tmp_path / "log.csv")
+
+    def full(plan: Any) -> Any:
+        raise duckdb.IOException("Could not write: No space left on device\nand more")
+
+    monkeypatch.setattr("ssr_rec.data.preparation.prepare.count_splits", full)
+    with pytest.raises(ValueError, match=r"log\.csv: DuckDB: .*No space left on device$"):
+        prepare([str(log)], tmp_path / "out", spec_with())
+    assert not list(tmp_path.glob(".out*"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.prepare import prepare
-from ssr_rec.data.presets import PRESETS
-from ssr_rec.data.table_spec import make_spec, read_spec
-from ssr_rec.schema import GROUP_COLUMN, SPLITS
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.presets import PRESETS
+from ssr_rec.data.preparation.spec import make_spec, read_spec
+from ssr_rec.data.schema import GROUP_COLUMN, SPLITS
 from tests.prepare_log import ROOT, SHARED, Row, md5_id, run
 
 

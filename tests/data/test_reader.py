@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ssr_rec.data.reader import Prefetcher, Reader
-from ssr_rec.schema import GROUP_COLUMN, Schema
+from ssr_rec.data.schema import GROUP_COLUMN, Schema
 from tests.conftest import ROWS, write_dataset
 
 
 def read(folder, rank=0, world_size=1, epoch=0, start_step=0, batch_size=128, seed=7, split="train", schema=None):
     schema = schema or Schema.read(folder)
-    reader = Reader(folder, schema, split, batch_size, rank, world_size, num_lanes=4, seed=seed, prefetch=2)
+    reader = Reader(folder, schema, split, batch_size, (rank, world_size), num_lanes=4, seed=seed).reading(prefetch=2)
     return list(reader.epoch(epoch, start_step))
 
 
@@ -133,7 +133,7 @@ def test_prefetcher_passes_errors_on_and_can_be_closed_early(dataset):
         next(batches)
     with pytest.raises(StopIteration):
         next(batches)
-    reader = Reader(dataset, Schema.read(dataset), "train", 64, num_lanes=4, prefetch=1)
+    reader = Reader(dataset, Schema.read(dataset), "train", 64, num_lanes=4).reading(prefetch=1)
     endless = reader.epoch(0)
     next(endless)
     endless.close()
@@ -143,7 +143,7 @@ def test_prefetcher_passes_errors_on_and_can_be_closed_early(dataset):
 
 def test_memory_holds_a_few_row_groups_only(tmp_path):
     folder = write_dataset(tmp_path / "d", {"train": 40_000, "validation": 8, "test": 8}, rows_in_group=256)
-    reader = Reader(folder, Schema.read(folder), "train", 64, num_lanes=4, seed=0, prefetch=2)
+    reader = Reader(folder, Schema.read(folder), "train", 64, num_lanes=4, seed=0).reading(prefetch=2)
     opened = []
     read_group = reader.files.read
     reader.files.read = lambda piece, order: opened.append(piece) or read_group(piece, order)

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.prepare import prepare
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.reader import Reader
-from ssr_rec.data.table_spec import make_spec
 
 ROWS, BATCH = 40_000, 256
 SPEC = {"name": "ordered", "labels": ["click"], "categorical": ["user"], "group_id": "row"}

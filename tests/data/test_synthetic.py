@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, Schema
 from ssr_rec.data.shards import arrow_schema, row_group_rows
-from ssr_rec.data.synthetic import SyntheticConfig, Tally, build_truth, draw_block, ensure_synthetic, write_synthetic
-from ssr_rec.data.synthetic_config import NUM_PLANTED, products
-from ssr_rec.data.synthetic_truth import BLOCK_ROWS
-from ssr_rec.schema import DATASET_ID_KEY, GROUP_COLUMN, Schema
+from ssr_rec.data.synthetic.config import NUM_PLANTED, SyntheticConfig, products
+from ssr_rec.data.synthetic.truth import BLOCK_ROWS, build_truth, draw_block
+from ssr_rec.data.synthetic.write import Tally, ensure_synthetic, write_synthetic
 
 SMALL = SyntheticConfig(
     seed=3, train_rows=70_000, validation_rows=900, test_rows=5_000, num_fields=20, users=300, items=500

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssr_rec.data.synthetic_config import NUM_PLANTED, SyntheticConfig
-from ssr_rec.data.synthetic_fields import Distribution
-from ssr_rec.data.synthetic_truth import BLOCK_ROWS, Block, Truth, build_truth, draw_block
+from ssr_rec.data.synthetic.config import NUM_PLANTED, SyntheticConfig
+from ssr_rec.data.synthetic.fields import Distribution
+from ssr_rec.data.synthetic.truth import BLOCK_ROWS, Block, Truth, build_truth, draw_block
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ssr_rec.data.synthetic_config import PLANTED, SyntheticConfig
-from ssr_rec.data.synthetic_truth import BLOCK_ROWS, Block, Term, Truth, build_truth, draw_block
+from ssr_rec.data.synthetic.config import PLANTED, SyntheticConfig
+from ssr_rec.data.synthetic.truth import BLOCK_ROWS, Block, Term, Truth, build_truth, draw_block
 
 GROUPS = {feature.name: feature.group for feature in PLANTED}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssr_rec.run_folder import read_report
+from ssr_rec.runs.report import read_report
 from tests.ranks import PRELOAD, be_rank, free_port
 
 MODEL = [
@@ -146,4 +146,4 @@ def hurt_at_random(job: Job, runs: Path, rng: random.Random, moment: str, ranks:
 
 
 def report_of(runs: Path) -> dict[str, Any]:
-    return read_report(runs / "run")
+    return read_report(runs / "run").values()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ssr_rec.watch import PREEMPTED, STALLED
+from ssr_rec.training.stall_watch import PREEMPTED, STALLED
 from tests.faults.harness import Job, options, report_of, steps_done, wait_until
 from tests.jobs import refused_job, train_job
 from tests.ranks import run_ranks
@@ -21,13 +21,27 @@ def undisturbed(dataset, tmp_path_factory) -> dict:
     return run_ranks(train_job, 2, options(dataset, tmp_path_factory.mktemp("undisturbed")))[0]
 
 
-@pytest.mark.parametrize("ranks", [None, [0], [1]], ids=["all", "rank0", "rank1"])
-def test_sigterm_writes_a_checkpoint_and_ends_with_its_own_code(dataset, tmp_path, undisturbed, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "kinds"),
+    [
+        (None, [signal.SIGTERM]),
+        ([0], [signal.SIGTERM]),
+        ([1], [signal.SIGTERM]),
+        (None, [signal.SIGINT]),
+        (None, [signal.SIGINT, signal.SIGINT, signal.SIGTERM]),
+    ],
+    ids=["all", "rank0", "rank1", "ctrl-c", "terminal and launcher"],
+)
+def test_asked_to_stop_a_run_writes_a_checkpoint_and_ends_with_its_own_code(
+    dataset, tmp_path, undisturbed, ranks, kinds
+):
     arguments = options(dataset, tmp_path / "runs", "--checkpoint.every_steps=1000")
     job = Job(arguments, 2, tmp_path)
     assert wait_until(lambda: steps_done(tmp_path / "runs") >= 13, job)
-    job.send(signal.SIGTERM, ranks)
+    for kind in kinds:
+        job.send(kind, ranks)
     assert job.wait(60) == [PREEMPTED, PREEMPTED]
+    assert "Traceback" not in job.said()
     assert "asked to stop at step" in job.said()
     names = [path.name for path in (tmp_path / "runs" / "run" / "checkpoints").glob("step-*")]
     assert len(names) == 1 and names[0] >= f"step-{12:09d}"

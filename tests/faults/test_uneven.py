@@ -7,14 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ssr_rec.data.schema import Schema, Split
 from ssr_rec.data.shards import arrow_schema
-from ssr_rec.metrics import evaluate_predictions
-from ssr_rec.schema import Schema, Split
+from ssr_rec.metrics.exact import evaluate_predictions
+from tests.checkpointing.test_resume import losses
 from tests.conftest import FEATURES, draw_rows
 from tests.faults.harness import options
 from tests.jobs import predictions_job, read_rows_job, train_job
 from tests.ranks import run_ranks
-from tests.test_resume import losses
 
 pytestmark = pytest.mark.faults
 

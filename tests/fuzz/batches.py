@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssr_rec.data.reader import Reader
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
 
 Columns = dict[str, list]
 """Feature, label or ``group`` -> values row by row, a list per row for features."""
@@ -14,7 +14,7 @@ Columns = dict[str, list]
 def read_columns(folder: Path, schema: Schema, split: str) -> Columns:
     """Every row of a split in stored order."""
     columns: Columns = {name: [] for name in (*schema.feature_names, *schema.labels, "group")}
-    for batch in Reader(folder, schema, split, batch_size=16, num_lanes=1, seed=None, prefetch=1).epoch(0):
+    for batch in Reader(folder, schema, split, batch_size=16, num_lanes=1, seed=None).reading(prefetch=1).epoch(0):
         for name in schema.feature_names:
             jagged = batch.sparse[name]
             ids, at = jagged.values().tolist(), 0

@@ -21,14 +21,23 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from ssr_rec.config import load_config
-from ssr_rec.metrics import RunningAUC
-from ssr_rec.optim import build_optimizer
-from ssr_rec.resume import find_start
-from ssr_rec.schema import Schema
-from ssr_rec.snapshot import initialise_optimizer, model_tensors, optimizer_tensors, rank_tensors, restore
-from ssr_rec.train import build_model, open_reader, start_process_group, train
-from ssr_rec.warm_start import load_weights
+from ssr_rec.checkpointing.resume import find_start
+from ssr_rec.checkpointing.train_state import (
+    initialise_optimizer,
+    model_tensors,
+    optimizer_tensors,
+    rank_tensors,
+    restore,
+)
+from ssr_rec.checkpointing.warm_start import load_weights
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.metrics.running import RunningAUC
+from ssr_rec.model.build import build_model
+from ssr_rec.train import train
+from ssr_rec.training.datasets import open_reader
+from ssr_rec.training.optimizer import build_optimizer
+from ssr_rec.training.setup import start_process_group
 from tests.conftest import write_dataset
 from tests.fuzz.harness import Target, refusal
 from tests.fuzz.mutators import NASTY_VALUES, Rng, damage_bytes, damage_tree, pick, replace_by_no_file, write
@@ -76,7 +85,7 @@ def prepare(folder: Path) -> State:
 def load(state: State, checkpoint: Path) -> dict[str, Any]:
     """As a run does that is told to resume from it."""
     config = {**state.config, "resume": str(checkpoint)}
-    start = find_start(config, checkpoint.parent, False, lambda text: None)
+    start = find_start(config, checkpoint.parent, False)
     assert start.checkpoint is not None
     return asdict(restore(start.checkpoint, start.info, *state.parts, seed=0))
 

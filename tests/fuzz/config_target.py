@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ssr_rec.config import RunConfig, dump_config, load_config
-from ssr_rec.over_archs import OVER_ARCHS
+from ssr_rec.config.run import RunConfig, dump_config, load_config, takes_text
+from ssr_rec.over_archs.registry import OVER_ARCHS
 from tests.fuzz.harness import Target, refusal
 from tests.fuzz.mutators import (
     NASTY_VALUES,
@@ -111,7 +111,8 @@ def check(path: Path, overrides: list[str], folder: Path) -> str:
         parent = tree
         for section in sections:
             parent = parent.setdefault(section, {})
-        parent[last] = as_text(compose(value))
+        is_text = takes_text([*sections, last]) and value not in ("null", "~", "") and value[:1] not in ("'", '"')
+        parent[last] = Leaf(value, plain=False) if is_text else as_text(compose(value))
     assert_says(tree, values, default, "")
     (folder / "saved.yaml").write_text(dump_config(config))
     assert load_config(folder / "saved.yaml") == config, "saved and loaded it is another"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ssr_rec.train import is_library_error
+from ssr_rec.common.errors import UserError
 from tests.ranks import PRELOAD
 
 SEED = 20261122
@@ -55,8 +55,7 @@ def rng_of(target: str, index: int) -> np.random.Generator:
 
 def refusal(error: BaseException, *culprits: str) -> str:
     """Check that an error is what bad input promises: one line by this package that names the culprit."""
-    assert type(error) is ValueError, f"{type(error).__name__} instead of a ValueError: {error}"
-    assert not is_library_error(error), f"raised by a library: {error}"
+    assert isinstance(error, UserError), f"{type(error).__name__} instead of a UserError: {error}"
     message = str(error)
     assert len(message.splitlines()) == 1 and len(message) < 2_000, f"not one line: {message[:3000]!r}"
     assert any(culprit in message for culprit in culprits), f"names none of {culprits}: {message}"

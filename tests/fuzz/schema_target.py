@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ssr_rec.data import shards
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
 from tests.conftest import write_dataset
 from tests.fuzz.batches import Columns, read_columns, read_splits
 from tests.fuzz.harness import Target, refusal

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssr_rec.data import shards
-from ssr_rec.schema import GROUP_COLUMN, Schema
+from ssr_rec.data.schema import GROUP_COLUMN, Schema
 from tests.conftest import reseal, write_dataset
 from tests.fuzz.batches import Columns, read_splits
 from tests.fuzz.harness import Target, refusal

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssr_rec.kernels import ics, ics_reference
+from ssr_rec.kernels import ics
+from ssr_rec.kernels.reference import ics_reference
 from tests.kernels.plain_loops import ics_by_loops, needs_compiler
 
 pytestmark = needs_compiler

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssr_rec.kernels import ics_reference
+from ssr_rec.kernels.reference import ics_reference
 from tests.triton_device import DEVICE, INTERPRETED, needs_triton
 
 pytestmark = needs_triton
@@ -177,9 +177,12 @@ def test_any_strides():
     for other in (z.transpose(0, 1).contiguous().transpose(0, 1), z.mT.contiguous().mT, wide[..., 3:11]):
         flipped = alpha.detach().t().contiguous().t()
         assert not other.is_contiguous() and torch.equal(other, z) and not flipped.is_contiguous()
-        assert all(map(torch.equal, triton_ics.ics_forward(other, flipped, gamma), wanted))
+        # A GPU's compiler orders sums by the strides.
+        bound = 0.0 if INTERPRETED else 1e-12
+        close = {"rtol": bound, "atol": bound}
+        torch.testing.assert_close(triton_ics.ics_forward(other, flipped, gamma), wanted, **close)
         g = upstream.transpose(0, 1).contiguous().transpose(0, 1)
-        assert all(map(torch.equal, triton_ics.ics_backward(g, other, wanted[1], flipped, gamma), grads))
+        torch.testing.assert_close(triton_ics.ics_backward(g, other, wanted[1], flipped, gamma), grads, **close)
     ones = torch.ones((), device=DEVICE, dtype=z.dtype).expand(z.shape)
     of_ones = triton_ics.ics_backward(ones, z, wanted[1], alpha, gamma)
     assert all(map(torch.equal, of_ones, triton_ics.ics_backward(ones.contiguous(), z, wanted[1], alpha, gamma)))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssr_rec.kernels import devices, ics, ics_reference, view_fusion, view_fusion_reference
+from ssr_rec.kernels import devices, ics, view_fusion
+from ssr_rec.kernels.reference import ics_reference, view_fusion_reference
 from tests.triton_device import DEVICE, INTERPRETED, needs_triton
 
 pytestmark = needs_triton

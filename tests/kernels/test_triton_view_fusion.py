@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssr_rec.kernels import view_fusion_reference
+from ssr_rec.kernels.reference import view_fusion_reference
 from tests.triton_device import DEVICE, INTERPRETED, needs_triton
 
 pytestmark = needs_triton
@@ -170,7 +170,8 @@ def test_16_bits_in_one_kernel(shape, form):
         lean, *_ = fusion.view_fusion_forward(*rough, EPS, False)
     assert y.dtype == pre.dtype == FUSED_TYPE
     assert stats.dtype == (torch.float32 if FORMS[form]["norm"] else FUSED_TYPE)
-    assert torch.equal(lean, y)
+    # What is saved changes the code that a GPU's compiler makes, and so perhaps the last bit.
+    assert torch.equal(lean, y) if INTERPRETED else (lean - y).norm() <= torch.finfo(FUSED_TYPE).eps * y.norm()
     # What follows the product starts from what is saved, and is rounded once.
     z = torch.nn.functional.gelu(pre.float() + exact[3].detach()[:, None])
     z = z if exact[4] is None else z + exact[4].detach().transpose(0, 1)

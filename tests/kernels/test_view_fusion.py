@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssr_rec.kernels import view_fusion, view_fusion_reference
+from ssr_rec.kernels import view_fusion
+from ssr_rec.kernels.reference import view_fusion_reference
 from tests.kernels.plain_loops import fusion_by_loops, needs_compiler
 
 pytestmark = needs_compiler

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssr_rec.kernels import view_fusion_reference, view_scoring
+from ssr_rec.kernels import view_scoring
+from ssr_rec.kernels.reference import view_fusion_reference
 from tests.kernels.plain_loops import needs_compiler
 
 pytestmark = needs_compiler

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from ssr_rec.over_archs import SSRConfig
+from ssr_rec.over_archs.ssr_settings import SSRConfig
 from tests.small_ssr import DV, D, V, batch, build
 from tests.small_ssr import F as FIELDS
 

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssr_rec.over_archs.afn import AFN, MAX_EXPONENT, AFNConfig
+from ssr_rec.over_archs.afn import AFN, MAX_EXPONENT
 from ssr_rec.over_archs.layers import InputNorm
+from ssr_rec.over_archs.settings import AFNConfig
 
 FIELDS, DIM, NEURONS, ROWS = 4, 3, 5, 6
 SMALL: dict[str, Any] = {"num_neurons": NEURONS, "hidden": [7, 6], "initializer": "torch"}

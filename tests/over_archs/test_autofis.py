@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssr_rec.over_archs.autofis import AutoFIS, AutoFISConfig, PairProducts
+from ssr_rec.over_archs.autofis import AutoFIS, PairProducts
+from ssr_rec.over_archs.autofis_settings import AutoFISConfig
 from ssr_rec.over_archs.grda import GRDA
 
 NUM_FIELDS, DIM, ROWS, EPS = 6, 3, 9, 1e-3

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssr_rec.over_archs.autoint import AutoInt, AutoIntConfig, InteractingLayer
+from ssr_rec.over_archs.autoint import AutoInt, InteractingLayer
+from ssr_rec.over_archs.settings import AutoIntConfig
 
 FIELDS, DIM, HEADS, HEAD_DIM, LAYERS, ROWS = 5, 4, 3, 2, 2, 6
 WIDTH = HEADS * HEAD_DIM

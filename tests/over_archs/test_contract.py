@@ -10,7 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssr_rec.over_archs import OVER_ARCHS, OverArch, OverArchConfig
+from ssr_rec.over_archs.base import OverArch
+from ssr_rec.over_archs.choice import OverArchConfig
+from ssr_rec.over_archs.registry import OVER_ARCHS
+from ssr_rec.training.optimizer import is_decayed
 
 F, D, T = 5, 4, 2
 DIMS = [3, 1, 8, 2, 6]
@@ -263,6 +266,7 @@ def test_export_with_any_batch_size(case: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [name for name in CASES if "switched" not in name])
 def test_compiles_forward_and_backward_in_one_graph(case: str, backend: str) -> None:
+    torch._dynamo.reset()  # as many models in one process as here are more than it compiles one function for
     over_arch = build(case).double()
     inputs = [x.double() for x in batch(over_arch)]
     start = {key: value.clone() for key, value in over_arch.state_dict().items()}
@@ -314,3 +318,27 @@ def test_impossible_shapes_are_refused(name: str, fields: int, dims: Any, tasks:
 def test_the_name_decides_which_settings_exist(config: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CONFIGS.validate_python(config)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("surplus", [-1, 1, D])
+def test_x_of_another_width_is_refused(case: str, surplus: int) -> None:
+    over_arch = build(case)
+    x, *extra = batch(over_arch)
+    wrong = torch.randn(len(x), over_arch.in_features + surplus)
+    with pytest.raises(
+        ValueError, match=rf"x is {wrong.shape[1]} wide, \w+ was built for {over_arch.in_features}, 5 fields"
+    ):
+        over_arch(wrong, *extra)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weight_decay_is_of_weights_alone(case: str) -> None:
+    over_arch = build(case)
+    spared = {n for n, m in over_arch.named_modules() if "norm" in n.lower() or "Norm" in type(m).__name__}
+    for name, parameter in over_arch.named_parameters():
+        owner, _, last = name.rpartition(".")
+        plain = last not in ("bias", "alpha", "gamma") and owner not in spared and parameter.dim() > 1
+        assert is_decayed(f"module.dense.over_arch.{name}", parameter) == plain, name
+    decayed = [name for name, p in over_arch.named_parameters() if is_decayed(name, p)]
+    assert decayed, "an over-arch without weights"

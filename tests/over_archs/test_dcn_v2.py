@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet, LowRankMixtureCrossNet
 
-from ssr_rec.over_archs.dcn_v2 import DCNv2, DCNv2Config, MixtureCrossLayer
+from ssr_rec.over_archs.dcn_v2 import DCNv2, MixtureCrossLayer
+from ssr_rec.over_archs.settings import DCNv2Config
 
 DIMS = [3, 1, 4]
 N, ROWS, LAYERS, RANK, EXPERTS = sum(DIMS), 6, 3, 2, 3

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.modules.deepfm import FactorizationMachine
 
-from ssr_rec.over_archs.deepfm import DeepFM, DeepFMConfig, factorization_machine
+from ssr_rec.over_archs.deepfm import DeepFM, factorization_machine
+from ssr_rec.over_archs.settings import DeepFMConfig
 
 FIELDS, DIM, ROWS = 4, 3, 6
 

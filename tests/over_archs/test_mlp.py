@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssr_rec.over_archs import MLP, MLPConfig
+from ssr_rec.over_archs.mlp import MLP
+from ssr_rec.over_archs.settings import MLPConfig
 
 NUM_FIELDS, DIM = 4, 3
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ssr_rec.over_archs.mmoe import MMoE, MMoEConfig
+from ssr_rec.over_archs.mmoe import MMoE
+from ssr_rec.over_archs.settings import MMoEConfig
 
 NUM_FIELDS, DIM, TASKS = 5, 4, 3
 SMALL: dict[str, Any] = {"num_experts": 4, "expert_hidden": [7, 6], "tower_hidden": [5]}

@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ssr_rec.over_archs.rankmixer import RankMixer, RankMixerConfig, mix_tokens
+from ssr_rec.over_archs.rankmixer import RankMixer, mix_tokens
+from ssr_rec.over_archs.settings import RankMixerConfig
 
 NUM_FIELDS, DIM = 5, 4
 SMALL = {"num_tokens": 3, "dim": 6, "num_layers": 2, "ffn_ratio": 2}

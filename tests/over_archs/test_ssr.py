@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssr_rec.over_archs import SSR, SSRConfig, ssr_statistics
+from ssr_rec.over_archs.ssr import SSR, ssr_statistics
+from ssr_rec.over_archs.ssr_settings import SSRConfig
 from tests.small_ssr import DV, SMALL, STATIC, D, F, L, V, batch, build
 
 

@@ -7,8 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ssr_rec.over_archs import SSR, SSRConfig
-from ssr_rec.over_archs.filters import FILTERS, FilterName
+from ssr_rec.over_archs.filters import FILTERS
+from ssr_rec.over_archs.ssr import SSR
+from ssr_rec.over_archs.ssr_settings import FilterName, SSRConfig
 from tests.small_ssr import DV, SMALL, STATIC, B, D, F, L, V, batch, build
 
 SWITCHES = [

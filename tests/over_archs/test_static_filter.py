@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ssr_rec.over_archs import SSR, SSRConfig
 from ssr_rec.over_archs.filters import FILTERS
+from ssr_rec.over_archs.ssr import SSR
+from ssr_rec.over_archs.ssr_settings import SSRConfig
 from tests.small_ssr import STATIC, D, F, batch, build
 
 

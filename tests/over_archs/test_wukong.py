@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssr_rec.over_archs.wukong import FactorizationMachineBlock, Wukong, WukongConfig
+from ssr_rec.over_archs.settings import WukongConfig
+from ssr_rec.over_archs.wukong import FactorizationMachineBlock, Wukong
 
 NUM_FIELDS, DIM = 5, 4
 SMALL: dict[str, Any] = {

@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from ssr_rec.config import load_config
-from ssr_rec.schema import Schema
-from ssr_rec.train import build_model, start_process_group, train
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.model.build import build_model
+from ssr_rec.train import train
+from ssr_rec.training.setup import start_process_group
 
 Shard = tuple[str, tuple[int, int], tuple[int, int]]
 
@@ -53,4 +55,4 @@ def refusal_job(overrides: list[str], dataset: str) -> str:
 
 def losses_job(overrides: list[str]) -> dict[str, Any]:
     """The report of a training."""
-    return train(load_config(None, overrides))
+    return train(load_config(None, overrides)).values()

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ssr_rec.config import load_config
-from ssr_rec.hardware import Hardware, load_hardware
+from ssr_rec.config.run import load_config
+from ssr_rec.data.features import Drawn, Feature
+from ssr_rec.data.schema import Schema
 from ssr_rec.planning.cases import Case, make_world
-from ssr_rec.schema import Drawn, Feature, Schema
+from ssr_rec.planning.hardware import Hardware, load_hardware
 
 SMALL = ["--over_arch.name=mlp", "--over_arch.hidden=[32]", "--train.batch_size=4096"]
 

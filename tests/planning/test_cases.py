@@ -5,10 +5,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.config import load_config
-from ssr_rec.hardware import load_hardware
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
 from ssr_rec.planning.cases import mean_lengths, override_rows, parse_rows, parse_world, read_tables
-from ssr_rec.schema import Schema
+from ssr_rec.planning.hardware import load_hardware
 from tests.planning.small import make_case, make_schema, write_yaml
 
 

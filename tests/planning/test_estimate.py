@@ -7,7 +7,7 @@ import pytest
 from ssr_rec.planning.costs import DenseCost
 from ssr_rec.planning.estimate import RankTime, step_time
 from ssr_rec.planning.remedies import plan_case
-from ssr_rec.planning.text import days, rank_list
+from ssr_rec.planning.report_text import days, rank_list
 from tests.planning.small import make_case
 
 DENSE = DenseCost(10_000_000, 0, 2_000_000_000, 1_000_000, 0)

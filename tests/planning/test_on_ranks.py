@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from ssr_rec.config import load_config
-from ssr_rec.hardware import load_hardware
-from ssr_rec.plan_file import plan_of, read_plan, write_plan
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.embeddings.plan_file import plan_of, read_plan, write_plan
 from ssr_rec.planning.cases import Case, make_world
+from ssr_rec.planning.hardware import load_hardware
 from ssr_rec.planning.remedies import Planned, plan_case
-from ssr_rec.run_folder import read_metrics
-from ssr_rec.schema import Schema
+from ssr_rec.runs.folder import read_metrics
 from tests.planning.jobs import losses_job, measured_job, refusal_job
 from tests.planning.small import SMALL
 from tests.ranks import run_ranks

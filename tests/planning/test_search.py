@@ -8,10 +8,10 @@ from torchrec.distributed.planner.proposers import UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import SharderData, ShardingOption
 
+from ssr_rec.embeddings.sharding import build_sharder
 from ssr_rec.planning.explain import overflows, table_plans
 from ssr_rec.planning.remedies import Planned, plan_case, try_balancing, try_remedies
 from ssr_rec.planning.search import MOST_PLACED, PATIENCE, CaseEstimator, Limited, make_topology
-from ssr_rec.sharding import build_sharder
 from tests.planning.small import make_case, with_memory
 
 ROWS = {"user": 1_000_000, "item": 200_000, "seller": 50_000, "hour": 24, "query": 300_000}

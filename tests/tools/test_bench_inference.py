@@ -9,11 +9,12 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from ssr_rec.data.features import Hashing
 from ssr_rec.data.reader import Reader
+from ssr_rec.data.schema import Schema
 from ssr_rec.kernels import extension
-from ssr_rec.latency import Requests
-from ssr_rec.raw_rows import Encoder
-from ssr_rec.schema import Hashing, Schema
+from ssr_rec.serving.latency import Requests
+from ssr_rec.serving.raw_rows import Encoder
 from tests.made_run import make_run
 from tests.prepare_log import make_rows, run, spec_with, write_parquet
 
@@ -77,7 +78,7 @@ def test_the_eager_scorer_is_the_model_on_a_fresh_keyed_jagged_tensor(cases, dat
     rows = cases.read_rows(dataset, schema)
     values, lengths = rows.request(3, 20)
     case = cases.Case("m", "eager", "eager", 1, schema, source=run, data=dataset)
-    model = importlib.import_module("ssr_rec.restore").restore_model(run).model
+    model = importlib.import_module("ssr_rec.serving.trained_model").restore_model(run).model
     with torch.no_grad():
         expected = model(KeyedJaggedTensor(schema.feature_names, values, lengths=lengths, stride=17))
     assert torch.equal(cases.load_case(case)(values, lengths), expected)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from tests.checkpointing.test_resume import options
 from tests.jobs import train_job
 from tests.ranks import run_ranks
-from tests.test_resume import options
 from tools.bench_metrics import main
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
 
 CRITEO_LINE = "\t".join(["1", *(str(i) for i in range(13)), *(f"{i:08x}" for i in range(26))]) + "\n"
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ssr_rec.data.synthetic import SyntheticConfig, ensure_synthetic
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
+from ssr_rec.data.synthetic.config import SyntheticConfig
+from ssr_rec.data.synthetic.write import ensure_synthetic
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import draw_synthetic

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ssr_rec.plan_file import read_plan
+from ssr_rec.embeddings.plan_file import read_plan
 from tests.planning.small import SMALL, write_yaml
 from tools.plan_sharding import main
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from ssr_rec.schema import Schema
+from ssr_rec.data.schema import Schema
 from tests.prepare_log import ROOT, SPEC, make_rows, write_csv
 
 SCRIPT = ROOT / "tools" / "prepare_data.py"
@@ -53,7 +54,19 @@ def write_spec(folder: Path) -> Path:
 def test_table(tmp_path: Path, call: Call) -> None:
     log = write_csv(make_rows(2000), tmp_path / "log.csv")
     spec, output = write_spec(tmp_path), tmp_path / "out"
-    options = ("--ratios", "6", "2", "2", "--num-buckets", "8", "--max-list-length", "2", "--min-count", "4")
+    options = (
+        "--ratios",
+        "6",
+        "2",
+        "2",
+        "--num-buckets",
+        "8",
+        "--max-list-length",
+        "2",
+        "--min-count",
+        "4",
+        "--spread-ids",
+    )
     status, out, err = call("table", "--spec", spec, "--input", log, "--output", output, *options)
     assert status == 0, err
     (line,) = out.splitlines()
@@ -66,7 +79,7 @@ def test_table(tmp_path: Path, call: Call) -> None:
     by_name = {feature.name: feature for feature in schema.features}
     assert by_name["tags"].max_length == 2
     assert by_name["price"].num_embeddings == 9
-    assert schema.preparation["min_count"] == 4
+    assert schema.preparation["min_count"] == 4 and schema.preparation["spread_ids"] is True
     for progress in err.splitlines():
         assert "rows/s" in progress
 
@@ -115,11 +128,13 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     log = write_csv(make_rows(20_000), tmp_path / "log.csv")
     output = tmp_path / "made" / "out"
-    arguments = ["table", "--spec", str(write_spec(tmp_path)), "--input", str(log), "--output", str(output)]
+    # Twenty times the same file under as many names, so that a late signal still finds work to stop.
+    logs = [str(shutil.copy(log, tmp_path / f"log{n}.csv")) for n in range(20)]
+    arguments = ["table", "--spec", str(write_spec(tmp_path)), "--input", *logs, "--output", str(output)]
     child = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stderr is not None
     child.stderr.readline()  # the log is read, the rest of the work is under way
     child.send_signal(number)
     child.communicate(timeout=60)
-    assert child.returncode != 0
+    assert child.returncode == 130
     assert list((tmp_path / "made").iterdir()) == []

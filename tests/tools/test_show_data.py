@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from ssr_rec.data.add import add
-from ssr_rec.data.prepare import prepare
-from ssr_rec.data.use import expected_collisions
+from ssr_rec.data.preparation.append_days import add
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.table_usage import expected_collisions
 from tests.prepare_log import make_rows, md5_id, read_split, spec_with, write_parquet
 from tools.show_data import main
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssr_rec.run_folder import append_jsonl, write_json
+from ssr_rec.runs.folder import append_jsonl, write_json
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "show_runs.py"
 

@@ -9,11 +9,21 @@
 
 namespace ssr_rec {
 
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr bool MAY_HAVE_BRGEMM = true;
+#else
+// Not asked for: with ATEN_CPU_CAPABILITY a processor must do what one with fewer instructions does.
+constexpr bool MAY_HAVE_BRGEMM = false;
+#endif
+
 // Whether oneDNN's small-block product runs here; it needs x86 with AVX-512.
 inline bool has_brgemm() {
   static const bool works = [] {
     try {
       float one = 1, product = 0;
+      if (!MAY_HAVE_BRGEMM) {
+        return false;
+      }
       at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
       return product == 1;
     } catch (const c10::Error&) {
@@ -29,6 +39,9 @@ inline bool has_bf16_brgemm() {
     try {
       const at::BFloat16 one[2] = {1, 0};
       float product = 0;
+      if (!MAY_HAVE_BRGEMM) {
+        return false;
+      }
       at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, one, one, &product);
       at::native::cpublas::brgemm_release();
       return product == 1;

@@ -111,12 +111,36 @@ void gather_columns(const float* x, int64_t next, const int32_t* indices, int64_
   }
 }
 
+// The same rounded to bfloat16, in float: what gather_pairs gives a processor without bfloat16 products.
+void gather_rounded(const float* x, int64_t next, const int32_t* indices, int64_t N, int64_t samples, float* to) {
+  for (int64_t j = 0; j < N; ++j) {
+    const float* row = x + indices[j] * next;
+    for (int64_t r = 0; r < samples; ++r) {
+      const uint32_t bits = high_half(row[r]) << 16;
+      std::memcpy(to + j * COLUMN_BLOCK + r, &bits, sizeof bits);
+    }
+  }
+}
+
+// Weights that were bfloat16, in float.
+struct Widened {
+  float value;
+};
+static_assert(sizeof(Widened) == sizeof(float));
+
 // z (d, COLUMN_BLOCK) = weight (d, N) times the chosen rows of x, in the first columns, of which only samples count.
 void multiply(
     const float* x, int64_t next, const int32_t* indices, int64_t N, int64_t d, int64_t samples, int64_t columns,
     const float* weight, float* gathered, float* z) {
   gather_columns(x, next, indices, N, samples, gathered);
   product(d, columns, N, weight, N, gathered, COLUMN_BLOCK, z, COLUMN_BLOCK, false);
+}
+
+void multiply(
+    const float* x, int64_t next, const int32_t* indices, int64_t N, int64_t d, int64_t samples, int64_t columns,
+    const Widened* weight, float* gathered, float* z) {
+  gather_rounded(x, next, indices, N, samples, gathered);
+  product(d, columns, N, &weight->value, N, gathered, COLUMN_BLOCK, z, COLUMN_BLOCK, false);
 }
 
 void multiply(
@@ -170,7 +194,7 @@ void score(const Problem<float>& p, const Weight* weight, float* y, int64_t y_ro
         }
       }
     }
-    if constexpr (rounded) {
+    if constexpr (std::is_same_v<Weight, at::BFloat16>) {
       // Or torch takes a thread's AMX tiles for still configured, though another operator has configured them since.
       at::native::cpublas::brgemm_release();
     }
@@ -227,6 +251,9 @@ at::Tensor view_scoring(
   } else if (weight_t.scalar_type() == at::kBFloat16 && has_bf16_brgemm() && N % 2 == 0) {
     const auto half = weight_t.contiguous();
     score(problem, half.const_data_ptr<at::BFloat16>(), to, y_row, residual);
+  } else if (weight_t.scalar_type() == at::kBFloat16 && N % 2 == 0) {
+    const auto whole = weight_t.to(at::kFloat).contiguous();
+    score(problem, reinterpret_cast<const Widened*>(whole.const_data_ptr<float>()), to, y_row, residual);
   } else {
     const auto whole = weight_t.to(at::kFloat).contiguous();
     score(problem, whole.const_data_ptr<float>(), to, y_row, residual);

@@ -1,0 +1,203 @@
+"""Which row of an older run's table means the value that a row means here: ids are of a dataset, values are not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ssr_rec.checkpointing.format import read_info
+from ssr_rec.checkpointing.manager import TRAINING, list_checkpoints
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.paths import place, source
+from ssr_rec.data.features import AdmittedHashing, Drawn, Encoding, Feature, Hashing, LogBuckets, RawHash, Vocabulary
+from ssr_rec.data.schema import Schema
+
+
+class Origin(NamedTuple):
+    """The data that the weights of a checkpoint are of.
+
+    Attributes:
+        dataset_id: of the dataset that was trained on.
+        data: the run's ``data`` settings as JSON values; of ``path``, ``features`` and ``labels`` those that were set.
+    """
+
+    dataset_id: str
+    data: Mapping[str, Any]
+
+
+class Here(NamedTuple):
+    """The dataset of the run that begins: its folder, and its schema with the features and labels that are trained."""
+
+    folder: Path
+    schema: Schema
+
+
+class RowMap(NamedTuple):
+    """The old row of each row of a table.
+
+    Attributes:
+        rows: int64, one entry a row of the table here: the row of the old table that means the same value, or -1.
+        old_size: rows of the old table.
+    """
+
+    rows: Tensor
+    old_size: int
+
+
+def origin_of(folder: Path) -> Origin | None:
+    """Return what a checkpoint was trained on; None: it is of before that was written, and no other one is beside it.
+
+    Raises:
+        UserError: its checkpoint.json is damaged.
+    """
+    # Best weights of before 2026-11-26 do not say; the run's training checkpoints do.
+    for found in (folder, *list_checkpoints(folder.parent, TRAINING)[:1]):
+        info = read_info(found)
+        dataset_id = info.get("dataset_id") or (info.get("position") or {}).get("dataset_id")
+        if isinstance(dataset_id, str) and isinstance(info.get("config"), dict):
+            data = info["config"].get("data")
+            return Origin(dataset_id, data if isinstance(data, dict) else {})
+    return None
+
+
+def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
+    """Return, for every table whose ids have other meanings in the two datasets, the old row of each row here.
+
+    For a table that is not among them, rows that both tables have mean the same value. Values of a vocabulary are
+    matched by their text, numeric buckets by their middle, rows of missing and of out-of-vocabulary values by what
+    they are. Nothing matches where a column was encoded in two ways that have no value in common.
+
+    Raises:
+        UserError: the vocabularies of the checkpoint's dataset are needed and no longer there, or features or labels
+            are in another order.
+    """
+    origin = origin_of(folder)
+    schema, start = here.schema, f"warm_start={folder}"
+    if origin is None:
+        raise UserError(
+            f"{start}: nothing says which dataset its weights are of, so a row of its tables could mean any value; "
+            "start from a checkpoint within its run folder, beside a training checkpoint"
+        )
+    if origin.dataset_id in {*schema.known_ids, *schema.shard_ids}:
+        _check_order(start, origin, Schema.read(here.folder), schema)
+        return {}
+    path = origin.data.get("path")
+    if path is None:  # a synthetic log, whose ids are its values
+        other = [feature for feature in schema.features if not isinstance(feature.encoding, Drawn)]
+        return {feature.table: RowMap(_nothing(feature), 0) for feature in other}
+    there, problem = None, ""
+    try:
+        found = Schema.read(path)
+        problem = f"{path} holds dataset {found.dataset_id} now"
+        there = found if origin.dataset_id in {*found.known_ids, *found.shard_ids} else None
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if there is None:
+        raise UserError(
+            f"{start}: trained on dataset {origin.dataset_id} of {path}, this run has {schema.dataset_id}; the same id "
+            f"means other values, and the vocabularies that would tell are gone: {problem}. Keep the old dataset in "
+            "its place, or add days to it (--add-to) instead of preparing it anew"
+        )
+    _check_order(start, origin, there, schema)
+    old = {feature.name: feature for feature in there.features}
+    maps = {}
+    for feature in schema.features:
+        before = old.get(feature.name)
+        if before is not None and not _same(before.encoding, place(path), feature.encoding, here.folder):
+            rows = _map(before.encoding, place(path), feature, here.folder)
+            maps[feature.table] = RowMap(rows, before.num_embeddings)
+    return maps
+
+
+def _check_order(start: str, origin: Origin, there: Schema, here: Schema) -> None:
+    """Refuse features or labels in another order, in which every weight of the over-arch would still fit."""
+    for key, all_there, names in (
+        ("features", there.feature_names, here.feature_names),
+        ("labels", there.labels, here.labels),
+    ):
+        before = origin.data.get(key) or all_there
+        if before != names and sorted(before) == sorted(names):
+            raise UserError(
+                f"{start}: its {key} are in another order, {', '.join(before)}; the over-arch tells them apart by "
+                f"their place, so give this run --data.{key}={json.dumps(before)}"
+            )
+
+
+def _same(old: Encoding, there: Path, new: Encoding, here: Path) -> bool:
+    """Return whether the ids that both encodings give mean the same values."""
+    if isinstance(old, Vocabulary) and isinstance(new, Vocabulary):
+        before, now = _values(old, there), _values(new, here)
+        fewer = min(len(before), len(now))
+        same = (old.missing_id, old.oov_id) == (new.missing_id, new.oov_id)
+        return same and before.slice(0, fewer).equals(now.slice(0, fewer))
+    if isinstance(old, Hashing | AdmittedHashing) and isinstance(new, Hashing | AdmittedHashing):
+        return (old.type, old.num_buckets) == (new.type, new.num_buckets)
+    if isinstance(old, Drawn | RawHash):
+        return type(old) is type(new)
+    return old == new
+
+
+def _nothing(feature: Feature) -> Tensor:
+    return torch.full((feature.num_embeddings,), -1, dtype=torch.int64)
+
+
+def _map(old: Encoding, there: Path, feature: Feature, here: Path) -> Tensor:
+    """Return the old row of each row of a feature's table here, -1 where there is none."""
+    new, rows = feature.encoding, _nothing(feature)
+    if isinstance(old, Drawn | RawHash) or isinstance(new, Drawn | RawHash):
+        return rows
+    rows[new.missing_id] = old.missing_id
+    if isinstance(old, Vocabulary | AdmittedHashing) and isinstance(new, Vocabulary | AdmittedHashing):
+        rows[new.oov_id] = old.oov_id
+    if isinstance(old, Vocabulary) and isinstance(new, Vocabulary):
+        before, now = _table(old, there), _table(new, here)
+        found = pc.index_in(now["value"], value_set=before["value"].combine_chunks()).to_pandas()
+        known = found.notna().to_numpy()
+        ids = torch.from_numpy(now["id"].to_numpy()[known])
+        rows[ids] = torch.from_numpy(before["id"].to_numpy()[found[known].astype("int64").to_numpy()])
+    if isinstance(old, LogBuckets) and isinstance(new, LogBuckets):
+        middle = new.low + (torch.arange(new.num_buckets, dtype=torch.float64) + 0.5) * (
+            (new.high - new.low) / new.num_buckets
+        )
+        width = (old.high - old.low) / old.num_buckets
+        position = ((middle - old.low) / width).floor() if width > 0 else torch.zeros_like(middle)
+        rows[new.first_id : new.first_id + new.num_buckets] = (
+            old.first_id + position.clip(0, old.num_buckets - 1).long()
+        )
+    return rows
+
+
+def _table(encoding: Vocabulary, folder: Path) -> pa.Table:
+    return pq.read_table(source(folder / encoding.file), columns=["value", "id"])
+
+
+def _values(encoding: Vocabulary, folder: Path) -> pa.ChunkedArray:
+    """Return the values of a vocabulary in the order of their ids."""
+    return _table(encoding, folder).sort_by("id")["value"]
+
+
+def taken(value: Tensor, old: Tensor, rows: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    """Return what a shard of a table, or of its optimizer's state, holds when rows are taken from the old table.
+
+    Args:
+        value: the shard; where ``rows`` has no old row, its own values stay.
+        old: the whole old tensor.
+        rows: those of a ``RowMap``.
+        offsets: of the shard within the table.
+    """
+    own = rows[offsets[0] : offsets[0] + len(value)]
+    known = own >= 0
+    found = old[own[known]]
+    if value.dim() > 1:
+        found = found[:, offsets[1] : offsets[1] + value.shape[1]]
+    result = value.detach().clone()
+    result[known.to(value.device)] = found.to(value.device, value.dtype)
+    return result

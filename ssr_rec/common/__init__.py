@@ -1,0 +1,1 @@
+"""Common parts know nothing of recommenders: strict settings, plain values, paths, versions, formatting."""

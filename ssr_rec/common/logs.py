@@ -1,0 +1,42 @@
+"""Lines for people: module loggers say them, and a run prints them once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+
+ROOT = "ssr_rec"
+"""Name of the logger above all of the package's."""
+
+
+class _To(logging.Handler):
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self.write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass on the message alone: a progress line has no use for names and levels."""
+        self.write(record.getMessage())
+
+
+def send_logs(write: Callable[[str], None] | None) -> None:
+    """Send what the package's loggers say from INFO on to ``write``, a rank's progress line; None: to nobody special.
+
+    Each rank says everything; the progress line of rank 0 alone prints.
+    """
+    logger = logging.getLogger(ROOT)
+    logger.handlers = [] if write is None else [_To(write)]
+    logger.propagate = write is None
+    logger.setLevel(logging.NOTSET if write is None else logging.INFO)
+
+
+def quiet() -> None:
+    """Keep the libraries' start-up chatter out of the progress lines, and other ranks' lines out of rank 0's."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if int(os.environ.get("RANK", "0")) > 0:
+        logging.getLogger(ROOT).setLevel(logging.ERROR)

@@ -1,0 +1,26 @@
+"""The frozen, strict base of every component's config: unknown keys and wrong types are refused."""
+
+from datetime import date
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of a pydantic error as ``where: what (got value)``, on one line."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "top level"
+    # pydantic repeats an unknown tag in its message, however long it is.
+    what = problem["msg"] if len(problem["msg"]) <= 600 else f"{problem['msg'][:300]} ... {problem['msg'][-300:]}"
+    if problem["type"] == "string_type" and isinstance(problem["input"], (int, float, date)):
+        what += "; quote it"
+    return " ".join(f"{where}: {what} (got {str(problem['input'])[:80]!r})".split())
+
+
+class Settings(BaseModel):
+    """Base of all configs and of the schema.
+
+    Strict on purpose: ``"8"`` is not an int and an unknown key is an error, because a silently
+    coerced or ignored setting is a wrong experiment.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())

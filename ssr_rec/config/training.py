@@ -1,0 +1,45 @@
+"""The ``train`` section of a config."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ssr_rec.common.settings import Settings
+
+
+class TrainConfig(Settings):
+    batch_size: int = Field(1024, ge=1, description="rows of a global batch, over all ranks")
+    eval_batch_size: int = Field(8192, ge=1, description="rows of a global batch in evaluation")
+    epochs: int = Field(1, ge=1, description="at most this many passes over the training split")
+    max_steps: int | None = Field(None, ge=1, description="at most this many steps; None: epochs alone decide")
+    eval_every: int | None = Field(500, ge=1, description="steps between evaluations; None: one after each epoch")
+    metrics: Literal["auto", "exact", "bounded"] = Field(
+        "auto", description="exact keeps every prediction; bounded does not grow, with error bounds; auto: by the rows"
+    )
+    metrics_rows: int = Field(
+        2**22, ge=1, description="rows of a fold up to which auto is exact, and that bounded keeps for GAUC"
+    )
+    monitor: Literal["auc", "gauc", "logloss", "ne"] = Field("auc", description="validation metric that picks the best")
+    monitor_task: str | None = Field(None, description="label whose metric counts; None: mean over the labels")
+    patience: int | None = Field(None, ge=1, description="evaluations without a better one before stopping")
+    task_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="label -> weight of its loss; 1 for those not named; 0: evaluated, not trained"
+    )
+    pipeline: Literal["sparse_dist", "prefetch"] = Field(
+        "sparse_dist", description="prefetch: also fetch cached rows of fused_uvm_caching tables ahead; CUDA only"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="batches for one update of the over-arch and heads; every batch updates the tables"
+    )
+    tf32: bool = Field(False, description="matrix products of the over-arch in TF32, on GPUs from A100 on")
+    bf16: bool = Field(False, description="over-arch and heads in bfloat16 by autocast; tables stay float32")
+    log_every: int = Field(50, ge=1, description="steps between progress rows")
+    max_loss: float | None = Field(10.0, gt=0, description="nats per row above which training has exploded; None: any")
+    skip_bad_steps: int = Field(
+        0, ge=0, description="leave out up to so many steps whose loss is not finite or above max_loss; 0: stop at one"
+    )
+    stall_timeout_s: float | None = Field(
+        900.0, gt=0, description="seconds without progress after which a stalled rank ends the job; None: wait"
+    )

@@ -1,0 +1,240 @@
+"""Turn a raw click log into a prepared dataset: split, fit on the training rows, encode, shuffle, write.
+
+The protocol is that of the SSR paper, section 4.1.1: numbers are log-transformed and cut into buckets, and values
+seen at most five times in the training split share one out-of-vocabulary id. docs/data.md defines every step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import ibis
+import pyarrow.parquet as pq
+from ibis.expr.types import BooleanValue, Table
+
+from ssr_rec.common import stopping
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.features import LISTED, RAW_HASHES, Feature, LogBuckets, RawHash, Vocabulary
+from ssr_rec.data.preparation.encode import Lookup, cut_sequences, encode
+from ssr_rec.data.preparation.engine import ROW, Progress
+from ssr_rec.data.preparation.engines import EngineSettings, connect
+from ssr_rec.data.preparation.fit import Plan, count_splits, fit, make_plan, measured
+from ssr_rec.data.preparation.grown_columns import staged_as
+from ssr_rec.data.preparation.histories import add_histories, age_units, check_histories, helpers, with_keys
+from ssr_rec.data.preparation.sequence_spec import vocabulary_of
+from ssr_rec.data.preparation.sources import Log, Read, find_files, read_table
+from ssr_rec.data.preparation.spec import DaySplit, TableSpec
+from ssr_rec.data.preparation.split import ORDER, SPLIT, with_group
+from ssr_rec.data.schema import VALUES, VALUES_KEY, Days, Schema, Split
+from ssr_rec.data.shards import new_dataset
+
+
+def prepare(
+    inputs: Sequence[str],
+    output: Path,
+    spec: TableSpec,
+    *,
+    read: Read = read_table,
+    seed: int = 0,
+    preset: str = "table",
+    settings: EngineSettings | None = None,
+) -> Schema:
+    """Prepare the log in ``inputs`` (files, folders, globs, URLs of them) as the dataset folder ``output``.
+
+    The result is the same for the same rows in the same order, spec and seed, whatever the number of threads or
+    files and whichever the engine. ``output`` appears whole or not at all.
+
+    Args:
+        output: a path, or a ``place`` in an object store.
+        seed: of the random split and of the shuffle.
+        settings: of the engine; None: DuckDB on all cores.
+
+    Raises:
+        UserError: bad input, naming the file, the column, the row where there is one, and the fix.
+    """
+    files = find_files(inputs)
+    progress = progress_lines()
+    with (
+        new_dataset(output) as (folder, shards),
+        connect(folder / ".spill", files, settings or EngineSettings()) as engine,
+    ):
+        log = read(engine, files, spec, progress)
+        check_values(log, spec)
+        plan = make_plan(log, spec, seed)
+        counts = count_splits(plan)
+        lookups, buckets = fit(plan, folder)
+        progress("fit vocabularies and buckets", log.count)
+        schema = _schema(folder, plan, lookups, buckets, counts, {"preset": preset, "seed": seed})
+        # What an addition must know of these rows; after the digest, of which it is no part.
+        schema.preparation.update(staged=staged_as(plan.log, plan.spec, plan.whole), hashed=measured(lookups))
+        ids = encoded(plan, lookups, buckets, progress)
+        schema = engine.write(schema, ids, plan.rows([]).select(SPLIT, ORDER), counts, shards, progress)
+        schema = schema.with_content_id()
+        schema.write(folder)
+        return schema
+
+
+def check_values(log: Log, spec: TableSpec) -> None:
+    """Refuse what no encoding covers: labels that are not 0 or 1, infinite numbers, rows without group or time.
+
+    Raises:
+        UserError: naming the first offending row of the first offending column, and its value.
+    """
+    rows = log.rows(spec.used)
+    check_histories(rows, spec)
+    checks: dict[str, tuple[BooleanValue, str]] = {}
+    for name in spec.labels:
+        wrong = rows[name].isnull() | ~rows[name].isin([0.0, 1.0])
+        checks[name] = wrong, "a label must be 0 or 1"
+    for name in spec.numeric:
+        checks[name] = rows[name].isinf().fill_null(False), "a number must be finite; empty means missing"
+    if spec.group_id:
+        checks[spec.group_id] = rows[spec.group_id].isnull(), "the group id must not be missing"
+    if spec.time_column:
+        checks[spec.time_column] = rows[spec.time_column].isnull(), "the time of the split must not be missing"
+    for name, history in spec.histories.items():
+        for column in (history.by, history.order):
+            wrong, rule = checks.get(column, (ibis.literal(False), ""))
+            rule = f"{rule}; " * bool(rule) + f"histories of {name!r} go by it, so it must not be missing"
+            if rows[column].type().is_floating():
+                wrong, rule = wrong | rows[column].isinf().fill_null(False), f"{rule} or infinite"
+            checks[column] = wrong | rows[column].isnull(), rule
+    for name, sequence in spec.sequences.items():
+        _check_aligned(log, rows, name, sequence.given)
+    for column in spec.number_lists:
+        odd = rows[column].filter(lambda item: item.isinf()).length().fill_null(0) > 0
+        checks[column] = odd, "a number must be finite; empty means missing"
+    found = rows.aggregate(**{name: rows[ROW].min(where=wrong) for name, (wrong, _) in checks.items()}).to_pyarrow()
+    for name, (_, rule) in checks.items():
+        row = found[name][0].as_py()
+        if row is not None:
+            value = rows.filter(rows[ROW] == row).select(name).to_pyarrow()[name][0].as_py()
+            shown = "missing" if value is None else repr(value)
+            raise UserError(f"{log.where(row)}: column {name!r} is {shown}; {rule}")
+
+
+def _check_aligned(log: Log, rows: Table, name: str, columns: Sequence[str]) -> None:
+    """Refuse a row whose events have columns of different lengths.
+
+    Raises:
+        UserError: naming the first such row, the columns and their lengths.
+    """
+    if len(columns) < 2:
+        return
+    first, *others = (rows[column].length().fill_null(0) for column in columns)
+    wrong = functools.reduce(operator.or_, (other != first for other in others))
+    row = rows.aggregate(row=rows[ROW].min(where=wrong)).to_pyarrow()["row"][0].as_py()
+    if row is not None:
+        found = rows.filter(rows[ROW] == row)
+        lengths = found.select(*(found[c].length().fill_null(0).name(c) for c in columns)).to_pyarrow().to_pylist()[0]
+        shown = ", ".join(f"{column!r} has {length}" for column, length in lengths.items())
+        raise UserError(f"{log.where(row)}: sequence {name!r}: {shown} items; the columns of an event must be aligned")
+
+
+def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
+    """The rows as they are stored, with ``SPLIT`` and ``ORDER``."""
+    spec = plan.spec
+    keyed = with_keys(cut_sequences(plan.rows(spec.used), spec), spec, plan.whole)
+    if spec.group_id:
+        keyed = with_group(keyed, spec.group_id, plan.whole[spec.group_id])
+    encoding = partial(encode, spec=spec, lookups=lookups, buckets=buckets, kept=helpers(spec))
+    engine = plan.log.engine
+    ids = engine.in_parts("encoded", keyed, encoding, progress) if spec.list_columns else encoding(keyed)
+    if not spec.histories:
+        return ids
+    ids = ids if spec.list_columns else engine.create_table("encoded", ids)
+    with_histories = add_histories(engine, ids, spec, buckets, age_units(keyed, spec, plan.whole))
+    progress("histories", plan.log.count)
+    return with_histories
+
+
+def _schema(
+    folder: Path,
+    plan: Plan,
+    lookups: dict[str, Lookup],
+    buckets: dict[str, LogBuckets],
+    counts: dict[str, dict[str, int]],
+    preparation: dict[str, Any],
+) -> Schema:
+    """The schema, the shards of its splits still missing."""
+    spec = plan.spec
+    preparation = {**preparation, VALUES_KEY: VALUES, **spec.model_dump(mode="json", exclude={"name"})}
+    for key in ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences"):
+        if preparation[key] == TableSpec.model_fields[key].get_default(call_default_factory=True):
+            del preparation[key]  # so that the dataset_id is that of before there was such a key
+    shared = vocabulary_of(spec)
+    features = [
+        _feature(name, folder, spec, lookups, buckets).model_copy(update={"vocabulary": shared.get(name)})
+        for name in spec.features
+    ]
+    digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
+    for feature in features:
+        digest.update(feature.model_dump_json().encode())
+        if isinstance(feature.encoding, LISTED):
+            for column in pq.read_table(folder / feature.encoding.file).itercolumns():
+                for buffer in column.combine_chunks().buffers():
+                    digest.update(buffer or b"")
+    return Schema(
+        name=spec.name,
+        dataset_id=digest.hexdigest()[:16],
+        features=features,
+        sequences=[sequence.event_sequence(name) for name, sequence in spec.sequences.items()],
+        labels=spec.labels,
+        group_id=spec.group_id,
+        splits=empty_splits(counts, spec.labels),
+        days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
+        preparation=preparation,
+    )
+
+
+def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> dict[str, Split]:
+    """The splits of ``count_splits``, their shards still missing."""
+    return {
+        split: Split(
+            num_rows=0,
+            positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(labels)},
+            shards=[],
+        )
+        for split, found in counts.items()
+    }
+
+
+def _feature(
+    name: str, folder: Path, spec: TableSpec, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets]
+) -> Feature:
+    if name in spec.raw_hash:
+        return Feature(name=name, kind="categorical", num_embeddings=RAW_HASHES, encoding=RawHash(column=name))
+    made = {feature: (one, source) for key, one in spec.sequences.items() for feature, source in one.made(key).items()}
+    sequence, source = made.get(name, (None, name))
+    of = source or name
+    encoding = (buckets[of] if of in buckets else lookups[of].encoding).model_copy(update={"column": name})
+    if isinstance(encoding, Vocabulary):
+        size = encoding.oov_id + 1 + pq.read_metadata(folder / encoding.file).num_rows
+    else:
+        size = encoding.first_id + encoding.num_buckets
+    if sequence is not None or name in spec.list_columns:
+        length = sequence.max_length if sequence is not None else spec.list_columns[name].max_length
+        return Feature(name=name, kind="list", num_embeddings=size, encoding=encoding, max_length=length)
+    kind: Literal["numeric", "categorical"] = "numeric" if name in buckets else "categorical"
+    return Feature(name=name, kind=kind, num_embeddings=size, encoding=encoding)
+
+
+def progress_lines() -> Progress:
+    """Return what writes rows and rates so far to stderr, and stops the work where that was asked for."""
+    started = time.perf_counter()
+
+    def report(stage: str, rows: int) -> None:
+        stopping.check()
+        elapsed = time.perf_counter() - started
+        print(f"{stage}: {rows:,} rows, {rows / elapsed:,.0f} rows/s, {elapsed:.1f} s", file=sys.stderr, flush=True)
+
+    return report

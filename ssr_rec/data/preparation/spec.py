@@ -1,0 +1,324 @@
+"""The spec of a table: which column of a log is what, and how it is split and encoded (`tools/prepare_data.py`)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.settings import Settings, first_problem
+from ssr_rec.common.yaml_file import read_yaml
+from ssr_rec.data.preparation.sequence_spec import FromLog, SequenceSpec, check_sequences
+from ssr_rec.data.schema import GROUP_COLUMN
+
+MAX_BUCKETS = 2**31 - 1
+"""Buckets of a hash: the remainder of an md5 is taken 32 bits at a time, which must fit an int64."""
+
+MAX_ITEMS = 2**22
+"""Of a list: position and id of an item travel in one int64 (``encode.list_ids``), the id in 40 of its bits."""
+
+
+class TextFormat(Settings):
+    """How CSV and TSV files are cut into columns; parquet files ignore it."""
+
+    delimiter: str | None = Field(None, min_length=1, max_length=4, description="None: comma for .csv, tab otherwise")
+    header: bool = True
+    columns: list[str] | None = Field(None, description="names of the columns where there is no header")
+    quote: bool = Field(True, description="double quotes protect delimiters; off: a quote is a character like others")
+
+    @model_validator(mode="after")
+    def _named_once(self) -> TextFormat:
+        if self.header == (self.columns is not None):
+            raise UserError("columns is for files without a header (header: false), and those need it")
+        return self
+
+
+class ListColumn(Settings):
+    max_length: int = Field(ge=1, le=MAX_ITEMS, description="items kept per row")
+    keep: Literal["first", "last"] = Field("first", description="which end of a longer list is kept")
+    separator: str | None = Field(None, min_length=1, description="between the items, where the list is text")
+
+
+def _ratios(values: Any) -> Any:
+    if isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) and v > 0 for v in values):
+        return [value / sum(values) for value in values]
+    raise UserError("three positive shares are needed, of train, validation and test")
+
+
+def _moments(values: Any) -> Any:
+    # YAML reads 2022-05-06 as a date; the column may hold it as text, so the text form is kept.
+    return [str(v) if isinstance(v, date) else v for v in values] if isinstance(values, list) else values
+
+
+Ratios = Annotated[list[float], BeforeValidator(_ratios)]
+
+
+class RandomSplit(Settings):
+    type: Literal["random"] = "random"
+    ratios: Ratios = Field(default_factory=lambda: [0.8, 0.1, 0.1])
+
+
+class TimeSplit(Settings):
+    """``train < boundaries[0] <= validation < boundaries[1] <= test``; ratios take the boundaries from the column."""
+
+    type: Literal["time"] = "time"
+    column: str
+    boundaries: Annotated[list[int | str], BeforeValidator(_moments)] | None = Field(None, min_length=2, max_length=2)
+    ratios: Ratios | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> TimeSplit:
+        if (self.boundaries is None) == (self.ratios is None):
+            raise UserError("a time split needs either boundaries or ratios")
+        if self.boundaries and len({type(moment) for moment in self.boundaries}) > 1:
+            raise UserError("both boundaries must be of one kind, numbers or text")
+        return self
+
+
+class DaySplit(Settings):
+    """Every day is a split of its own; vocabularies and bucket ranges are fitted on the first ``fit_days``."""
+
+    type: Literal["days"] = "days"
+    column: str = Field(description="dates, moments (cut to dates), or text or whole numbers that are one a day")
+    fit_days: int = Field(1, ge=1, description="first days, on which the encodings are fitted")
+
+
+class TableSpec(Settings):
+    """Every column of the input is named in exactly one role, so that none becomes a feature by accident.
+
+    The column of ``group_id`` and of a split by time or days may be features or ignored besides.
+    """
+
+    name: str = Field(min_length=1)
+    labels: list[str] = Field(min_length=1)
+    categorical: list[str] = Field(default_factory=list)
+    numeric: list[str] = Field(default_factory=list)
+    lists: dict[str, ListColumn] = Field(default_factory=dict)
+    ignore: list[str] = Field(default_factory=list)
+    group_id: str | None = None
+    split: RandomSplit | TimeSplit | DaySplit = Field(default_factory=RandomSplit, discriminator="type")
+    min_count: int = Field(6, ge=1, description="training occurrences that earn a value an id of its own")
+    num_buckets: int = Field(64, ge=1, le=MAX_BUCKETS, description="buckets of a numeric column")
+    hash_buckets: int | dict[str, int] = Field(
+        default_factory=dict, description="hash instead of a vocabulary: for all columns, or per column"
+    )
+    hash_min_count: int = Field(
+        1, ge=1, description="training occurrences that admit a value to a hash bucket; the others share an id"
+    )
+    raw_hash: list[str] = Field(
+        default_factory=list, description="categorical columns stored as 60-bit hashes, for embeddings.managed"
+    )
+    spread_ids: bool = Field(
+        False, description="spread frequent values over a vocabulary's ids, for tables that are sharded by rows"
+    )
+    vocabularies: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
+        default_factory=dict, description="name -> columns whose values are counted together and share ids and a table"
+    )
+    sequences: dict[str, SequenceSpec] = Field(
+        default_factory=dict, description="name -> ordered events: list columns of the log, or a history made from it"
+    )
+    text: TextFormat = Field(default_factory=TextFormat)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TableSpec:
+        events = [column for sequence in self.sequences.values() for column in sequence.given]
+        roles = [*self.labels, *self.categorical, *self.numeric, *self.lists, *events, *self.ignore]
+        repeated = sorted({column for column in roles if roles.count(column) > 1})
+        if repeated:
+            raise UserError(f"columns named in two roles: {', '.join(repeated)}")
+        if not self.features:
+            raise UserError("no feature is named under categorical, numeric or lists")
+        _check_names(self)
+        check_sequences(self)
+        counts = self.hash_buckets if isinstance(self.hash_buckets, dict) else {"all columns": self.hash_buckets}
+        known = {*self.looked_up, *self.raw_hash}
+        for column, count in counts.items():
+            if isinstance(self.hash_buckets, dict) and column not in known:
+                raise UserError(f"hash_buckets: {column!r} is neither categorical nor a list")
+            most = MAX_BUCKETS - (self.hash_min_count > 1)  # whose ids begin one later
+            if not 1 <= count <= most:
+                raise UserError(f"hash_buckets: {count} for {column} is not within 1..{most}")
+        for column in self.raw_hash:
+            if column not in self.categorical:
+                raise UserError(f"raw_hash: {column!r} is not categorical")
+            if isinstance(self.hash_buckets, dict) and column in self.hash_buckets:
+                raise UserError(f"raw_hash: {column!r} is under hash_buckets, too")
+        if self.hash_min_count > 1 and not counts:
+            raise UserError(f"hash_min_count: {self.hash_min_count} has no effect without hash_buckets; see min_count")
+        return self
+
+    @property
+    def features(self) -> list[str]:
+        """Categorical, numeric, list features, then histories made from the log, each in the order of the spec."""
+        return [*self.categorical, *self.numeric, *self.list_columns, *self.made]
+
+    @property
+    def made(self) -> list[str]:
+        """The features of histories made from the log."""
+        return [feature for name, sequence in self.sequences.items() for feature in sequence.made(name)]
+
+    @property
+    def histories(self) -> dict[str, FromLog]:
+        """The sequences that are made from the log, and how."""
+        return {name: one.from_log for name, one in self.sequences.items() if one.from_log is not None}
+
+    @property
+    def list_columns(self) -> dict[str, ListColumn]:
+        """The columns of the log that hold lists: those of ``lists``, then those of sequences."""
+        found = dict(self.lists)
+        for sequence in self.sequences.values():
+            settings = ListColumn(max_length=sequence.max_length, keep="last", separator=sequence.separator)
+            found |= dict.fromkeys(sequence.given, settings)
+        return found
+
+    @property
+    def number_lists(self) -> list[str]:
+        """Those of them that hold numbers."""
+        return [column for sequence in self.sequences.values() for column in sequence.numbers]
+
+    @property
+    def used(self) -> list[str]:
+        """The columns that are read, each once: labels, features, group id, time, what histories go by."""
+        extra = [self.group_id, self.time_column]
+        for history in self.histories.values():
+            extra += [history.by, history.order, *history.conditions]
+        features = [*self.categorical, *self.numeric, *self.list_columns]
+        return list(dict.fromkeys([*self.labels, *features, *(column for column in extra if column)]))
+
+    @property
+    def time_column(self) -> str | None:
+        """What the split goes by; None: it is random."""
+        return None if isinstance(self.split, RandomSplit) else self.split.column
+
+    @property
+    def looked_up(self) -> list[str]:
+        """The columns whose values get ids from a table of them: categorical and lists, but for raw hashes."""
+        without = {*self.number_lists, *self.raw_hash}
+        return [name for name in (*self.categorical, *self.list_columns) if name not in without]
+
+    def buckets(self, column: str) -> int | None:
+        """Hash buckets of a column; None: it gets a vocabulary."""
+        return self.hash_buckets.get(column) if isinstance(self.hash_buckets, dict) else self.hash_buckets
+
+    def check_columns(self, columns: Sequence[str], source: str | Path) -> None:
+        """Refuse a column of the input that has no role, and a role whose column the input lacks.
+
+        Raises:
+            UserError: naming the file, the column, and the nearest spelling.
+        """
+        for column in self.used:
+            if column not in columns:
+                role = "label" if column in self.labels else "column"
+                raise UserError(f"{source}: no {role} {column!r}{nearest(column, columns)}; it has {listed(columns)}")
+        named = {*self.used, *self.ignore}
+        # Parquet files of pandas hold the frame's index under such a name, which nobody has given.
+        without = [c for c in columns if c not in named and not re.fullmatch(r"__index_level_[0-9]+__", c)]
+        if len(without) == 1:
+            hint = nearest(without[0], [name for name in self.ignore if name not in columns])
+            raise UserError(
+                f"{source}: column {without[0]!r} has no role in the spec{hint}; add it to ignore if unused"
+            )
+        if without:
+            names = ", ".join(map(repr, without[:40])) + (" ..." if len(without) > 40 else "")
+            raise UserError(
+                f"{source}: columns {names} have no role in the spec; name each under labels, categorical, numeric or "
+                "lists, or add it to ignore"
+            )
+        for column in self.ignore:
+            if column not in columns:
+                raise UserError(f"{source}: ignore names {column!r}, no such column{nearest(column, columns)}")
+
+
+MAX_NAME_BYTES = 200
+"""Of a column's name: a vocabulary's file is named after it."""
+
+
+def _check_names(spec: TableSpec) -> None:
+    """Refuse names that would mean something else to DuckDB, PyTorch or a file system.
+
+    Raises:
+        UserError: names the column, vocabulary or sequence, and why.
+    """
+    features = {*spec.features}
+    kinds = {"column": spec.used, "vocabulary": spec.vocabularies, "sequence": spec.sequences, "feature": spec.made}
+    for kind, names in kinds.items():
+        for name in names:
+            # A shard's own group ids have that name, so that prepared rows may be prepared again.
+            is_group = kind == "column" and (name, spec.group_id) == (GROUP_COLUMN, GROUP_COLUMN)
+            is_module = kind != "column" or name in features
+            problem = None if is_group else _problem(name, is_module)
+            if problem is not None:
+                what = "sequence" if kind == "feature" else kind
+                raise UserError(f"{kind} {name[:80]!r}: {problem}; rename the {what}")
+    by_lower: dict[str, str] = {}
+    for column in [*spec.used, *spec.made]:
+        other = by_lower.setdefault(column.lower(), column)
+        if other != column:
+            raise UserError(f"columns {other!r} and {column!r} differ by case alone; rename one of them")
+
+
+def _problem(name: str, is_module: bool) -> str | None:
+    """What is wrong with a name, of a part of the model or not."""
+    if name.startswith("__"):
+        return f"names beginning with __ (as {GROUP_COLUMN}) are reserved"
+    if not name or "\0" in name:
+        return "it is empty, or has a NUL in it"
+    if name.lower() == "rowid":
+        return "DuckDB numbers its rows under that name"
+    if len(quote(name, safe="")) > MAX_NAME_BYTES:
+        return f"it is longer than {MAX_NAME_BYTES} bytes, as files are named after it"
+    return "PyTorch takes no table of that name" if is_module and is_no_module(name) else None
+
+
+def is_no_module(name: str) -> bool:
+    """Whether PyTorch refuses a module of that name, as it does for dots and what its modules have already."""
+    from torch import nn  # starts PyTorch, which reading a spec of nobody's does not need
+
+    return "." in name or hasattr(nn.ModuleDict(), name)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:40]) + (" ..." if len(names) > 40 else "")
+
+
+def make_spec(entries: dict[str, Any], source: str) -> TableSpec:
+    """Validate a spec.
+
+    Raises:
+        UserError: naming ``source``, the entry, what is wrong, and the nearest valid key.
+    """
+    try:
+        return TableSpec.model_validate(entries)
+    except ValidationError as error:
+        # A misspelt key also leaves the right one missing; the spelling is the better complaint.
+        problem = next((problem for problem in error.errors() if problem["type"] == "extra_forbidden"), None)
+        if problem is None:
+            raise UserError(f"{source}: {first_problem(error)}") from None
+        key = str(problem["loc"][-1])
+        parts = (TableSpec, TextFormat, ListColumn, SequenceSpec, FromLog, RandomSplit, TimeSplit, DaySplit)
+        known = [name for part in parts for name in part.model_fields]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{source}: unknown key {where!r}{nearest(key, known)}") from None
+
+
+def read_spec(path: Path) -> TableSpec:
+    """Read a spec from YAML.
+
+    Raises:
+        UserError: no such file, not YAML, or not a spec.
+    """
+    entries = read_yaml(path, "a spec, such as one in configs/data/")
+    return make_spec(entries, str(path))

@@ -1,0 +1,174 @@
+"""Which split a row falls to, its place in the shuffle, and its group id, as Ibis expressions.
+
+Nothing here is an engine's own: no UDF, no backend SQL, no window over all rows. Row arithmetic stays within int64.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import ibis
+import numpy as np
+import pyarrow as pa
+from ibis.expr.types import IntegerValue, StringColumn, Table
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.preparation.engine import ROW
+from ssr_rec.data.preparation.spec import DaySplit, TableSpec, TimeSplit
+from ssr_rec.data.schema import GROUP_COLUMN
+
+SPLIT = "__split__"
+"""0 train, 1 validation, 2 test; or which day, from 0."""
+ORDER = "__order__"
+"""Sorting by it shuffles; no two rows share it."""
+TIME = "__time__"
+"""What a split by time or days compares."""
+MAX_DAYS = 4096
+"""More are no days but moments; and each has a folder and a row of the report."""
+
+DAY_NAME = r"[0-9A-Za-z][0-9A-Za-z_.+-]{0,63}"
+"""A day names a folder."""
+# Not `$`, which in some engines also stands before a last newline.
+WHOLE_NUMBER = r"^-?[0-9]{1,19}\z"
+DECIMAL = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?\z"
+Numbers = bool | Literal["decimal"]
+"""Of a column whose values may be numbers in text: True, whole ones throughout; decimal, any; False, it is text."""
+
+_BITS = 31
+_MASK = 2**_BITS - 1
+# Odd multipliers with well spread bits: those of lowbias32 and murmur3, cut to 31 bits.
+_MULTIPLIERS = (0x7FEB352D, 0x046CA68B, 0x05EBCA6B)
+_SHIFTS = (16, 15, 13)
+
+
+def with_order(rows: Table, seed: int, first_row: int = 0) -> Table:
+    """``rows`` with ``ORDER``: 31 pseudo-random bits of row number and seed, then the row number's high bits.
+
+    The bits are a bijection of the row number modulo 2**31 (xor, shift and multiply, every product below 2**62), so
+    there are no ties; rows 2**31 apart start from different salts.
+
+    Args:
+        first_row: how many rows of the dataset come before these.
+    """
+    salt = (seed * 0x9E3779B1 + 0x2C1B3C6D) & _MASK
+    number = rows[ROW] + first_row
+    rows = rows.mutate(**{ORDER: (number ^ ((number >> _BITS) * _MULTIPLIERS[0] + salt)) & _MASK})
+    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=True):
+        # Each round is a column of its own: as one nested expression the text doubles with every xor.
+        rows = rows.mutate(**{ORDER: ((rows[ORDER] ^ (rows[ORDER] >> shift)) * multiplier) & _MASK})
+    high = (rows[ROW] + first_row) >> _BITS
+    return rows.mutate(**{ORDER: (rows[ORDER] ^ (rows[ORDER] >> 16)) * 2**_BITS + high})
+
+
+def with_split(rows: Table, spec: TableSpec) -> Table:
+    """``rows``, which have ``ORDER`` (random split) or ``TIME`` (time split), with ``SPLIT``; not for days.
+
+    A random split cuts the shuffled order at its ratios: each row falls to a split with its ratio as probability,
+    and the order within a split is still shuffled.
+
+    Raises:
+        UserError: the boundaries of a time split are not of the column's kind.
+    """
+    rule = spec.split
+    assert not isinstance(rule, DaySplit)
+    if isinstance(rule, TimeSplit):
+        cut, bounds = rows[TIME], _moments(rows, rule)
+    else:
+        cut = rows[ORDER]
+        bounds = [round(share * 2**_BITS) * 2**_BITS for share in (rule.ratios[0], rule.ratios[0] + rule.ratios[1])]
+    split = ibis.cases((cut < bounds[0], 0), (cut < bounds[1], 1), else_=2)
+    return rows.mutate(**{SPLIT: split.cast("int8")})
+
+
+def _moments(rows: Table, rule: TimeSplit) -> list[Any]:
+    kind = rows[TIME].type()
+    moments = []
+    for moment in rule.boundaries or []:
+        if kind.is_floating():
+            try:
+                moments.append(ibis.literal(float(moment), kind))
+            except ValueError:
+                raise UserError(f"time column {rule.column!r} holds numbers; the boundary {moment!r} is none") from None
+            continue
+        if not kind.is_temporal() and kind.is_string() != isinstance(moment, str):
+            raise UserError(f"time column {rule.column!r} holds {kind}; the boundary {moment!r} is not of that kind")
+        try:
+            moments.append(ibis.literal(moment, kind))
+        except (TypeError, ValueError):
+            raise UserError(f"time column {rule.column!r}: the boundary {moment!r} is not a {kind}") from None
+    return moments
+
+
+def whole_numbers(rows: Table, name: str) -> Numbers:
+    """Whether a column without nulls holds numbers, as such or as text throughout."""
+    column = rows[name]
+    if not column.type().is_string():
+        return bool(column.type().is_integer())
+    # Nineteen digits may be more than an int64 has.
+    whole = column.re_search(WHOLE_NUMBER) & column.try_cast("int64").notnull()
+    found = rows.aggregate(whole=whole.all(), decimal=column.re_search(DECIMAL).all()).to_pyarrow()
+    if found["whole"][0].as_py():
+        return True
+    return "decimal" if found["decimal"][0].as_py() else False
+
+
+def with_time(rows: Table, name: str, whole: Numbers) -> Table:
+    """``rows`` with ``TIME``: text that is numbers throughout compares as numbers, all else as it is."""
+    if whole == "decimal":
+        return rows.mutate(**{TIME: rows[name].cast("float64")})
+    return rows.mutate(**{TIME: rows[name].cast("int64") if whole else rows[name]})
+
+
+def with_day(rows: Table, name: str, whole: Numbers) -> Table:
+    """``rows`` with ``TIME`` as in ``with_time``, moments cut to their dates."""
+    if rows[name].type().is_timestamp():
+        return rows.mutate(**{TIME: rows[name].date()})
+    return with_time(rows, name, whole)
+
+
+def distinct_days(rows: Table, column: str) -> pa.Table:
+    """(day, index, name) of the values of ``TIME`` in rising order.
+
+    Raises:
+        UserError: a value that does not name a day, or too many of them.
+    """
+    found = rows.select(day=rows[TIME]).distinct().limit(MAX_DAYS + 1).to_pyarrow().sort_by("day")
+    if len(found) > MAX_DAYS:
+        raise UserError(f"column {column!r} has more than {MAX_DAYS} distinct values; a split by days needs days")
+    names = [str(day) for day in found["day"].to_pylist()]
+    for name in names:
+        if re.fullmatch(DAY_NAME, name) is None:
+            raise UserError(f"column {column!r} holds {name[:80]!r}, which names no day; cut it to days, as 2024-05-06")
+    return found.append_column("index", pa.array(range(len(names)), pa.int64())).append_column("name", pa.array(names))
+
+
+def resolved(rows: Table, rule: TimeSplit) -> TimeSplit:
+    """The rule with the boundaries that its ratios come to: a moment is never divided between two splits."""
+    if rule.ratios is None:
+        return rule
+    counted = rows.group_by(TIME).agg(count=lambda t: t.count()).to_pyarrow().sort_by(TIME)
+    count = counted["count"].to_numpy()
+    wanted = np.cumsum(rule.ratios)[:2] * count.sum()
+    firsts = np.searchsorted(np.cumsum(count) - count, wanted)
+    if firsts[0] == firsts[1] or firsts[1] == len(count):
+        raise UserError(f"time column {rule.column!r} has too few distinct values to split by ratios; give boundaries")
+    moments = [counted[TIME][int(first)].as_py() for first in firsts]
+    boundaries = [moment if isinstance(moment, int) else str(moment) for moment in moments]
+    return TimeSplit(column=rule.column, boundaries=boundaries)
+
+
+def digits_of(digest: StringColumn, first: int, count: int) -> IntegerValue:
+    """``count`` (at most 15) hexadecimal digits of a digest from position ``first`` as a number."""
+    number: IntegerValue = ibis.literal(0, "int64")
+    for position in range(first, first + count):
+        number = number * 16 + ibis.literal("0123456789abcdef").find(digest.substr(position, 1))
+    return number
+
+
+def with_group(rows: Table, name: str, whole: Numbers) -> Table:
+    """``rows`` with ``GROUP_COLUMN``: the number itself, else the first 60 bits of the md5 of its text."""
+    if whole is True:
+        return rows.mutate(**{GROUP_COLUMN: rows[name].cast("int64")})
+    rows = rows.mutate(**{GROUP_COLUMN: rows[name].cast("string").hexdigest("md5")})
+    return rows.mutate(**{GROUP_COLUMN: digits_of(rows[GROUP_COLUMN], 0, 15)})

@@ -1,0 +1,268 @@
+"""What a prepared dataset is: features, cardinalities, labels, group id, splits; read and written as schema.json.
+
+A prepared dataset is a folder: ``schema.json``, parquet shards of each split, and the fitted vocabularies.
+In a shard, a single-valued feature is an int64 column of ids, a list feature a ``list<int64>`` column,
+a label an int8 column of 0 and 1, and the evaluation group (GAUC) the int64 column ``GROUP_COLUMN``.
+No column holds nulls: a missing value already has an id of its own, a missing list is empty.
+
+Damage shows: ``schema.json`` holds a checksum of its own content and one of each shard's footer, and the pages of a
+shard hold theirs (``data/shards.py``). Datasets from before there were checksums are read without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.paths import is_local, place
+from ssr_rec.common.plain_values import parse_json, read_text
+from ssr_rec.common.settings import Settings, first_problem
+from ssr_rec.data.event_sequences import EventSequence, check_sequences, check_vocabularies
+from ssr_rec.data.features import Column, Feature, InnerPath, Vocabulary
+
+FORMAT_VERSION = 1
+SCHEMA_FILE = "schema.json"
+GROUP_COLUMN = "__group_id__"
+DATASET_ID_KEY = b"ssr_rec.dataset_id"
+"""Key of the parquet file metadata that ties a shard to its schema."""
+VALUES_KEY, VALUES = "values", 2
+"""In ``Schema.preparation``: which form the text of values has. From 2 on it is one form, whatever the container."""
+SHARD_KEY = b"ssr_rec.shard"
+"""Key of the parquet file metadata that says which shard it is, so that no two footers are equal."""
+
+CHECKSUM_KEY = "checksum"
+"""Key of ``schema.json`` beside those of ``Schema``."""
+MAX_SCHEMA_BYTES = 2**26
+"""Some 200,000 shards, or 100,000 features."""
+
+SPLITS = ("train", "validation", "test")
+
+
+class Lookups(Settings):
+    """How many of a feature's values, list items counted singly, have the id of missing or of unknown values."""
+
+    total: int = Field(ge=0)
+    missing: int = Field(ge=0)
+    oov: int = Field(0, ge=0)
+
+    def __add__(self, other: Lookups) -> Lookups:
+        return Lookups(total=self.total + other.total, missing=self.missing + other.missing, oov=self.oov + other.oov)
+
+    def share(self, kind: Literal["missing", "oov"]) -> float:
+        """Return the share of the values that is ``missing`` or ``oov``; 0 of no values."""
+        return getattr(self, kind) / self.total if self.total else 0.0
+
+
+class Shard(Settings):
+    path: InnerPath
+    num_rows: int = Field(ge=0)
+    footer: str | None = Field(None, description="sha256 of the file's parquet footer; None: written without")
+    group_rows: int | None = Field(
+        None, ge=1, description="rows of every row group but the last; None: the footer says, as in older datasets"
+    )
+    content: str | None = Field(None, description="sha256 of its rows; None: as in older datasets")
+    lookups: dict[str, Lookups] | None = Field(None, description="while it is made; then the split has the sums")
+
+
+class Split(Settings):
+    num_rows: int = Field(ge=0)
+    positive_rate: dict[str, float] = Field(description="per label")
+    shards: list[Shard]
+    lookups: dict[str, Lookups] = Field(default_factory=dict, description="per feature; older datasets have none")
+
+    def written(self, shards: Sequence[Shard]) -> Split:
+        """Return the split with its shards, their ``lookups`` summed up."""
+        sums: dict[str, Lookups] = {}
+        for shard in shards:
+            for name, found in (shard.lookups or {}).items():
+                sums[name] = sums[name] + found if name in sums else found
+        bare = [shard.model_copy(update={"lookups": None}) for shard in shards]
+        rows = sum(shard.num_rows for shard in shards)
+        return self.model_copy(update={"num_rows": rows, "shards": bare, "lookups": sums})
+
+
+class Ceiling(Settings):
+    """What the true probabilities of a synthetic log reach on a split: no model can do better but by luck."""
+
+    auc: float
+    logloss: float = Field(description="nats per row")
+
+
+class Days(Settings):
+    """The splits of a dataset are days."""
+
+    names: list[str] = Field(min_length=2, description="the splits, in order of time")
+    fitted: int = Field(ge=1, description="vocabularies and bucket ranges are those of so many first days")
+
+
+class Addition(Settings):
+    """Days added to a dataset after it was made (``data/preparation/append_days.py``)."""
+
+    before: str = Field(description="dataset_id until then")
+    days: list[str] = Field(min_length=1, description="the added ones, in order of time")
+    grown: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = Field(
+        default_factory=dict,
+        description="day -> feature -> rows of its table before the new values of that day got ids; "
+        "empty: no value got one",
+    )
+
+
+class Schema(Settings):
+    format_version: Literal[1] = 1
+    name: str
+    dataset_id: str = Field(description="of what made the dataset and of its rows: other rows, another id")
+    shard_ids: list[str] = Field(
+        default_factory=list,
+        description="in every shard's file metadata is one of them, or a dataset_id; else datasets are mixed",
+    )
+    features: list[Feature] = Field(min_length=1)
+    sequences: list[EventSequence] = Field(default_factory=list)
+    labels: list[Column] = Field(min_length=1)
+    group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
+    splits: dict[str, Split]
+    days: Days | None = Field(None, description="None: the splits are train, validation and test")
+    additions: list[Addition] = Field(default_factory=list, description="in the order they were made")
+    ceiling: dict[str, dict[str, Ceiling]] = Field(default_factory=dict, description="split -> label, synthetic only")
+    preparation: dict[str, Any] = Field(default_factory=dict, description="what made it: preset, seed, split rule")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schema:
+        _refuse_repeated("names", [*self.feature_names, *self.labels, GROUP_COLUMN])
+        check_vocabularies(self.features)
+        check_sequences(self.sequences, self.features)
+        for split_name, split in self.splits.items():
+            _refuse_repeated(f"split {split_name!r}: shards", [shard.path for shard in split.shards])
+            if split.num_rows != sum(shard.num_rows for shard in split.shards):
+                raise UserError(f"split {split_name!r}: num_rows is not the sum over its shards")
+        if self.days is not None:
+            _refuse_repeated("days", self.days.names)
+            if set(self.days.names) != set(self.splits) or self.days.fitted >= len(self.days.names):
+                raise UserError("days: its names must be the splits, and fitted fewer than there are")
+        added = [day for addition in self.additions for day in addition.days]
+        if added and (self.days is None or self.days.names[-len(added) :] != added):
+            raise UserError("additions: their days must be the last of days.names")
+        vocabularies = {feature.name for feature in self.features if isinstance(feature.encoding, Vocabulary)}
+        for addition in self.additions:
+            if not set(addition.grown) <= set(addition.days):
+                raise UserError("additions: grown names a day that was not added")
+            for sizes in addition.grown.values():
+                if not set(sizes) <= vocabularies:
+                    raise UserError("additions: grown names a feature without a vocabulary")
+        return self
+
+    @property
+    def feature_names(self) -> list[str]:
+        return [feature.name for feature in self.features]
+
+    @property
+    def known_ids(self) -> set[str]:
+        """Return ``dataset_id`` and those from before each addition."""
+        return {self.dataset_id, *(addition.before for addition in self.additions)}
+
+    def with_content_id(self) -> Schema:
+        """Return the schema of shards that are written, its ``dataset_id`` now of their rows, too."""
+        contents = {name: [shard.content for shard in split.shards] for name, split in self.splits.items()}
+        digest = hashlib.sha256(json.dumps([self.dataset_id, contents], sort_keys=True).encode())
+        update = {"dataset_id": digest.hexdigest()[:16], "shard_ids": [*self.shard_ids, self.dataset_id]}
+        return self.model_copy(update=update)
+
+    @property
+    def same_tables_ids(self) -> set[str]:
+        """Those of ``known_ids`` under which every value had the id, and every table the rows, that it has now."""
+        found = {self.dataset_id}
+        for addition in reversed(self.additions):
+            if addition.grown:
+                break
+            found.add(addition.before)
+        return found
+
+    @property
+    def trained_lookups(self) -> dict[str, Lookups]:
+        """Those of the rows that are trained on, per feature: the training split's, or of all days."""
+        sums: dict[str, Lookups] = {}
+        for split in self.days.names if self.days else ["train"]:
+            for name, found in self.splits[split].lookups.items() if split in self.splits else ():
+                sums[name] = sums[name] + found if name in sums else found
+        return sums
+
+    def new_from(self, day: str) -> dict[str, int]:
+        """Feature -> the first id that only the rows of ``day``, or of days after it, gave to a value."""
+        for addition in self.additions:
+            if day in addition.grown:
+                return {name: size for name, size in addition.grown[day].items() if name in self.feature_names}
+        return {}
+
+    def select(self, features: Sequence[str] | None, labels: Sequence[str] | None) -> Schema:
+        """The same dataset seen through some of its features and labels, in the order given (None: all).
+
+        Raises:
+            UserError: a name the dataset does not have.
+        """
+        by_name = {feature.name: feature for feature in self.features}
+        for kind, wanted, known in (("feature", features, list(by_name)), ("label", labels, self.labels)):
+            for name in wanted or ():
+                if name not in known:
+                    raise UserError(f"{kind} {name!r} is not in dataset {self.name!r}; it has {', '.join(known)}")
+        sequences = [sequence.select(features or self.feature_names) for sequence in self.sequences]
+        return self.model_copy(
+            update={
+                "features": [by_name[name] for name in features] if features else self.features,
+                "sequences": [sequence for sequence in sequences if sequence is not None],
+                "labels": list(labels) if labels else self.labels,
+            }
+        )
+
+    def write(self, folder: Path) -> None:
+        values = self.model_dump(mode="json")
+        for key in ("days", "additions", "shard_ids", "sequences"):
+            if not values[key]:  # so that programs from before there were any read it
+                del values[key]
+        text = json.dumps({**values, CHECKSUM_KEY: _checksum(values)}, indent=1)
+        (folder / SCHEMA_FILE).write_text(text + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Schema:
+        """Read ``folder/schema.json``.
+
+        Raises:
+            UserError: no such file, not JSON, not a schema, or changed since it was written; the message names the
+                file and the entry.
+        """
+        path = place(folder) / SCHEMA_FILE
+        if not (os.path.lexists(path) if is_local(path) else path.exists()):
+            raise UserError(f"{path}: no such file; prepare the dataset with tools/prepare_data.py first")
+        text = read_text(path, MAX_SCHEMA_BYTES, "prepare the dataset again")
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON of plain values: {error}") from None
+        checksum = values.pop(CHECKSUM_KEY, None) if isinstance(values, dict) else None
+        try:
+            schema = cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{path}: not a schema of format {FORMAT_VERSION}: {first_problem(error)}") from None
+        if checksum is not None and checksum != _checksum(values):
+            raise UserError(
+                f"{path}: changed since it was written, its {CHECKSUM_KEY} is another; prepare the dataset again, "
+                f"or remove the {CHECKSUM_KEY} if you changed it on purpose"
+            )
+        return schema
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Return the checksum of the content as it stands in the file, which keys added to ``Schema`` later leave alone."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_repeated(what: str, names: Sequence[str]) -> None:
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise UserError(f"{what} used more than once: {', '.join(repeated)}")

@@ -1,0 +1,1 @@
+"""The synthetic click log that the repository draws for itself."""

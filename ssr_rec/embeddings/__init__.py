@@ -1,0 +1,1 @@
+"""Embedding tables: from the schema to sharded ``EmbeddingBagCollection``s."""

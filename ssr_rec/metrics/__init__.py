@@ -1,0 +1,1 @@
+"""AUC, GAUC, logloss, NE and calibration, exact or bounded."""

@@ -1,0 +1,51 @@
+"""The AUC over the last training rows, for progress rows."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.metrics.exact import auc
+
+
+class RunningAUC:
+    """AUC over the last ``window`` training rows of this rank, for the progress line.
+
+    ``update`` only keeps a copy of the batch where it is and never waits for the device; sorting and the transfer
+    happen in ``compute``, when a line is printed.
+    """
+
+    def __init__(self, label_names: Sequence[str], window: int = 65_536) -> None:
+        if window < 1:
+            raise UserError(f"window is {window}; keep at least one row")
+        self.label_names = list(label_names)
+        self.window = window
+        self._batches: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        self._rows = 0
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take in a batch: ``logits (B, T)`` and ``labels (B, T)``."""
+        # Cloned: the caller may reuse its buffers, and a view would keep the whole batch alive.
+        logits, labels = logits[-self.window :].detach().clone(), labels[-self.window :].detach().clone()
+        self._batches.append((logits, labels))
+        self._rows += len(logits)
+        while self._rows - len(self._batches[0][0]) >= self.window:
+            self._rows -= len(self._batches.popleft()[0])
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The window: ``logits (n, T)`` and ``labels (n, T)``; None before the first batch."""
+        if not self._batches:
+            return None
+        logits, labels = (torch.cat(part)[-self.window :] for part in zip(*self._batches, strict=True))
+        return logits, labels
+
+    def compute(self) -> dict[str, float]:
+        """Label -> AUC of the window; nan before both classes were seen."""
+        if (rows := self.rows()) is None:
+            return dict.fromkeys(self.label_names, math.nan)
+        logits, labels = (part.float().cpu().numpy() for part in rows)
+        return {name: auc(logits[:, task], labels[:, task]) for task, name in enumerate(self.label_names)}

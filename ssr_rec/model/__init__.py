@@ -1,0 +1,1 @@
+"""The model: tables, over-arch, heads and loss, sharded or plain."""

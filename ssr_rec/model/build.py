@@ -1,0 +1,82 @@
+"""Builds the model of a config: sharded over the ranks, or plain on one process."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from ssr_rec.config.run import RunConfig
+from ssr_rec.data.schema import Schema
+from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
+from ssr_rec.embeddings.histories import reading_of
+from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
+from ssr_rec.embeddings.tables import build_tables, initialise_tables
+from ssr_rec.model.ctr_model import CTRModel, DenseArch
+from ssr_rec.model.history_fields import HistoryFields
+from ssr_rec.model.loss import TrainTask
+from ssr_rec.over_archs.base import OverArch
+from ssr_rec.over_archs.choice import OverArchConfig
+from ssr_rec.over_archs.registry import OVER_ARCHS
+
+
+def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
+    """Over-arch, heads and encoders of sequences of a run.
+
+    Raises:
+        UserError: sizes that do not fit, or a sequence that the schema does not have.
+    """
+    reading = reading_of(schema, config.sequences)
+    histories = HistoryFields(reading, config.embeddings) if reading.histories else None
+    dims = [config.embeddings.dim_of(feature.table) for feature in reading.fields]
+    dims += histories.dims if histories is not None else []
+    over_arch = OVER_ARCHS[config.over_arch.name](
+        len(dims),
+        dims,
+        len(schema.labels),
+        config.over_arch,  # type: ignore[call-arg]
+    )
+    return DenseArch(reading.fields, over_arch, len(schema.labels), config.heads, config.train.bf16, histories)
+
+
+def build_model(
+    config: RunConfig, schema: Schema, device: torch.device, world_size: int, local_world_size: int
+) -> DistributedModelParallel:
+    """The sharded model, with weights that depend on the seed and not on the world size."""
+    torch.manual_seed(config.seed)
+    dense = build_dense(config, schema)
+    over_arch = dense.over_arch
+    reading = reading_of(schema, config.sequences)
+    tables = build_tables(schema, config.embeddings, device.type, over_arch.extra_tables, reading)
+    weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
+    managed = managed_ids(schema, config.embeddings, config.train.batch_size, config.seed, device)
+    task = TrainTask(CTRModel(tables, dense, managed), weights)
+    topology = build_topology(config.sharding, device.type, world_size, local_world_size)
+    fused = config.embeddings.is_fused(device.type)
+    rows_per_rank = max(1, config.train.batch_size // world_size)
+    names = [table.name for table in tables.configs]
+    prefetch = config.train.pipeline == "prefetch"
+    plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank, prefetch)
+    check_managed(
+        config.embeddings,
+        device.type,
+        {name: table.compute_kernel for module in plan.plan.values() for name, table in module.items()},
+    )
+    model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
+    initialise_tables(model, config.seed, config.embeddings.init_scale)
+    if managed is not None:
+        managed.bind(model)
+    compile_over_arch(over_arch, config.over_arch)
+    # Dropout draws of the ranks must differ; everything drawn before must not.
+    torch.manual_seed(config.seed * 1_000_003 + dist.get_rank())
+    return model
+
+
+def compile_over_arch(over_arch: OverArch, config: OverArchConfig) -> None:
+    """Does what its config's ``compile`` asks for.
+
+    To the method, not to the module: parameters keep their names, and hooks, such as the report's, still run. Dynamic,
+    because the last batch of an epoch and those of the evaluation have other rows than the rest.
+    """
+    if config.compile:
+        over_arch.forward = torch.compile(over_arch.forward, dynamic=True)

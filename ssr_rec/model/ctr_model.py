@@ -1,0 +1,145 @@
+"""CTRModel: tables + over-arch + heads; TrainTask adds the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from ssr_rec.config.heads import HeadsConfig
+from ssr_rec.data.features import Feature
+from ssr_rec.embeddings.evicting_tables import ManagedIds
+from ssr_rec.embeddings.histories import EventIds
+from ssr_rec.embeddings.tables import ConcatFields, Tables
+from ssr_rec.model.history_fields import HistoryFields
+from ssr_rec.over_archs.base import OverArch
+from ssr_rec.over_archs.layers import Dropout, ViewLinear
+
+
+class Heads(nn.Module):
+    """A tower and a linear head per task: features (B, H), shared, or (B, T, H), each task's own, to logits (B, T)."""
+
+    def __init__(self, out_features: int, num_tasks: int, config: HeadsConfig | None = None) -> None:
+        super().__init__()
+        config = config or HeadsConfig()
+        widths = [out_features, *config.hidden]
+        self.towers = nn.ModuleList(
+            ViewLinear(num_tasks, fan_in, fan_out, "glorot") for fan_in, fan_out in pairwise(widths)
+        )
+        self.dropout = Dropout(config.dropout)
+        self.weight = nn.Parameter(torch.empty(num_tasks, widths[-1]))
+        self.bias = nn.Parameter(torch.zeros(num_tasks))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.towers:
+            tasks = len(self.bias)
+            by_task = features.expand(tasks, *features.shape) if features.dim() == 2 else features.transpose(0, 1)
+            for tower in self.towers:
+                by_task = self.dropout(torch.relu(tower(by_task)))
+            features = by_task.transpose(0, 1)
+        if features.dim() == 2:
+            return features @ self.weight.t() + self.bias
+        return (features * self.weight).sum(dim=-1) + self.bias
+
+
+class DenseArch(nn.Module):
+    """All that is not a table: embeddings to the input vector, the over-arch, the heads.
+
+    A module of its own because TorchRec's pipeline traces the parts that hold tables and leaves the others alone.
+
+    Args:
+        fields: the features that have a field of the input vector, in order.
+        bf16: run the over-arch and heads in bfloat16 by autocast; parameters, tables and logits stay float32.
+        histories: the fields that are read un-pooled; those of encoders come last in the input vector.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[Feature],
+        over_arch: OverArch,
+        num_tasks: int,
+        heads: HeadsConfig | None = None,
+        bf16: bool = False,
+        histories: HistoryFields | None = None,
+    ) -> None:
+        super().__init__()
+        self.concat = ConcatFields(fields, over_arch.extra_tables, histories.own if histories else ())
+        self.histories = histories
+        self.field_names = [*(feature.name for feature in fields), *(histories.names if histories else ())]
+        self.extra_of_histories = nn.ModuleList()
+        if histories is not None:
+            added = len(histories.dims)
+            # What a table of the extra set is to a feature's field, a linear map is to an encoder's.
+            for dims in over_arch.extra_tables.values():
+                self.extra_of_histories.append(nn.Linear(sum(histories.dims), sum(dims[-added:]), bias=False))
+        self.over_arch = over_arch
+        self.heads = Heads(over_arch.out_features, num_tasks, heads)
+        self.bf16 = bf16
+
+    def forward(
+        self, embeddings: KeyedTensor, looked_up: KeyedTensor | None = None, sparse: KeyedJaggedTensor | None = None
+    ) -> Tensor:
+        """(B, T) logits of pooled ``embeddings`` and, where there are sequences, un-pooled ones and the ids."""
+        if self.histories is None:
+            return logits_of(self.concat(embeddings), self.over_arch, self.heads, self.bf16)
+        unpooled, encoded = self.histories(looked_up, sparse)
+        inputs = joined(self.concat(embeddings, unpooled), encoded, self.extra_of_histories)
+        return logits_of(inputs, self.over_arch, self.heads, self.bf16)
+
+
+def logits_of(inputs: Sequence[Tensor], over_arch: OverArch, heads: Heads, bf16: bool) -> Tensor:
+    """Return logits (B, T) float32 of an over-arch's inputs, in bfloat16 by autocast where ``bf16`` says so."""
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16, enabled=bf16):
+        features = over_arch(*inputs)
+        if isinstance(features, Tensor):
+            return heads(features).float()
+        features, logits = features
+        return heads(features).float() + logits.float()
+
+
+def joined(inputs: Sequence[Tensor], encoded: Tensor, extra: nn.ModuleList) -> list[Tensor]:
+    """Return the inputs of an over-arch with the encoders' fields (B, sum of D) behind those of the features."""
+    further = [torch.cat([x, linear(encoded)], 1) for x, linear in zip(inputs[1:], extra, strict=True)]
+    return [torch.cat([inputs[0], encoded], 1), *further]
+
+
+class CTRModel(nn.Module):
+    """Ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows) -> (B, T)``.
+
+    Args:
+        managed: says which row an id has now, where tables are smaller than the range of ids.
+    """
+
+    def __init__(self, tables: Tables, dense: DenseArch, managed: ManagedIds | None = None) -> None:
+        super().__init__()
+        self.tables, self.event_tables = tables
+        self.dense = dense
+        self.managed = managed
+        self.event_ids = EventIds(dense.histories.events) if dense.histories is not None else None
+
+    def forward(self, sparse: KeyedJaggedTensor) -> Tensor:
+        if self.managed is not None:
+            sparse = self.managed(sparse)
+        if self.event_ids is None or self.event_tables is None:
+            return self.dense(self.tables(sparse))
+        return self.dense(self.tables(sparse), self.event_tables(self.event_ids(sparse)), sparse)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer of every batch norm's running mean and variance."""
+    return {name: b for name, b in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+
+
+def average_running_statistics(model: nn.Module) -> None:
+    """Make one model of the ranks' for evaluation: each has seen its own share of every batch. Collective.
+
+    Training does not read these statistics, and the average of running averages is that of the averaged batches.
+    """
+    for buffer in running_statistics(model).values():
+        dist.all_reduce(buffer)
+        buffer /= dist.get_world_size()

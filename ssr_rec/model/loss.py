@@ -1,0 +1,48 @@
+"""The training loss: the model and the weighted cross entropy of its tasks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from ssr_rec.data.batch import Batch
+from ssr_rec.model.ctr_model import CTRModel
+
+
+class TrainTask(nn.Module):
+    """``forward(batch) -> (loss, (loss, logits, labels, group_ids))``, what TorchRec's pipelines expect.
+
+    The loss to differentiate is this rank's part of the global mean, times the world size: DDP and TorchRec both
+    average gradients over ranks, so ranks with more rows weigh more and the step equals that of one process.
+    The returned loss is the plain part, to be summed over ranks.
+
+    Args:
+        task_weights: weight of each task's mean cross-entropy in the loss, in label order; scaled to sum to 1.
+    """
+
+    def __init__(self, model: CTRModel, task_weights: list[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = WeightedCrossEntropy(task_weights)
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        logits = self.model(batch.sparse)
+        loss = self.loss(logits, batch.labels) / batch.global_rows
+        return loss * self.world_size, (loss.detach(), logits.detach(), batch.labels, batch.group_ids)
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Sum over rows of the tasks' weighted mean of binary cross-entropy, nats."""
+
+    weights: Tensor
+
+    def __init__(self, task_weights: list[float]) -> None:
+        super().__init__()
+        weights = torch.tensor(task_weights)
+        self.register_buffer("weights", weights / weights.sum(), persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(logits, labels, weight=self.weights, reduction="sum")

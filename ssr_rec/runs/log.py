@@ -1,0 +1,127 @@
+"""Writes a run folder while its run is on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from ssr_rec.checkpointing.resume import Start, find_start
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.formatting import decimal, short_number
+from ssr_rec.common.logs import send_logs
+from ssr_rec.config.run import RunConfig, dump_config
+from ssr_rec.data.day_stream import Course
+from ssr_rec.data.schema import Schema
+from ssr_rec.embeddings.histories import reading_of
+from ssr_rec.embeddings.tables import table_dims
+from ssr_rec.over_archs.base import OverArch
+from ssr_rec.runs.folder import CONFIG_FILE, append_jsonl, open_tensorboard, write_scalars, write_text
+from ssr_rec.runs.open import open_run_folder
+from ssr_rec.runs.progress_line import Progress
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """The run folder (contract 5 of docs/architecture.md) while the run is on: rank 0 writes, the others agree.
+
+    Calling it with a row of metrics.jsonl writes the row, its TensorBoard scalars and its line on the terminal.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.is_root, self.world_size = rank == 0, world_size
+        self.progress = Progress(total_steps=None, rank=rank)
+        send_logs(lambda text: self.progress.note(text))
+        self.folder, self.is_new = Path(), False
+        self._lock: int | None = None
+        self.tensorboard: SummaryWriter | None = None
+
+    def drawing(self, rows_done: int, rows_total: int) -> None:
+        """Progress of drawing the synthetic log."""
+        if self.is_root and rows_done == rows_total:
+            self.progress.note(f"drew the synthetic log: {short_number(rows_total)} rows")
+
+    def open(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Course) -> Start:
+        """Create the run folder, or find the one to go on with, and say what is about to run. Collective.
+
+        Raises:
+            UserError: see ``open_run_folder`` and ``find_start``.
+        """
+        opened: list[Any] = [None]
+        values = config.model_dump(mode="json")
+        if self.is_root:
+            stem = f"{schema.name}-{config.over_arch.label}".lower().replace(" ", "_")
+            try:
+                opened = [open_run_folder(values, stem, config.over_arch.label)]
+                self._lock = opened[0].lock
+            except ValueError as error:
+                opened = [error]
+        dist.broadcast_object_list(opened)
+        if isinstance(opened[0], ValueError):
+            raise UserError(str(opened[0]))
+        self.folder, goes_on, _ = opened[0]
+        self.is_new = not goes_on
+        start = find_start(values, self.folder, goes_on)
+        steps = train.num_steps(config.train.epochs)
+        steps = min(steps, config.train.max_steps or steps)
+        first_step = start.info.get("step", 0)
+        self.progress = Progress(total_steps=steps, first_step=first_step, rank=dist.get_rank())
+        if self.is_root:
+            write_text(self.folder / CONFIG_FILE, dump_config(config))
+            self.tensorboard = open_tensorboard(self.folder, first_step)
+            self._introduce(config, schema, over_arch, train)
+        if start.checkpoint is not None:
+            ranks = start.info["world_size"]
+            self.progress.note(f"resumed from {start.checkpoint}, step {first_step}, written by {ranks} rank(s)")
+        elif goes_on:
+            self.progress.note(f"{self.folder} has no checkpoint yet: from the beginning")
+        return start
+
+    def close(self) -> None:
+        """Let other processes write the run folder, and loggers speak for themselves."""
+        send_logs(None)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard(self) -> None:
+        """Remove the run folder of a run that could not begin; one that was there before stays."""
+        if self.is_root and self.is_new:
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            shutil.rmtree(self.folder)
+
+    def _introduce(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Course) -> None:
+        table_parameters = short_number(num_embedding_parameters(config, schema, over_arch))
+        encoders = "".join(f" on {name} by {one.encoder.label}" for name, one in config.sequences.items())
+        self.progress.note(
+            f"{config.over_arch.label}{encoders}: {short_number(over_arch.num_parameters)} parameters, "
+            f"{short_number(over_arch.flops_per_sample)}FLOPs a sample, {len(over_arch.field_dims)} fields\n"
+            f"{schema.name}: {short_number(train.num_rows)} rows, tables of "
+            f"{table_parameters} parameters on {self.world_size} rank(s), trained by {config.embeddings.optimizer}\n"
+            f"run folder {self.folder}"
+        )
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if not self.is_root:
+            return
+        append_jsonl(self.folder / "metrics.jsonl", row)
+        assert self.tensorboard is not None
+        write_scalars(self.tensorboard, row)
+        if row["split"] == "train":
+            self.progress.show(row)
+        else:
+            figures = "  ".join(f"{task} AUC {decimal(values['auc'])}" for task, values in row["tasks"].items())
+            what = f"next day {row['day']}" if "day" in row else row["split"]
+            self.progress.note(f"{what} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}")
+
+
+def num_embedding_parameters(config: RunConfig, schema: Schema, over_arch: OverArch) -> int:
+    reading = reading_of(schema, config.sequences)
+    tables = table_dims(schema, config.embeddings, over_arch.extra_tables, reading)
+    return sum(config.embeddings.rows_of(feature) * columns for feature, columns in tables.values())

@@ -1,0 +1,111 @@
+"""The one progress line of a run, and the short ways of writing numbers that lines, tables and figures share."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from ssr_rec.common.formatting import decimal, duration, short_number
+
+
+def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_s: float | None = None) -> str:
+    """The progress line of a ``train`` row of metrics.jsonl.
+
+    ``step 1200/1953  24.1k samples/s  wait 0.4 %  loss .5123  auc .7123  eta 1m32s``
+
+    Args:
+        row: needs ``step``; ``samples_per_s``, ``data_wait`` (share of the time), ``loss`` and
+            ``tasks[label]["auc"]`` are shown when they are there.
+        total_steps: steps of the whole run, when known.
+        eta_s: seconds left, when known.
+    """
+    parts = [f"step {row['step']}" + (f"/{total_steps}" if total_steps else "")]
+    if row.get("samples_per_s") is not None:
+        parts.append(f"{short_number(row['samples_per_s'])} samples/s")
+    if row.get("data_wait") is not None:
+        parts.append(f"wait {100 * row['data_wait']:.1f} %")
+    if row.get("loss") is not None:
+        # A loss of nan must be read as such, not as a missing one.
+        parts.append(f"loss {'nan' if math.isnan(row['loss']) else decimal(row['loss'])}")
+    aucs = {name: task["auc"] for name, task in (row.get("tasks") or {}).items() if task.get("auc") is not None}
+    if len(aucs) == 1:
+        parts.append(f"auc {decimal(next(iter(aucs.values())))}")
+    elif aucs:
+        parts.append("auc " + ", ".join(f"{name} {decimal(value)}" for name, value in aucs.items()))
+    if eta_s is not None:
+        parts.append(f"eta {duration(eta_s)}")
+    return "  ".join(parts)
+
+
+class Progress:
+    """Prints the progress line on rank 0: rewritten in place on a terminal, else a plain line every so often.
+
+    Args:
+        total_steps: steps of the whole run; None when unknown, then there is no eta.
+        first_step: steps done before this process started, so that a resumed run has the right eta.
+        rank: other ranks than 0 print nothing.
+        stream: stderr by default.
+        seconds_between_lines: least time between two lines when the stream is no terminal.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        total_steps: int | None,
+        first_step: int = 0,
+        rank: int = 0,
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.enabled = rank == 0
+        self.stream = stream if stream is not None else sys.stderr
+        self.seconds_between_lines = seconds_between_lines
+        self.clock = clock
+        self.started = clock()
+        self._printed_at = -math.inf
+        self._in_place = self.stream.isatty()
+        self._open_line = False
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show a ``train`` row; the last step is always printed."""
+        now = self.clock()
+        is_last = row["step"] == self.total_steps
+        too_soon = not self._in_place and not is_last and now - self._printed_at < self.seconds_between_lines
+        if not self.enabled or too_soon:
+            return
+        self._printed_at = now
+        line = format_progress(row, self.total_steps, self._eta(row["step"], now))
+        if self._in_place:
+            # A wrapped line could not be rewritten in place.
+            self.stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+            self._open_line = True
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def note(self, text: str) -> None:
+        """Print a line that stays, such as the figures of an evaluation."""
+        if self.enabled:
+            self.stream.write(("\r\x1b[K" if self._open_line else "") + text + "\n")
+            self.stream.flush()
+            self._open_line = False
+
+    def close(self) -> None:
+        """End the rewritten line, so that whatever is printed next starts on its own."""
+        if self._open_line:
+            self.stream.write("\n")
+            self.stream.flush()
+            self._open_line = False
+
+    def _eta(self, step: int, now: float) -> float | None:
+        done = step - self.first_step
+        if self.total_steps is None or done <= 0:
+            return None
+        return (now - self.started) / done * max(0, self.total_steps - step)

@@ -1,0 +1,76 @@
+"""Target attention: multi-head scaled dot product attention over the events, whose only query is the target."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, dense_flops
+from ssr_rec.over_archs.layers import Dropout
+from ssr_rec.sequences.base import SequenceEncoder, linear
+from ssr_rec.sequences.jagged import Jagged
+from ssr_rec.sequences.settings import TargetAttentionConfig
+
+
+def scores_of(queries: Tensor, keys: Tensor, num_heads: int, jagged: Jagged) -> Tensor:
+    """Multiply each event's key (N, A) with its row's query (B, A), head by head: (N, heads)."""
+    return (jagged.take(queries) * keys).unflatten(1, (num_heads, -1)).sum(2)
+
+
+def weighted_sum(weights: Tensor, values: Tensor, jagged: Jagged) -> Tensor:
+    """Add up each row's values (N, A), head by head with their weights (N, heads): (B, A)."""
+    return jagged.sum((weights.unsqueeze(2) * values.unflatten(1, (weights.shape[1], -1))).flatten(1))
+
+
+class TargetAttention(SequenceEncoder):
+    """``concat over heads (sum of softmax(q k / sqrt(d)) v) W_o``, without biases; zeros for an empty history.
+
+    Raises:
+        UserError: the heads do not divide the attention's dims.
+    """
+
+    settings_class = TargetAttentionConfig
+
+    def __init__(
+        self,
+        event_dim: int,
+        target_dim: int,
+        field_dim: int,
+        max_length: int,
+        settings: TargetAttentionConfig | None = None,
+    ) -> None:
+        super().__init__(event_dim, target_dim, field_dim, max_length, settings or TargetAttentionConfig())
+        settings = cast(TargetAttentionConfig, self.settings)
+        self.width, self.num_heads = settings.attention_dim or event_dim, settings.num_heads
+        if self.width % self.num_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} does not divide attention_dim={self.width}: choose a divisor of it"
+            )
+        self.query = linear(target_dim, self.width, settings.initializer)
+        self.key_value = linear(event_dim, 2 * self.width, settings.initializer, parts=2)
+        self.scale = (self.width // self.num_heads) ** -0.5
+        self.dropout = Dropout(settings.dropout)
+        self.set_output(self.width, settings.initializer, own_projection=True)
+
+    def encode(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
+        keys, values = self.key_value(events).chunk(2, 1)
+        return weighted_sum(self.dropout(self._weights(keys, target, jagged)), values, jagged)
+
+    def weights(self, events: Tensor, lengths: Tensor, target: Tensor, ages: Tensor | None = None) -> Tensor:
+        """Return the softmax weights of each event: (N, heads)."""
+        events, target, _, jagged = self.check(events, lengths, target, ages)
+        return self._weights(F.linear(events, self.key_value.weight[: self.width]), target, jagged)
+
+    def _weights(self, keys: Tensor, target: Tensor, jagged: Jagged) -> Tensor:
+        scores = scores_of(self.query(target) * self.scale, keys, self.num_heads, jagged)
+        return jagged.softmax(scores)[0]
+
+    def flops(self, length: int) -> Flops:
+        row = dense_flops(self.target_dim, self.width, bias=False) + Flops(elementwise=self.width)
+        event = dense_flops(self.event_dim, 2 * self.width, bias=False)
+        # A key times a query, and a value times a weight, are sums of products that no matrix product makes.
+        event += Flops(elementwise=2 * 2 * self.width + SOFTMAX_FLOPS * self.num_heads)
+        return row + Flops(length * event.matmul, length * event.elementwise) + self.out_flops()

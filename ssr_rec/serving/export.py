@@ -1,0 +1,235 @@
+"""From a run to an artifact: packed tables, one ahead-of-time compiled program, and proof that it scores the same."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.features import LISTED
+from ssr_rec.data.reader import Reader
+from ssr_rec.data.schema import Schema
+from ssr_rec.kernels import extension
+from ssr_rec.metrics.exact import evaluate_predictions
+from ssr_rec.runs.provenance import git_commit, versions
+from ssr_rec.serving.artifact import MODEL_FILE, TABLES_FOLDER, Machine, Manifest, Parity, new_artifact, write_manifest
+from ssr_rec.serving.graph import Layout, ServingModel, make_layout, stacked_tables
+from ssr_rec.serving.quantized_tables import Precision
+from ssr_rec.serving.scorer import MAX_ROWS, Scorer
+from ssr_rec.serving.trained_model import Restored, restore_model
+
+TOLERANCES: dict[str, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.01, "int4": 0.1, "bf16": 0.05}
+"""Largest difference of a probability from the trainer's eager model that export accepts, by precision."""
+BATCH_ROWS = 1_000
+
+Note = Callable[[str], None]
+
+
+class Compared(NamedTuple):
+    """The rows on which an artifact must score as the trainer's eager model does."""
+
+    split: str = "test"
+    rows: int | None = None
+    """How many of them; None: all."""
+    tolerance: float | None = None
+    """Largest difference of a probability; None: ``TOLERANCES``."""
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    tables: Precision = "fp32",
+    dense: Literal["fp32", "bf16"] = "fp32",
+    data: str | Path | None = None,
+    compared: Compared | None = None,
+    note: Note = lambda _: None,
+) -> dict[str, Any]:
+    """Export the best weights of ``run`` to the artifact folder ``out``, which appears whole or not at all.
+
+    Args:
+        tables: how embedding rows are stored.
+        dense: in what over-arch and heads compute; bf16 as training with ``train.bf16`` does.
+        data: where the run's prepared dataset is now; None: where its config says.
+        compared: the rows that the artifact must score as the trainer's eager model does; None: the test split.
+
+    Returns:
+        the report: path, bytes, seconds, parity, measures.
+
+    Raises:
+        UserError: not a finished run with its dataset, a machine without a C++ compiler, or outputs that differ by
+            more than the tolerance.
+    """
+    restored = restore_model(run, data)
+    return export_restored(restored, Path(run).name, out, tables=tables, dense=dense, compared=compared, note=note)
+
+
+def export_restored(
+    restored: Restored,
+    name: str,
+    out: str | Path,
+    *,
+    tables: Precision = "fp32",
+    dense: Literal["fp32", "bf16"] = "fp32",
+    compared: Compared | None = None,
+    note: Note = lambda _: None,
+) -> dict[str, Any]:
+    """``export_run`` of a model in memory, trained or not; the artifact says that it comes from the run ``name``."""
+    if managed := list(restored.config.embeddings.managed):
+        raise UserError(
+            f"{name}: embeddings.managed: the ids of {', '.join(managed)} have the rows that training gave them, and "
+            "an artifact has no place for that map; train with a vocabulary or hash_buckets to serve"
+        )
+    started = time.perf_counter()
+    split, rows, tolerance = compared or Compared()
+    reader = Reader(restored.data, restored.schema, split, BATCH_ROWS)
+    if not extension.load():
+        raise UserError("export needs a C++ compiler for ssr_rec's operators and the compiled program; see above")
+    if tolerance is None:
+        lossy = [tables, dense, "bf16" if restored.config.train.bf16 else "fp32"]
+        tolerance = max(TOLERANCES[name] for name in lossy)
+    with new_artifact(Path(out)) as folder:
+        note("packing tables")
+        layout = make_layout(restored.schema, restored.model.dense, restored.config.embeddings.pooling, tables)
+        packed = stacked_tables(restored.model, restored.schema, layout)
+        stacks = _write_tables(packed, folder)
+        _copy_vocabularies(restored.schema, restored.data, folder)
+        note("compiling")
+        model = ServingModel(restored.model.dense, layout, dense == "bf16").eval()
+        compile_model(model, list(packed.values()), folder / MODEL_FILE)
+        values = _described(restored, name, split, tolerance) | {"tables": tables, "dense": dense, "stacks": stacks}
+        note(f"comparing with the trainer's model on the {split} fold")
+        scorer = Scorer(folder, Manifest.model_validate({**values, "files": {}}))
+        values["parity"], values["measures"] = compare(restored, scorer, reader, rows, tolerance)
+        manifest = write_manifest(folder, values)
+    return {
+        "artifact": str(out),
+        "bytes": sum(int(size) for size, _ in manifest.files.values()),
+        "table_bytes": sum(tensor.nbytes for tensor in packed.values()),
+        "seconds": round(time.perf_counter() - started, 1),
+        "tables": tables,
+        "dense": dense,
+        "parity": manifest.parity.model_dump(),
+        "measures": manifest.measures,
+    }
+
+
+def _described(restored: Restored, name: str, split: str, tolerance: float) -> dict[str, Any]:
+    """Return the manifest's entries of a run that was not compared yet."""
+    parity = Parity(
+        split=split, rows=0, max_difference=0, mean_difference=0, max_logit_difference=0, tolerance=tolerance
+    )
+    return {
+        "dataset": restored.schema.model_copy(update={"splits": {}, "ceiling": {}}),
+        "pooling": restored.config.embeddings.pooling,
+        "over_arch": restored.config.over_arch.model_dump(mode="json"),
+        "parity": parity,
+        "measures": {},
+        "source": {
+            "run": name,
+            "checkpoint": restored.checkpoint.name,
+            "versions": versions(),
+            "git_commit": git_commit(),
+        },
+        "compiled_for": Machine.here(),
+    }
+
+
+def _write_tables(packed: dict[str, Tensor], folder: Path) -> dict[str, str]:
+    (folder / TABLES_FOLDER).mkdir()
+    files = {name: f"{TABLES_FOLDER}/{name}.npy" for name in packed}
+    for name, file in files.items():
+        np.save(folder / file, packed[name].numpy(), allow_pickle=False)
+    return files
+
+
+def _copy_vocabularies(schema: Schema, data: Path, folder: Path) -> None:
+    for feature in schema.features:
+        if isinstance(feature.encoding, LISTED):
+            target = folder / feature.encoding.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(data / feature.encoding.file, target)
+
+
+def compile_model(model: ServingModel, tables: list[Tensor], path: Path) -> None:
+    """``torch.export`` for any number of rows, then AOTInductor to ``path``.
+
+    SSR's own operators stay calls of the C++ library: faster than what the compiler makes of their plain forms.
+    """
+    layout: Layout = model.layout
+    batch = 7
+    lists: list[Tensor] = []
+    shapes: list[Any] = []
+    rows = Dim("rows", min=1, max=MAX_ROWS)
+    counts = {feature: Dim(f"ids{number}", min=1, max=2**31 - 1) for number, feature in enumerate(layout.lists)}
+    for history in model.histories.histories if model.histories is not None else ():
+        first, *others = (layout.names.index(column.name) for column in history.columns)
+        counts.update(dict.fromkeys(others, counts[first]))  # the columns of one sequence have as many ids each
+    for feature in layout.lists:
+        lists += [torch.zeros(2 * batch, dtype=torch.int64), torch.arange(0, 2 * batch + 1, 2)]
+        shapes += [{0: counts[feature]}, {0: rows + 1}]
+    ids = torch.zeros(len(layout.singles), batch, dtype=torch.int64)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (ids, lists, tables), dynamic_shapes=({1: rows}, shapes, [None] * len(tables))
+        )
+        options = {"cpp.dynamic_threads": True}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def compare(
+    restored: Restored, scorer: Scorer, reader: Reader, rows: int | None, tolerance: float
+) -> tuple[Parity, dict[str, dict[str, dict[str, float | None]]]]:
+    """Score a fold by the eager model and by the artifact.
+
+    Raises:
+        UserError: a probability differs by more than ``tolerance``, or is not a number.
+    """
+    outputs: list[tuple[Tensor, ...]] = []
+    seen = 0
+    batches = reader.epoch(0)
+    with torch.no_grad():
+        for batch in batches:
+            groups = batch.group_ids if batch.group_ids is not None else torch.empty(0, dtype=torch.int64)
+            outputs.append((restored.model(batch.sparse), scorer.score(batch), batch.labels, groups))
+            seen += len(batch.labels)
+            if rows is not None and seen >= rows:
+                break
+    batches.close()
+    eager, served, labels, groups = (torch.cat(part)[:rows] for part in zip(*outputs, strict=True))
+    difference = (eager.sigmoid() - served.sigmoid()).abs()
+    worst = float(difference.max())
+    if not worst <= tolerance:
+        row, task = divmod(int(difference.nan_to_num(math.inf).argmax()), len(scorer.labels))
+        raise UserError(
+            f"the artifact's {scorer.labels[task]} of row {row} of {reader.files.paths[0].parent.name} is "
+            f"{served[row, task].sigmoid():.7f}, the trainer's {eager[row, task].sigmoid():.7f}: more than the "
+            f"tolerance {tolerance:g} for {scorer.tables} tables and {scorer.dense}; choose a finer precision, or "
+            "raise the tolerance"
+        )
+    parity = Parity(
+        split=reader.files.paths[0].parent.name,
+        rows=len(eager),
+        max_difference=worst,
+        mean_difference=float(difference.double().mean()),
+        max_logit_difference=float((eager - served).abs().max()),
+        tolerance=tolerance,
+    )
+    measures: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name, logits in (("eager", eager), ("artifact", served)):
+        grouped = groups.numpy() if len(groups) else None
+        found = evaluate_predictions(logits.numpy(), labels.numpy(), grouped, scorer.labels)
+        measures[name] = {
+            task: {key: None if math.isnan(value) else float(value) for key, value in values.items()}
+            for task, values in found.items()
+        }
+    return parity, measures

@@ -1,0 +1,225 @@
+"""The model as it is served: ids to logits in one graph, every lookup of single-valued fields fused into one.
+
+Shapes beside those of ``ssr_rec.over_archs``: ``S`` single-valued features, ``n_l`` ids of list feature l in the whole
+batch, ``R`` rows of a table. Features stand in schema order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssr_rec.data.schema import Schema
+from ssr_rec.embeddings.tables import columns_per_dim
+from ssr_rec.kernels import view_scoring
+from ssr_rec.model.ctr_model import CTRModel, DenseArch, joined, logits_of
+from ssr_rec.over_archs.base import OverArch
+from ssr_rec.over_archs.filters import StaticRandomFilter
+from ssr_rec.over_archs.ssr import SSR, ViewFusion
+from ssr_rec.serving.quantized_tables import Precision, pack, pooled, stored_as
+
+
+class Stack(NamedTuple):
+    """Tables of one dim and one set, one below the other."""
+
+    name: str
+    columns: int
+    """How many of a trained table's columns make one column here."""
+    features: list[int]
+    """Positions of their features in the schema, ascending."""
+    first_rows: list[int]
+    """Where each one's table begins."""
+    kind: Precision
+    """How it is stored."""
+
+
+class Layout(NamedTuple):
+    """Where the ids of a batch are looked up."""
+
+    names: list[str]
+    kinds: list[str]
+    """Of each feature in schema order, as its name."""
+    pooling: str
+    sets: list[list[Stack]]
+    """Of each input of the over-arch."""
+    events: list[int]
+    """Features that are columns of a sequence with an encoder."""
+
+    @property
+    def singles(self) -> list[int]:
+        return [i for i, kind in enumerate(self.kinds) if kind != "list"]
+
+    @property
+    def lists(self) -> list[int]:
+        return [i for i, kind in enumerate(self.kinds) if kind == "list"]
+
+
+def make_layout(schema: Schema, dense: DenseArch, pooling: str, precision: Precision) -> Layout:
+    """Return where each feature's table is: features that share one have one place."""
+    place = {name: at for at, name in enumerate(dense.field_names)}
+    columns_of = dense.histories.column_dims if dense.histories is not None else {}
+    fields = [at for at, name in enumerate(schema.feature_names) if name in place]
+    field_dims = dense.over_arch.field_dims
+    names = schema.feature_names
+    main = {at: field_dims[place[name]] if at in fields else columns_of[name] for at, name in enumerate(names)}
+    sets = [("main", 1, main)]
+    for name, dims in dense.over_arch.extra_tables.items():
+        sets.append((name, columns_per_dim(dims), {at: dims[place[names[at]]] for at in fields}))
+    stacks = []
+    for name, columns, dim_of in sets:
+        found = []
+        for dim in sorted(set(dim_of.values())):
+            features = [at for at, d in dim_of.items() if d == dim]
+            begins: dict[str, int] = {}
+            rows = 0
+            for at in features:
+                if schema.features[at].table not in begins:
+                    begins[schema.features[at].table] = rows
+                    rows += schema.features[at].num_embeddings
+            first_rows = [begins[schema.features[at].table] for at in features]
+            found.append(Stack(f"{name}-{dim}", columns, features, first_rows, stored_as(precision, dim)))
+        stacks.append(found)
+    events = [names.index(name) for name in columns_of]
+    return Layout(names, [feature.kind for feature in schema.features], pooling, stacks, events)
+
+
+def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str, Tensor]:
+    """Name of each stack -> its packed table, of a model with plain tables."""
+    trained = dict(model.tables.embedding_bags.items())
+    if model.event_tables is not None:
+        trained.update(model.event_tables.embedding_bags.items())
+    tables = {}
+    for number, stacks in enumerate(layout.sets):
+        for stack in stacks:
+            suffix = f"@{stack.name.rpartition('-')[0]}" if number else ""
+            names = dict.fromkeys(schema.features[i].table + suffix for i in stack.features)
+            whole = torch.cat([trained[name].weight.detach() for name in names])
+            if stack.columns > 1:
+                whole = whole.unflatten(1, (-1, stack.columns)).mean(2)
+            tables[stack.name] = pack(whole, stack.kind)
+    return tables
+
+
+class ServingModel(nn.Module):
+    """``forward(ids (S, B), lists [values (n_l,), offsets (B+1,), ...], tables) -> logits (B, T)``.
+
+    The tables are arguments, so that they stay files of their own, mapped into memory.
+
+    Args:
+        bf16: run over-arch and heads in bfloat16 by autocast, as training with ``train.bf16`` does.
+    """
+
+    def __init__(self, dense: DenseArch, layout: Layout, bf16: bool) -> None:
+        super().__init__()
+        self.over_arch = for_scoring(dense.over_arch, bf16)
+        self.heads, self.layout, self.bf16 = dense.heads, layout, bf16
+        self.histories, self.extra_of_histories = dense.histories, dense.extra_of_histories
+        for number, stacks in enumerate(layout.sets):
+            for place, stack in enumerate(stacks):
+                rows = [row for i, row in zip(stack.features, stack.first_rows, strict=True) if i in layout.singles]
+                self.register_buffer(f"first_rows_{number}_{place}", torch.tensor(rows, dtype=torch.int64))
+
+    def forward(self, ids: Tensor, lists: list[Tensor], tables: list[Tensor]) -> Tensor:
+        left = list(tables)
+        inputs, vectors = [], {}
+        for number, stacks in enumerate(self.layout.sets):
+            pieces = self._embed(number, stacks, ids, lists, left[: len(stacks)])
+            left = left[len(stacks) :]
+            if number == 0:
+                vectors = {self.layout.names[at]: piece for at, piece in pieces.items()}
+            inputs.append(torch.cat([pieces[at] for at in sorted(pieces) if at not in self.layout.events], dim=1))
+        if self.histories is not None:
+            inputs = joined(inputs, self._encode(vectors, lists, ids.new_zeros(ids.shape[1])), self.extra_of_histories)
+        return logits_of(inputs, self.over_arch, self.heads, self.bf16)
+
+    def _embed(
+        self, number: int, stacks: list[Stack], ids: Tensor, lists: list[Tensor], tables: list[Tensor]
+    ) -> dict[int, Tensor]:
+        """Return feature -> its part of one input of the over-arch, (B, D), or the vectors (n_l, D) of its events."""
+        layout, rows = self.layout, ids.shape[1]
+        rank = {feature: place for place, feature in enumerate(layout.singles)}
+        pieces: dict[int, Tensor] = {}
+        for place, (stack, packed) in enumerate(zip(stacks, tables, strict=True)):
+            singles = [i for i in stack.features if i in rank]
+            if singles:
+                wanted = ids if len(singles) == len(rank) else ids[[rank[i] for i in singles]]
+                first_rows = getattr(self, f"first_rows_{number}_{place}")
+                # Bags of one id: FBGEMM's kernels copy or unpack a row faster than the compiled loop of an index.
+                places = (wanted.t() + first_rows).flatten()
+                bags = torch.arange(rows * len(singles) + 1)
+                looked_up = pooled(packed, stack.kind, places, bags).view(rows, len(singles), -1)
+                # What an encoder takes for its target must be apart from its neighbours.
+                runs = [(at, at + 1) for at in range(len(singles))] if layout.events else _runs(singles)
+                for start, stop in runs:
+                    pieces[singles[start]] = looked_up[:, start:stop].flatten(1)
+            for feature, first_row in zip(stack.features, stack.first_rows, strict=True):
+                if feature in layout.events:
+                    values = lists[2 * layout.lists.index(feature)] + first_row
+                    pieces[feature] = pooled(packed, stack.kind, values, torch.arange(values.shape[0] + 1))
+                elif feature not in rank:
+                    at = 2 * layout.lists.index(feature)
+                    pieces[feature] = pooled(packed, stack.kind, lists[at] + first_row, lists[at + 1], layout.pooling)
+        return pieces
+
+    def _encode(self, vectors: dict[str, Tensor], lists: list[Tensor], none: Tensor) -> Tensor:
+        """Return the encoders' fields (B, sum of D); ``none`` is (B,) zeros."""
+        assert self.histories is not None
+        places = {self.layout.names[at]: 2 * number for number, at in enumerate(self.layout.lists)}
+        ids = {name: lists[at] for name, at in places.items()}
+        # The sum has the rows' own symbol for its size; of a slice's, the exporter asks whether it may be 1.
+        lengths = {name: none + lists[at + 1].diff() for name, at in places.items()}
+        return self.histories.encode(vectors, ids, lengths)
+
+
+class ScoringLayer(nn.Module):
+    """Static filter ``indices`` (V, N) and one dense layer a view, by the operator for scoring."""
+
+    indices: Tensor
+    weight_t: Tensor
+    bias: Tensor
+    scale: Tensor
+    shift: Tensor
+    weight: Tensor | None
+
+    def __init__(self, indices: Tensor, fusion: ViewFusion, bf16: bool, last: bool) -> None:
+        super().__init__()
+        dense, norm = fusion.dense, fusion.norm
+        weight = dense.weight.detach()
+        kept = {
+            "indices": indices,
+            "weight_t": weight.mT.contiguous().to(torch.bfloat16 if bf16 else weight.dtype),
+            "bias": dense.bias.detach(),
+            "scale": norm.weight.detach(),
+            "shift": norm.bias.detach(),
+            # A row must not score differently in a small batch: in bfloat16 all are multiplied alike.
+            "weight": None if bf16 else weight,
+        }
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor)
+        self.eps, self.last, self.residual = norm.eps, last, fusion.residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = (self.scale, self.shift, self.eps)
+        layer = (self.indices, self.weight_t, self.bias, *norm, self.weight)
+        return view_scoring(x.float(), *layer, turned=not self.last, residual=self.residual)
+
+
+def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
+    """A copy whose layers have their form for scoring, where there is one."""
+    copied = copy.deepcopy(over_arch)
+    if isinstance(copied, SSR):
+        for place, layer in enumerate(copied.blocks()):
+            chosen, fusion = layer.filter, layer.fusion
+            if isinstance(chosen, StaticRandomFilter) and fusion.dense2 is None:
+                copied.layers[place] = ScoringLayer(chosen.indices, fusion, bf16, place == len(copied.layers) - 1)
+    return copied
+
+
+def _runs(features: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and stop within ``features`` of those that follow one another in the schema."""
+    starts = [at for at, i in enumerate(features) if at == 0 or features[at - 1] != i - 1]
+    return list(zip(starts, [*starts[1:], len(features)], strict=True))

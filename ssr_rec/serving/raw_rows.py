@@ -1,0 +1,230 @@
+"""Raw rows (mappings, pandas, Arrow, parquet files) to the arrays that ``Scorer.score_arrays`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.features import Feature, LogBuckets
+from ssr_rec.data.preparation.spec import ListColumn, nearest
+from ssr_rec.data.schema import VALUES, VALUES_KEY, Schema
+from ssr_rec.serving.raw_values import ToId, WrongValue, id_column, items_of, make_to_id
+
+Rows: TypeAlias = pd.DataFrame | pa.Table | pa.RecordBatch | str | Path | Iterable[Mapping[str, Any]]
+Column: TypeAlias = Sequence[Any] | pa.Array
+
+
+class Encoded(NamedTuple):
+    ids: np.ndarray
+    """(S, B) int64."""
+    lists: list[tuple[np.ndarray, np.ndarray]]
+    """Ids (n,) and offsets (B + 1,) of each list feature, int64."""
+
+
+class Encoder:
+    """Raw rows to ids, equal to what the preparation makes of them.
+
+    Args:
+        schema: its ``preparation`` says how lists are cut.
+        folder: where its vocabularies are.
+
+    Attributes:
+        columns: of each feature, in schema order.
+    """
+
+    def __init__(self, schema: Schema, folder: Path) -> None:
+        self.features = schema.features
+        self.columns = [feature.encoding.column for feature in schema.features]
+        canonical = schema.preparation.get(VALUES_KEY, 1) >= VALUES
+        self.to_ids: list[ToId] = [make_to_id(feature, folder, canonical) for feature in schema.features]
+        self.sequences = schema.sequences
+        settings = dict(schema.preparation.get("lists", {}))
+        for sequence in schema.sequences:
+            made = schema.preparation.get("sequences", {}).get(sequence.name, {})
+            kept = {key: made.get(key) for key in ("max_length", "separator")}
+            settings |= {name: {**kept, "keep": "last"} for name in sequence.features if made}
+        self.list_settings = {
+            feature.name: ListColumn.model_validate(settings.get(feature.name, {"max_length": feature.max_length}))
+            for feature in schema.features
+            if feature.kind == "list"
+        }
+
+    def encode(self, rows: Rows, first_row: int = 0) -> Encoded:
+        """The ids of all rows.
+
+        Args:
+            first_row: what messages call the first row.
+
+        Raises:
+            UserError: no rows of a kind that is read, a column that is not there or there twice, or a value of the
+                wrong type; the message names row, feature and value.
+        """
+        columns, num_rows = columns_of(rows, self.columns)
+        singles, lists = [], []
+        lengths: dict[str, np.ndarray] = {}
+        for feature, to_id, column in zip(self.features, self.to_ids, columns, strict=True):
+            try:
+                if feature.kind != "list":
+                    _refuse_lists(column)
+                    singles.append(id_column(column, to_id))
+                else:
+                    values, offsets, lengths[feature.name] = self._list(feature, to_id, column)
+                    lists.append((values, offsets))
+            except WrongValue as error:
+                raise UserError(f"row {first_row + error.row}: feature {feature.name!r} {error.problem}") from None
+            except ValueError as error:
+                raise UserError(f"feature {feature.name!r} {error}") from None
+        self._check_aligned(lengths, first_row)
+        return Encoded(np.stack(singles) if singles else np.empty((0, num_rows), np.int64), lists)
+
+    def _check_aligned(self, lengths: Mapping[str, np.ndarray], first_row: int) -> None:
+        """Refuse a row whose events have columns of different lengths: the k-th items of all are one event."""
+        for sequence in self.sequences:
+            first, *others = sequence.features
+            for other in others:
+                wrong = lengths[first] != lengths[other]
+                if wrong.any():
+                    row = int(wrong.argmax())
+                    raise UserError(
+                        f"row {first_row + row}: sequence {sequence.name!r}: {first!r} has {lengths[first][row]}, "
+                        f"{other!r} has {lengths[other][row]} items; the columns of an event must be aligned"
+                    )
+
+    def _list(self, feature: Feature, to_id: ToId, column: Column) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the ids of the kept items, where each row's begin, and how many items each row was given."""
+        settings = self.list_settings[feature.name]
+        if isinstance(column, pa.Array) and _is_text(column.type) and settings.separator is not None:
+            column = pc.split_pattern(pc.if_else(pc.equal(column, ""), None, column), settings.separator)
+        if isinstance(column, pa.Array) and not _is_list(column.type):
+            column = column.to_pylist()
+        if isinstance(column, pa.Array):
+            column = column.cast(pa.large_list(column.type.value_type))
+            starts = column.offsets.to_numpy()[:-1]
+            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+            items: Column = column.values
+        else:
+            cut: list[Sequence[Any]] = []
+            for row, value in enumerate(column):
+                try:
+                    cut.append(items_of(value, settings.separator))
+                except ValueError as error:
+                    raise WrongValue(row, str(error)) from None
+            lengths = np.array([len(part) for part in cut], dtype=np.int64)
+            starts = np.cumsum(lengths) - lengths
+            items = [item for part in cut for item in part]
+        kept = np.minimum(lengths, settings.max_length)
+        if settings.keep == "last":
+            starts = starts + lengths - kept
+        offsets = np.zeros(len(kept) + 1, dtype=np.int64)
+        np.cumsum(kept, out=offsets[1:])
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], kept)
+        wanted = items.take(pa.array(places)) if isinstance(items, pa.Array) else [items[place] for place in places]
+        if settings.separator is not None and isinstance(feature.encoding, LogBuckets):
+            wanted = [_number(item) for item in (wanted.to_pylist() if isinstance(wanted, pa.Array) else wanted)]
+        try:
+            return id_column(wanted, to_id), offsets, lengths
+        except WrongValue as error:
+            row = int(np.searchsorted(offsets, error.row, side="right")) - 1
+            raise WrongValue(row, f"{error.problem} in its list") from None
+
+
+def columns_of(rows: Rows, names: Sequence[str]) -> tuple[list[Column], int]:
+    """The columns of ``names``, and how many rows there are.
+
+    A mapping may lack a key, which is missing there; a table must have every column. What else is there is ignored.
+
+    Raises:
+        UserError: see ``Encoder.encode``.
+    """
+    if isinstance(rows, (str, Path)):
+        rows = read_parquet(Path(rows), names)
+    if isinstance(rows, pa.RecordBatch):
+        rows = pa.Table.from_batches([rows])
+    if isinstance(rows, pa.Table):
+        check_columns(rows.column_names, names)
+        return [_whole(rows.column(name)) for name in names], rows.num_rows
+    if isinstance(rows, pd.DataFrame):
+        check_columns([str(name) for name in rows.columns], names)
+        by_name = {str(name): place for place, name in enumerate(rows.columns)}
+        return [_of_series(rows.iloc[:, by_name[name]]) for name in names], len(rows)
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise UserError(
+            f"rows are a {type(rows).__name__}; give a list of mappings, a DataFrame, an Arrow table or a path"
+        )
+    listed = list(rows)
+    for number, row in enumerate(listed):
+        if not isinstance(row, Mapping):
+            raise UserError(f"row {number} is a {type(row).__name__}, not a mapping of feature names to values")
+    return [[row.get(name) for row in listed] for name in names], len(listed)
+
+
+def read_parquet(path: Path, names: Sequence[str]) -> pa.Table:
+    try:
+        file = pq.ParquetFile(path)
+        check_columns(file.schema_arrow.names, names)
+        return file.read(columns=list(dict.fromkeys(names)))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+
+
+def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a table that lacks a feature's column or has it twice.
+
+    Raises:
+        UserError: naming the columns, and the nearest spelling of the first.
+    """
+    lacking = [name for name in names if name not in columns]
+    if lacking:
+        raise UserError(
+            f"no column {', '.join(map(repr, lacking[:10]))}{nearest(lacking[0], columns)}; a table needs a column for "
+            "every feature, with nulls where it is missing"
+        )
+    for name in names:
+        if columns.count(name) > 1:
+            raise UserError(f"column {name!r} is there {columns.count(name)} times; give it once")
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):
+        return whole.chunk(0) if whole.num_chunks else pa.array([], type=column.type)
+    return whole
+
+
+def _of_series(series: pd.Series) -> Column:
+    try:
+        array = pa.Array.from_pandas(series)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):  # values of several types: each by itself
+        return series.tolist()
+    return _whole(array) if isinstance(array, pa.ChunkedArray) else array
+
+
+def _number(item: Any) -> Any:
+    """A number cut out of a text; what is none stays, to be refused."""
+    if not isinstance(item, str):
+        return item
+    try:
+        return float(item) if item else None
+    except ValueError:
+        return item
+
+
+def _refuse_lists(column: Column) -> None:
+    if isinstance(column, pa.Array) and pa.types.is_nested(column.type):
+        raise UserError(f"holds {column.type}, not single values")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

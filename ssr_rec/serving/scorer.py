@@ -1,0 +1,217 @@
+"""Score with an artifact: ``load(folder).predict(rows)``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.data.batch import Batch
+from ssr_rec.kernels import extension
+from ssr_rec.serving.artifact import MODEL_FILE, Manifest, read_manifest
+from ssr_rec.serving.raw_rows import Encoder, Rows
+from ssr_rec.serving.value_shares import ValueShares
+
+logger = logging.getLogger(__name__)
+_used_in: int | None = None
+"""The process that has scored."""
+MAX_ROWS = 2**16
+"""Of one call of the compiled program; larger batches go through it piece by piece."""
+
+
+def load(artifact: str | Path, runners: int = 1, check_files: bool = True) -> Scorer:
+    """Open an artifact made by ``ssr_rec.serving.export``.
+
+    Args:
+        runners: threads that may be in the program at the same time; others wait.
+        check_files: compare every file with its checksum first.
+
+    Raises:
+        UserError: not an artifact, a damaged one, or one that cannot run here; the message says why.
+    """
+    folder = Path(artifact)
+    manifest = read_manifest(folder, check_files)
+    if not extension.load():
+        raise UserError(f"{folder}: needs ssr_rec's C++ operators, which could not be built here; see the warning")
+    return Scorer(folder, manifest, runners)
+
+
+class Scorer:
+    """An artifact in memory; any number of threads may use it.
+
+    Attributes:
+        schema: the features and labels, in order.
+        labels: the tasks, in the order of the logits' columns.
+        tables, dense: the precisions.
+        encoder: raw rows to ids.
+        values: how many values given to ``predict`` were missing or unknown; a feature far from training is warned
+            of once, by the logger of this module.
+        manifest: everything else that is known of it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, runners: int = 1) -> None:
+        self.manifest = manifest
+        self.schema, self.labels = manifest.dataset, manifest.dataset.labels
+        self.tables, self.dense = manifest.tables, manifest.dense
+        self.encoder = Encoder(manifest.dataset, folder)
+        self.values = ValueShares(manifest.dataset.features, manifest.dataset.trained_lookups)
+        self._warned_of: set[str] = set()
+        self._tables = [_mapped(folder / name) for name in manifest.stacks.values()]
+        features = self.schema.features
+        self._is_list = [feature.kind == "list" for feature in features]
+        self._sizes = np.array([f.num_embeddings for f in features if f.kind != "list"], dtype=np.uint64)[:, None]
+        self._list_sizes = [f.num_embeddings for f in features if f.kind == "list"]
+        self._run = torch._C._aoti.AOTIModelPackageLoader(str(folder / MODEL_FILE), "model", False, runners, -1).run
+
+    def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
+        """Label -> probabilities (B,) float32 of raw rows, in their order.
+
+        Args:
+            rows: mappings, in which a key that is not there is missing; or a pandas DataFrame, an Arrow table, or the
+                path of a parquet file, which must have a column for every feature. docs/inference.md says what becomes
+                of odd values.
+            first_row: what messages call the first row.
+
+        Raises:
+            UserError: rows that cannot be read; the message names row, feature and value.
+        """
+        encoded = self.encoder.encode(rows, first_row)
+        probabilities = self.score_arrays(*encoded).sigmoid().numpy()
+        if self.values.add(*encoded):
+            self._warn_of_values()
+        return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
+
+    def _warn_of_values(self) -> None:
+        for name, sentence in self.values.far_from_training().items():
+            if name not in self._warned_of:
+                self._warned_of.add(name)
+                logger.warning("%s; are these the columns that the model was trained on?", sentence)
+
+    def score(self, sparse: Tensor | KeyedJaggedTensor | Batch, lengths: Tensor | None = None) -> Tensor:
+        """Logits (B, T) of prepared ids.
+
+        Args:
+            sparse: a batch, or the ids of every feature one after another in schema order.
+            lengths: (F * B,) with ids: how many each feature has in each row, again feature by feature.
+
+        Raises:
+            UserError: lengths that do not fit, or an id that the feature does not have.
+        """
+        if isinstance(sparse, Batch):
+            sparse = sparse.sparse
+        if isinstance(sparse, KeyedJaggedTensor):
+            if sparse.keys() != self.schema.feature_names:
+                raise UserError(f"the batch has features {sparse.keys()}, the artifact {self.schema.feature_names}")
+            sparse, lengths = sparse.values(), sparse.lengths()
+        if lengths is None:
+            raise UserError("score takes a batch, or values and lengths")
+        return self.score_arrays(*self._split(sparse.numpy(), lengths.numpy()))
+
+    def _split(self, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """The single-valued ids (S, B), and ids (n,) and offsets (B + 1,) of each list."""
+        fields = len(self._is_list)
+        if lengths.size % fields:
+            raise UserError(f"{lengths.size} lengths for {fields} features: give one per feature and row")
+        lengths = lengths.reshape(fields, -1)
+        rows = lengths.shape[1]
+        singles, lists, at, first = [], [], 0, 0
+        for feature, is_list in enumerate([*self._is_list, True]):
+            if not is_list:
+                continue
+            if feature > first:
+                if (lengths[first:feature] != 1).any():
+                    raise UserError("a single-valued feature must have one id per row")
+                stop = at + (feature - first) * rows
+                singles.append(values[at:stop])
+                at = stop
+            if feature < fields:
+                offsets = np.zeros(rows + 1, dtype=np.int64)
+                np.cumsum(lengths[feature], out=offsets[1:])
+                if rows and lengths[feature].min() < 0:
+                    raise UserError("a list cannot have a negative length")
+                lists.append((values[at : at + offsets[-1]], offsets))
+                at += int(offsets[-1])
+            first = feature + 1
+        if at != values.size:
+            raise UserError(f"{values.size} ids, but the lengths add up to {at}")
+        joined = singles[0] if len(singles) == 1 else np.concatenate([*singles, values[:0]])
+        return joined.reshape(fields - len(lists), rows), lists
+
+    def score_arrays(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+        """Logits (B, T).
+
+        Args:
+            ids: (S, B) int64, of the single-valued features.
+            lists: ids (n,) int64 and offsets (B + 1,) int64 of each list feature.
+
+        Raises:
+            UserError: an id that the feature does not have, or a process forked from one that has scored.
+        """
+        check_not_forked()
+        self._check_ids(ids, lists)
+        rows = lists[0][1].size - 1 if lists else ids.shape[1]
+        if rows > MAX_ROWS:
+            parts = [
+                self.score_arrays(
+                    np.ascontiguousarray(ids[:, start : start + MAX_ROWS]), [_cut(*one, start) for one in lists]
+                )
+                for start in range(0, rows, MAX_ROWS)
+            ]
+            return torch.cat(parts)
+        if not rows:
+            return torch.empty(0, len(self.labels))
+        inputs = [torch.from_numpy(ids)]
+        for values, offsets in lists:
+            # The program has no graph for no ids at all; one that no row points to changes nothing.
+            inputs += [torch.from_numpy(values if values.size else np.zeros(1, np.int64)), torch.from_numpy(offsets)]
+        return self._run([*inputs, *self._tables])[0]
+
+    def _check_ids(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        # As unsigned numbers negative ids are too large as well.
+        wrong = ids.view(np.uint64) >= self._sizes
+        if wrong.any():
+            feature, row = np.argwhere(wrong)[0]
+            name = [f.name for f in self.schema.features if f.kind != "list"][feature]
+            raise UserError(f"row {row}: feature {name!r} has no id {ids[feature, row]}")
+        for place, ((values, _), size) in enumerate(zip(lists, self._list_sizes, strict=True)):
+            wrong = values.view(np.uint64) >= np.uint64(size)
+            if wrong.any():
+                name = [f.name for f in self.schema.features if f.kind == "list"][place]
+                raise UserError(f"feature {name!r} has no id {values[wrong][0]}")
+
+
+def check_not_forked() -> None:
+    """Refuse to score in a process forked from one that has scored: its threads are not there, and OpenMP would wait.
+
+    Raises:
+        UserError: says how to start such a process.
+    """
+    global _used_in
+    if _used_in not in (None, os.getpid()):
+        raise UserError(
+            f"process {os.getpid()} was forked from {_used_in}, which has scored before, so that OpenMP would wait for "
+            "threads that only the parent has: score first in the children (gunicorn --preload may load, not score), "
+            "or start them by multiprocessing.get_context('spawn')"
+        )
+    _used_in = os.getpid()
+
+
+def _cut(values: np.ndarray, offsets: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lists of ``MAX_ROWS`` rows from ``start`` on."""
+    inner = offsets[start : start + MAX_ROWS + 1]
+    return values[inner[0] : inner[-1]], inner - inner[0]
+
+
+def _mapped(path: Path) -> Tensor:
+    """An array on disk, of which only the pages in use take memory."""
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a table: {error}; export the run again") from None
+    return torch.from_numpy(array)

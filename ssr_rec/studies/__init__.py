@@ -1,0 +1,1 @@
+"""Studies compare runs: figures and tables of many configs and seeds."""

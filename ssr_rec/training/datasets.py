@@ -1,0 +1,162 @@
+"""What a run trains on and evaluates: a dataset's three splits, or its days in order, each next day first evaluated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.config.run import RunConfig
+from ssr_rec.data.day_stream import Course, DayStream
+from ssr_rec.data.oov_dropout import OovDropout, oov_shares
+from ssr_rec.data.reader import Reader, check_rows
+from ssr_rec.data.schema import SPLITS, Schema
+from ssr_rec.data.synthetic.write import ensure_synthetic
+
+
+def draw_synthetic(config: RunConfig, progress: Callable[[int, int], None]) -> Path:
+    """The folder of the synthetic log, drawn by whoever comes first."""
+    folder = ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root), progress)
+    dist.barrier()
+    return folder
+
+
+def open_reader(
+    config: RunConfig,
+    folder: Path,
+    schema: Schema,
+    split: str,
+    rank: int,
+    world_size: int,
+    to_train: bool | None = None,
+) -> Reader:
+    """A split for this rank, shuffled ``to_train`` or in order to evaluate; None: as its name says."""
+    is_train = split == "train" if to_train is None else to_train
+    shares = oov_shares(config.data.oov_dropout, schema) if is_train else {}
+    return Reader(
+        folder,
+        schema,
+        split,
+        batch_size=config.train.batch_size if is_train else config.train.eval_batch_size,
+        ranks=(rank, world_size),
+        num_lanes=config.data.num_lanes,
+        seed=config.seed if is_train and config.data.shuffle else None,
+    ).reading(
+        prefetch=config.data.prefetch,
+        hide_new=not is_train,
+        oov_dropout=OovDropout(shares, schema, split, config.seed) if shares else None,
+    )
+
+
+MEANS = ("auc", "auc_bound", "gauc", "gauc_bound", "logloss", "ne", "calibration")
+"""Measures of which a mean over days says something; of two bounds, it bounds the mean."""
+
+Validation = Callable[[int], tuple[Reader, dict[str, Any]] | None]
+"""What to evaluate after an epoch (-1: before the first), and what the row says of it; None: nothing."""
+OpenSplit = Callable[[str, bool], Reader]
+"""The reader of a split, to train on it (shuffled, ``train.batch_size``) or to evaluate it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Attributes:
+    train: what to train on.
+    validation: what to evaluate after an epoch.
+    test: what to evaluate in the end; None: the days, evaluated before they were trained on, were the test.
+    open_split: opens any split.
+    """
+
+    train: Course
+    validation: Validation
+    test: Reader | None
+    open_split: OpenSplit
+
+
+def open_rows(config: RunConfig, folder: Path, schema: Schema, rank: int = 0, world_size: int = 1) -> Rows:
+    """Return this rank's part of the rows that ``data.path`` and ``data.days`` name.
+
+    Raises:
+        UserError: a dataset of days without ``data.days`` or the other way round, days that it does not have or that
+            leave nothing to evaluate, settings that are not for days, and what ``Reader`` refuses.
+    """
+
+    def open_split(split: str, to_train: bool) -> Reader:
+        return open_reader(config, folder, schema, split, rank, world_size, to_train)
+
+    if config.data.days is None:
+        if schema.days is not None:
+            raise UserError(f"{folder}: its splits are days; train on them in order with data.days: all")
+        readers = {split: open_split(split, split == "train") for split in SPLITS}
+        return Rows(readers["train"], lambda epoch: (readers["validation"], {}), readers["test"], open_split)
+    if schema.days is None:
+        raise UserError(
+            f"data.days={config.data.days}: {folder} is split into {', '.join(schema.splits)}; prepare the log with "
+            "--days COLUMN, or remove data.days"
+        )
+    train = config.train
+    for key, value in (("eval_every", train.eval_every), ("patience", train.patience)):
+        if value is not None:
+            raise UserError(f"train.{key}={value}: a day is evaluated once, when it is the next; set it to null")
+    days = choose_days(config.data.days, schema.days.names)
+    for day in days:
+        check_rows(folder, schema, day, world_size)
+    stream = DayStream(lambda day: open_split(day, True), schema, days, train.epochs, train.batch_size)
+    fitted = set(schema.days.names[: schema.days.fitted])
+    steps = stream.num_steps(train.epochs)
+    last_epoch = stream.locate(min(train.max_steps or steps, steps) - 1)[0]
+    first = 0 if config.warm_start else 1  # fresh weights have nothing to show on the first day
+    evaluated = [day for day in days[first : last_epoch + 2] if day not in fitted]
+    if not evaluated:
+        raise UserError(
+            f"data.days={config.data.days}: no next day to evaluate: the encodings are fitted on the first "
+            f"{schema.days.fitted} of the days {schema.days.names[0]} to {schema.days.names[-1]}; take in later ones"
+        )
+
+    def next_day(epoch: int) -> tuple[Reader, dict[str, Any]] | None:
+        day = days[epoch + 1] if epoch + 1 < len(days) else None
+        return (open_split(day, False), {"day": day}) if day in evaluated and day is not None else None
+
+    return Rows(stream, next_day, None, open_split)
+
+
+def choose_days(wanted: str, days: Sequence[str]) -> list[str]:
+    """``all``, ``FIRST..LAST``, ``FIRST..`` or ``..LAST`` of ``days``.
+
+    Raises:
+        UserError: not of that form, or no such days.
+    """
+    if wanted == "all":
+        return list(days)
+    first, dots, last = wanted.partition("..")
+    ends = [first or days[0], last or days[-1]]
+    if not dots or not set(ends) <= set(days):
+        raise UserError(f"data.days={wanted}: give all, FIRST..LAST, FIRST.. or ..LAST of {', '.join(days)}")
+    chosen = list(days[days.index(ends[0]) : days.index(ends[1]) + 1])
+    if not chosen:
+        raise UserError(f"data.days={wanted}: {first} comes after {last}")
+    return chosen
+
+
+def mean_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Label -> measure -> mean over the days where it is defined, all days alike; nan where it never is."""
+    means: dict[str, dict[str, float]] = {}
+    for task, measures in rows[0]["tasks"].items():
+        means[task] = {}
+        for name in MEANS:
+            values = [row["tasks"][task].get(name) for row in rows]
+            known = [value for value in values if value is not None and not math.isnan(value)]
+            if name in measures:
+                means[task][name] = sum(known) / len(known) if known else math.nan
+    return means
+
+
+def report_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the validation rows of a run by days: ``test``, their mean, ``metrics``, exact if all are, and ``days``."""
+    mode = "exact" if all(row["metrics"] == "exact" for row in rows) else "bounded"
+    kept = ("day", "step", "samples", "loss", "tasks", "metrics")
+    return {"test": mean_of_days(rows), "metrics": mode, "days": [{key: row[key] for key in kept} for row in rows]}

@@ -1,0 +1,104 @@
+"""Batches through the pipeline, and the measures of a split."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from ssr_rec.data.batch import Batch, row_keys
+from ssr_rec.data.reader import Reader
+from ssr_rec.metrics.split_metrics import fold_metrics
+from ssr_rec.over_archs.base import OverArch
+
+
+@contextmanager
+def capture_inputs(over_arch: OverArch, rows: int = 1024) -> Iterator[list[Tensor]]:
+    """Keep up to ``rows`` rows of the first batch that reaches ``over_arch`` inside the block."""
+    kept: list[Tensor] = []
+
+    def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        if not kept:
+            kept.append(inputs[0][:rows].detach().clone())
+
+    handle = over_arch.register_forward_pre_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+class EvaluationConfig(Protocol):
+    """The part of ``TrainConfig`` that evaluations follow."""
+
+    @property
+    def metrics(self) -> str: ...
+    @property
+    def metrics_rows(self) -> int: ...
+
+
+def run_steps(
+    pipeline: TrainPipelineSparseDist,
+    batches: Iterator[Any],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Any]:
+    """The outputs of the pipeline until ``batches`` ends; the pipeline is empty afterwards.
+
+    Args:
+        around: makes the context of each batch.
+    """
+    while True:
+        try:
+            with around():
+                output = pipeline.progress(batches)
+        except StopIteration:
+            return
+        yield output
+
+
+def _noting_keys(batches: Iterator[Batch], keys: deque[Tensor]) -> Iterator[Batch]:
+    """Pass on the batches, which a pipeline reads some steps ahead, and put the keys of their rows into ``keys``."""
+    for batch in batches:
+        keys.append(row_keys(batch.sparse))
+        yield batch
+
+
+def evaluate(
+    pipeline: TrainPipelineSparseDist,
+    model: nn.Module,
+    reader: Reader,
+    config: EvaluationConfig,
+    beat: Callable[[str], None],
+) -> dict[str, Any]:
+    """Metrics of a split, the same on every rank and for every world size. Collective.
+
+    Args:
+        beat: told of every batch, for the watch over stalled ranks.
+
+    Returns:
+        ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
+        (exact or bounded).
+    """
+    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, reader.schema.labels)
+    model.eval()
+    batches = reader.epoch(0)
+    keys: deque[Tensor] = deque()
+    with torch.no_grad():
+        for number, (_, logits, labels, groups) in enumerate(run_steps(pipeline, _noting_keys(batches, keys))):
+            beat(f"batch {number} of the evaluation")
+            metrics.update(logits, labels, groups, keys.popleft())
+    batches.close()
+    model.train()
+    tasks = metrics.compute()
+    found: list[Any] = [None]
+    if tasks is not None:
+        loss = sum(task["logloss"] for task in tasks.values()) / len(tasks)
+        found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
+    dist.broadcast_object_list(found)
+    return found[0]

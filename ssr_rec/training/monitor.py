@@ -1,0 +1,44 @@
+"""Which evaluation is the best one."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from ssr_rec.checkpointing.progress import Tasks
+from ssr_rec.config.training import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def monitored(tasks: Tasks, config: TrainConfig) -> float:
+    """Return the figure early stopping watches, larger is better: the mean over the tasks that count.
+
+    Those are ``monitor_task``, else all of a weight above 0; of them, those whose figure is defined on the fold.
+    """
+    values = [tasks[name][config.monitor] for name in counted(tasks, config)]
+    values = [value for value in values if not math.isnan(value)]
+    if not values:  # any figure is better
+        return -math.inf
+    value = sum(values) / len(values)
+    return value if config.monitor in ("auc", "gauc") else -value
+
+
+def counted(tasks: Tasks, config: TrainConfig) -> list[str]:
+    """Return the tasks whose figures choose the best: ``monitor_task``, else all of a weight above 0."""
+    if config.monitor_task is not None:
+        return [config.monitor_task]
+    return [name for name in tasks if config.task_weights.get(name, 1.0) > 0]
+
+
+def say_what_cannot_choose(tasks: Tasks, config: TrainConfig) -> None:
+    """Say which labels have no figure on the validation fold, such as a rare one of which it has no row."""
+    chosen_by = counted(tasks, config)
+    without = [name for name in chosen_by if math.isnan(tasks[name][config.monitor])]
+    if without:
+        some = len(without) < len(chosen_by)
+        logger.warning(
+            f"the validation fold gives no {config.monitor} for {', '.join(without)} (rows of one class?), so that "
+            + ("they do not count in choosing the best" if some else "no evaluation is the best: the last is kept")
+            + "; name another label by train.monitor_task, or monitor logloss"
+        )

@@ -1,0 +1,70 @@
+"""Joins the job's ranks and refuses what the device or the dataset cannot do."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.config.training import TrainConfig
+from ssr_rec.data.schema import Schema
+
+
+def start_process_group(device: str) -> torch.device:
+    """Join the job's ranks (gloo on CPU, NCCL on CUDA), or be the only one when no launcher set RANK."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda, but torch finds no GPU here; use --device=cpu or auto")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return chosen
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what the device cannot do, and switch on TF32 where it is wanted.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    if config.pipeline == "prefetch":
+        if device.type != "cuda":
+            # Without CUDA streams TorchRec's prefetch_embeddings fetches nothing and the forward pass finds no input.
+            raise UserError(
+                f"train.pipeline: prefetch needs CUDA streams and FBGEMM's row cache, and this is {device.type}; "
+                "use sparse_dist"
+            )
+        if config.skip_bad_steps:
+            raise UserError(
+                f"train.skip_bad_steps={config.skip_bad_steps} is not for train.pipeline: prefetch; use sparse_dist"
+            )
+    if config.tf32:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError("train.tf32: only NVIDIA GPUs from A100 (compute capability 8.0) on have TF32; remove it")
+        torch.set_float32_matmul_precision("high")
+
+
+def check_train_config(config: TrainConfig, schema: Schema) -> None:
+    """Refuse settings that name labels or groups the dataset does not have."""
+    for key, names in (("task_weights", list(config.task_weights)), ("monitor_task", [config.monitor_task])):
+        for name in {*names} - {*schema.labels, None}:
+            raise UserError(f"train.{key} names {name!r}; the labels are {', '.join(schema.labels)}")
+    if not any(config.task_weights.get(label, 1.0) for label in schema.labels):
+        raise UserError(f"train.task_weights gives every label of {', '.join(schema.labels)} 0; leave one above it")
+    if config.monitor == "gauc" and schema.group_id is None:
+        raise UserError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
+
+
+def share_cores() -> int:
+    """Give this process its part of the host's cores; return how many processes the launcher runs on the host."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    return local_world_size

@@ -1,0 +1,131 @@
+"""What docs/data.md makes of a log, in plain Python: written from the page, apart from the preparation's code."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def text_of(value: Any) -> str | None:
+    """Return the one text of a value of a categorical or list column; None for missing."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, float):
+        return str(int(value))
+    text = str(value)
+    if text in ("True", "TRUE"):
+        return "true"
+    if text in ("False", "FALSE"):
+        return "false"
+    return text.split(".")[0] if re.fullmatch(r"-?[0-9]+\.0+", text) else text
+
+
+def splits_of(rows: Sequence[Row], spec: dict[str, Any], seed: int) -> list[str]:
+    rule = spec["split"]
+    if rule["type"] == "time":
+        first, second = rule["boundaries"]
+        times = [row[rule["column"]] for row in rows]
+        return ["train" if t < first else "validation" if t < second else "test" for t in times]
+    total = sum(rule["ratios"])
+    upto = [rule["ratios"][0] / total, (rule["ratios"][0] + rule["ratios"][1]) / total]
+    shares = [order_of(number, seed)[0] / 2**31 for number in range(len(rows))]
+    return ["train" if share < upto[0] else "validation" if share < upto[1] else "test" for share in shares]
+
+
+def order_of(number: int, seed: int) -> tuple[int, int]:
+    """Return what the rows of a split are sorted by."""
+    salt = (seed * 0x9E3779B1 + 0x2C1B3C6D) % 2**31
+    x = (number ^ ((number >> 31) * 0x7FEB352D + salt)) % 2**31
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x046CA68B), (13, 0x05EBCA6B)):
+        x = ((x ^ (x >> shift)) * factor) % 2**31
+    return (x ^ (x >> 16)), number >> 31
+
+
+def md5(text: str) -> int:
+    return int(hashlib.md5(text.encode()).hexdigest(), 16)
+
+
+class Reference:
+    """The encodings fitted on the training rows, and the rows they make.
+
+    Attributes:
+        names: features in the order of the spec.
+        splits: split -> rows in their stored order, each ids by feature, labels, and the group id.
+    """
+
+    def __init__(self, rows: Sequence[Row], spec: dict[str, Any], seed: int) -> None:
+        self.spec = spec
+        self.lists: dict[str, dict[str, Any]] = spec.get("lists", {})
+        self.names = [*spec["categorical"], *spec["numeric"], *self.lists]
+        chosen = splits_of(rows, spec, seed)
+        train = [row for row, split in zip(rows, chosen, strict=True) if split == "train"]
+        self.vocabularies = {
+            name: self._vocabulary(train, name)
+            for name in (*spec["categorical"], *self.lists)
+            if name not in spec["hash_buckets"]
+        }
+        self.ranges = {name: self._range(train, name) for name in spec["numeric"]}
+        groups = [row[spec["group_id"]] for row in rows]
+        whole = all(re.fullmatch(r"-?[0-9]+", str(text_of(group))) for group in groups)
+        self.splits: dict[str, list[Row]] = {split: [] for split in ("train", "validation", "test")}
+        for number in sorted(range(len(rows)), key=lambda number: order_of(number, seed)):
+            row = rows[number]
+            text = text_of(row[spec["group_id"]])
+            assert text is not None
+            stored = {name: self.encode(row, name) for name in self.names}
+            stored |= {label: int(row[label]) for label in spec["labels"]}
+            stored["__group_id__"] = int(text) if whole else int(hashlib.md5(text.encode()).hexdigest()[:15], 16)
+            self.splits[chosen[number]].append(stored)
+
+    def _items(self, row: Row, name: str) -> list[str | None]:
+        if name not in self.lists:
+            return [text_of(row[name])]
+        settings = self.lists[name]
+        items = list(row[name] or [])
+        most = settings["max_length"]
+        return [text_of(item) for item in (items[-most:] if settings.get("keep") == "last" else items[:most])]
+
+    def _vocabulary(self, train: Sequence[Row], name: str) -> dict[str, int]:
+        counts = Counter(text for row in train for text in self._items(row, name) if text is not None)
+        kept = [text for text, count in counts.items() if count >= self.spec["min_count"]]
+        return {text: 2 + i for i, text in enumerate(sorted(kept, key=lambda t: (-counts[t], t.encode())))}
+
+    def _range(self, train: Sequence[Row], name: str) -> tuple[float, float]:
+        values = [transformed(row[name]) for row in train if transformed(row[name]) is not None]
+        return (min(values), max(values)) if values else (0.0, 0.0)
+
+    def encode(self, row: Row, name: str) -> int | list[int]:
+        """Return the id of a row's value, or those of its list."""
+        if name in self.ranges:
+            t, (low, high), buckets = transformed(row[name]), self.ranges[name], self.spec["num_buckets"]
+            if t is None:
+                return 0
+            if high <= low:
+                return 1
+            return 1 + min(max(math.floor((t - low) / ((high - low) / buckets)), 0), buckets - 1)
+        ids = [self._id(text, name) for text in self._items(row, name)]
+        return ids if name in self.lists else ids[0]
+
+    def _id(self, text: str | None, name: str) -> int:
+        if text is None:
+            return 0
+        if name in self.vocabularies:
+            return self.vocabularies[name].get(text, 1)
+        return 1 + md5(text) % self.spec["hash_buckets"][name]
+
+
+def transformed(value: Any) -> float | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return math.copysign(math.log(1.0 + abs(float(value))), float(value)) if value else 0.0

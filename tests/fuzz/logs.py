@@ -1,0 +1,273 @@
+"""Random logs, prepared from four containers by both engines and scored in three ways, against a plain reading.
+
+    python -m tests.fuzz.logs --logs 1000 --seed 0 --spark-every 50
+
+Every log has columns of random kinds, and lies in one to three files given in a random order. It is prepared as CSV, as
+gzipped TSV, as typed parquet and as parquet that pandas wrote; each dataset must hold the rows of
+``log_reference.Reference``, in order. Its rows are then encoded as mappings, as a DataFrame and as the files that
+``score.py`` reads: ids decide logits, so equal ids are equal scores. A log with a difference is printed with its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import gzip
+import io
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ssr_rec.data.preparation.engines import EngineSettings, SparkSettings
+from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.spec import make_spec
+from ssr_rec.data.schema import Schema
+from ssr_rec.serving.raw_rows import Encoder
+from ssr_rec.serving.score_file import _pieces
+from tests.fuzz.log_reference import Reference, Row
+
+WORDS = [
+    "",
+    "a",
+    "b c",
+    " a",
+    "007",
+    "7",
+    "7.0",
+    "True",
+    "FALSE",
+    "none",
+    "NaN",
+    "null",
+    'a "q"',
+    "x\ny",
+    "Ü",
+    "日本",
+    ",",
+]
+WORDS += ["\t", "'", "-3.00", "1e5", "-", "0", "false", "a,b", "é", "\\", "=1"]
+ITEMS = ["a", "7", "7.0", "True", "true", "", "Ü", "b c", "007"]
+CONTAINERS = ("csv", "tsv.gz", "parquet", "pandas.parquet")
+
+
+def draw(seed: int) -> tuple[dict[str, Any], list[Row], dict[str, pa.DataType], list[int]]:
+    """Return a spec, rows, the parquet type of each column, and how many rows each file has."""
+    r = random.Random(seed)
+    count = r.randrange(60, 200)
+    gaps = r.choice([0.0, 0.2])
+
+    def missing(value: Any) -> Any:
+        return None if r.random() < gaps else value
+
+    day = datetime.date(2024, 1, 1)
+    kinds: dict[str, tuple[pa.DataType, Any]] = {
+        "small": (pa.int64(), lambda: missing(r.randrange(-3, 9))),
+        "large": (pa.int64(), lambda: r.choice([2**53 + 1, -(2**60), 2**62, 5])),
+        "unsigned": (pa.uint64(), lambda: r.choice([0, 7, 2**63 + 5, 2**64 - 1])),
+        "flag": (pa.bool_(), lambda: missing(r.random() < 0.5)),
+        "word": (pa.string(), lambda: missing(r.choice(WORDS))),
+        "date": (pa.date32(), lambda: missing(day + datetime.timedelta(r.randrange(5)))),
+        "narrow": (pa.int16(), lambda: r.randrange(0, 30)),
+    }
+    columns: dict[str, tuple[pa.DataType, Any]] = {}
+    for number in range(r.randrange(1, 5)):
+        kind = r.choice(list(kinds))
+        columns[f"c{number}_{kind}"] = kinds[kind]
+    categorical = list(columns)
+    numeric = [f"n{number}" for number in range(r.randrange(0, 3))]
+    for name in numeric:
+        integers, scale = r.random() < 0.3, 10 ** r.randrange(0, 6)
+        constant = r.random() < 0.1
+        columns[name] = (
+            (pa.int64(), lambda s=scale: missing(r.randrange(-s, s + 1)))
+            if integers
+            else (pa.float64(), lambda s=scale, c=constant: missing(1.5 if c else r.gauss(0, s)))
+        )
+    lists: dict[str, Any] = {}
+    for number in range(r.randrange(0, 3)):
+        whole, name = r.random() < 0.4, f"l{number}"
+        lists[name] = {"max_length": r.randrange(1, 5), "separator": "|", "keep": r.choice(["first", "last"])}
+
+        def items(whole: bool = whole) -> Any:
+            if r.random() < 0.2:
+                return r.choice([None, []])
+            found = [r.randrange(9) if whole else r.choice(ITEMS) for _ in range(r.randrange(1, 6))]
+            return found if found != [""] else ["a"]  # as text, that is an empty list
+
+        columns[name] = (pa.list_(pa.int64() if whole else pa.string()), items)
+    group = r.choice(["whole", "word"])
+    columns["g"] = (pa.int64(), lambda: r.randrange(9)) if group == "whole" else (pa.string(), lambda: r.choice("abc7"))
+    columns["t"] = (pa.int64(), lambda: r.choice([1, 2, 10, 99, 10**18 + r.randrange(9)]))
+    columns["click"] = (pa.int64(), lambda: int(r.random() < 0.4))
+    rows = [{name: make() for name, (_, make) in columns.items()} for _ in range(count)]
+    hashed = {name: r.randrange(2, 40) for name in (*categorical, *lists) if r.random() < 0.25}
+    split: dict[str, Any] = {"type": "random", "ratios": [6, 2, 2]}
+    if r.random() < 0.4:
+        split = {"type": "time", "column": "t", "boundaries": [10, 10**17]}
+    spec = {
+        "name": "log",
+        "labels": ["click"],
+        "categorical": categorical,
+        "numeric": numeric,
+        "lists": lists,
+        "group_id": "g",
+        "split": split,
+        "min_count": r.randrange(1, 4),
+        "num_buckets": r.randrange(1, 20),
+        "hash_buckets": hashed,
+        "ignore": [] if split["type"] == "time" else ["t"],
+    }
+    cuts = sorted(r.randrange(0, count) for _ in range(r.randrange(0, 3)))
+    sizes = np.diff([0, *cuts, count]).tolist()
+    return spec, rows, {name: kind for name, (kind, _) in columns.items()}, [size for size in sizes if size]
+
+
+def write(rows: Sequence[Row], kinds: dict[str, pa.DataType], container: str, path: Path) -> Path:
+    """Write rows to a file of that kind of container."""
+    path = path.with_name(f"{path.name}.{container.removeprefix('pandas.')}")
+    if container == "parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows), pa.schema(list(kinds.items()))), path)
+    elif container == "pandas.parquet":
+        frame(rows, kinds).to_parquet(path)
+    else:
+        out = io.StringIO()
+        writer = csv.writer(out, delimiter="\t" if container.startswith("tsv") else ",", lineterminator="\n")
+        writer.writerow(kinds)
+        writer.writerows([[cell(row[name]) for name in kinds] for row in rows])
+        data = out.getvalue().encode()
+        path.write_bytes(gzip.compress(data) if container.endswith(".gz") else data)
+    return path
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "|".join(map(cell, value))
+    return "" if value is None else value.isoformat() if isinstance(value, datetime.date) else str(value)
+
+
+def frame(rows: Sequence[Row], kinds: dict[str, pa.DataType]) -> pd.DataFrame:
+    """Return the rows as pandas has them: whole numbers with gaps are floats."""
+    made = {}
+    for name, kind in kinds.items():
+        values = [row[name] for row in rows]
+        unsigned = pa.types.is_uint64(kind)
+        made[name] = pd.Series(values, dtype="uint64" if unsigned else None) if rows else pd.Series([], dtype=object)
+    return pd.DataFrame(made)
+
+
+def check(seed: int, work: Path, with_spark: bool) -> str | None:
+    """Return what differs for one log, None if nothing does."""
+    spec, rows, kinds, sizes = draw(seed)
+    r = random.Random(seed + 1)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(rows[start : start + size])
+        start += size
+    for container in CONTAINERS:
+        order = r.sample(range(len(parts)), len(parts))  # another order of the files for each container
+        in_order = [row for place in order for row in parts[place]]
+        wanted = Reference(in_order, spec, seed)
+        folder = work / container
+        folder.mkdir(parents=True)
+        files = [write(parts[place], kinds, container, folder / f"part{place}") for place in order]
+        engines: list[SparkSettings | None] = [None, SparkSettings()] if with_spark else [None]
+        for engine in engines:
+            output = folder / f"out_{engine is not None}"
+            where = f"{container}, files {order}, {'Spark' if engine else 'DuckDB'}"
+            try:
+                schema = prepare(
+                    [str(path) for path in files],
+                    output,
+                    make_spec(spec, "fuzz"),
+                    seed=seed,
+                    settings=EngineSettings(spark=engine),
+                )
+            except ValueError as error:
+                if all(wanted.splits.values()) or "split is empty" not in str(error):
+                    return f"{where}: refused: {error}"
+                continue
+            for split, expected in wanted.splits.items():
+                shards = [pq.read_table(output / shard.path).to_pylist() for shard in schema.splits[split].shards]
+                found = [row for shard in shards for row in shard]
+                for number, (mine, theirs) in enumerate(zip(found, expected, strict=False)):
+                    if mine != theirs:
+                        different = {key: (mine[key], theirs[key]) for key in theirs if mine.get(key) != theirs[key]}
+                        return f"{where}: {split} row {number}: {different}"
+                if len(found) != len(expected):
+                    return f"{where}: {split} has {len(found)} rows, not {len(expected)}"
+            if engine is None and (problem := scoring_problem(schema, output, in_order, kinds, files, wanted)):
+                return f"{where}: {problem}"
+    return None
+
+
+def scoring_problem(
+    schema: Schema, folder: Path, rows: list[Row], kinds: dict[str, pa.DataType], files: list[Path], wanted: Reference
+) -> str | None:
+    """Return how ids of scoring differ from the reference's."""
+    encoder = Encoder(schema, folder)
+    expected = [{name: wanted.encode(row, name) for name in schema.feature_names} for row in rows]
+    names = list(dict.fromkeys(encoder.columns))
+    ways: list[tuple[str, Iterator[Any] | list[Any]]] = [
+        ("mappings", [rows]),
+        ("DataFrame", [frame(rows, kinds)]),
+        ("file", (piece for path in files for piece in _pieces(path, schema, names))),
+    ]
+    for way, pieces in ways:
+        found: list[Row] = []
+        for piece in pieces:
+            encoded = encoder.encode(piece)
+            lists = [np.split(ids, offsets[1:-1]) for ids, offsets in encoded.lists]
+            for row in range(encoded.ids.shape[1]):
+                singles, several = iter(encoded.ids[:, row].tolist()), iter(lists)
+                found.append(
+                    {
+                        f.name: next(several)[row].tolist() if f.kind == "list" else next(singles)
+                        for f in schema.features
+                    }
+                )
+        for number, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+            if mine != theirs:
+                different = {
+                    key: (mine[key], theirs[key], rows[number][key]) for key in theirs if mine[key] != theirs[key]
+                }
+                return f"scored as {way}: row {number}: {different}"
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 1 if any log differs."""
+    parser = argparse.ArgumentParser(description="Prepare and score random logs, against a plain reading of the docs.")
+    parser.add_argument("--logs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the first log; the others follow")
+    parser.add_argument("--spark-every", type=int, default=0, help="every so many logs on Spark, too; 0: none")
+    chosen = parser.parse_args(arguments)
+    differing, started = 0, time.perf_counter()
+    for done, seed in enumerate(range(chosen.seed, chosen.seed + chosen.logs), start=1):
+        work = Path(tempfile.mkdtemp(prefix="logs."))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                problem = check(seed, work, bool(chosen.spark_every) and seed % chosen.spark_every == 0)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        if problem is not None:
+            differing += 1
+            print(f"log {seed}: {problem}", flush=True)
+        if done % 50 == 0 or done == chosen.logs:
+            print(f"{done} logs, {differing} differ, {time.perf_counter() - started:.0f} s", flush=True)
+    return min(1, differing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The progress line, its numbers and its timing."""
+
+import io
+import math
+
+import pytest
+
+from ssr_rec.common.formatting import decimal, duration, short_number
+from ssr_rec.runs.progress_line import Progress, format_progress
+
+ROW = {
+    "step": 1200,
+    "split": "train",
+    "samples_per_s": 24_100.0,
+    "data_wait": 0.004,
+    "loss": 0.51234,
+    "tasks": {"click": {"auc": 0.71234}},
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_line():
+    line = "step 1200/1953  24.1k samples/s  wait 0.4 %  loss .5123  auc .7123  eta 1m32s"
+    assert format_progress(ROW, 1953, 92.0) == line
+
+
+def test_the_line_leaves_out_what_is_not_known_and_names_several_tasks():
+    assert format_progress({"step": 3}) == "step 3"
+    assert format_progress({"step": 3, "loss": math.nan, "tasks": {}}, 9) == "step 3/9  loss nan"
+    two = {"step": 3, "tasks": {"click": {"auc": 0.7}, "like": {"auc": math.nan}}}
+    assert format_progress(two) == "step 3  auc click .7000, like -"
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0.71236, ".7124"), (1.0417, "1.0417"), (-0.0012, "-.0012"), (10.02, "10.0200"), (None, "-")]
+)
+def test_decimal(value, text):
+    assert decimal(value) == text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        *[(0, "0"), (7, "7"), (999, "999"), (999.9, "1.00k"), (1000, "1.00k"), (24_149, "24.1k"), (241_490, "241k")],
+        *[(999_700, "1.00M"), (1_570_000, "1.57M"), (2.5e9, "2.50G"), (3e12, "3.00T")],
+    ],
+)
+def test_short_number(value, text):
+    assert short_number(value) == text
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(-1, "0s"), (59.4, "59s"), (59.6, "1m00s"), (92, "1m32s"), (7500, "2h05m"), (3 * 86_400 + 4 * 3600, "3d04h")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_log_file_gets_a_line_every_so_often_and_the_last():
+    now = [0.0]
+    stream = io.StringIO()
+    progress = Progress(100, stream=stream, seconds_between_lines=10.0, clock=lambda: now[0])
+    for step in range(1, 101):
+        now[0] += 0.3
+        progress.show({"step": step})
+    progress.close()
+    assert stream.getvalue().splitlines() == [
+        "step 1/100  eta 30s",
+        "step 35/100  eta 20s",
+        "step 69/100  eta 9s",
+        "step 100/100  eta 0s",
+    ]
+
+
+def test_a_terminal_gets_one_line_rewritten_and_notes_that_stay(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    stream = Terminal()
+    progress = Progress(None, stream=stream)
+    progress.show({"step": 1})
+    progress.show(ROW)
+    progress.note("validation auc .7000")
+    progress.show({"step": 1201})
+    progress.close()
+    progress.close()
+    start = "\r\x1b[K"
+    assert stream.getvalue() == (
+        f"{start}step 1{start}step 1200  24.1k samples/s  w{start}validation auc .7000\n{start}step 1201\n"
+    )
+
+
+def test_a_resumed_run_counts_its_own_steps_for_the_eta():
+    now = [50.0]
+    stream = io.StringIO()
+    progress = Progress(200, first_step=100, stream=stream, clock=lambda: now[0])
+    now[0] += 5
+    progress.show({"step": 150})
+    assert stream.getvalue() == "step 150/200  eta 5s\n"
+
+
+def test_other_ranks_are_silent():
+    stream = Terminal()
+    progress = Progress(10, rank=1, stream=stream)
+    progress.show({"step": 10})
+    progress.note("done")
+    progress.close()
+    assert stream.getvalue() == ""
