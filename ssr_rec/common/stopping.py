@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from types import FrameType
 
 from ssr_rec.common.errors import UserError
@@ -16,7 +15,7 @@ from ssr_rec.common.errors import UserError
 EXIT_CODE = 130
 """After a request to stop, as shells have it."""
 
-_asked = threading.Event()
+_asked: list[int] = []  # not an Event: a signal may interrupt the handler of the one before it, within its lock
 
 
 def listen() -> None:
@@ -27,7 +26,7 @@ def listen() -> None:
 
 def is_asked() -> bool:
     """Return whether a stop was asked for since ``listen``."""
-    return _asked.is_set()
+    return bool(_asked)
 
 
 def check() -> None:
@@ -36,7 +35,7 @@ def check() -> None:
     Raises:
         KeyboardInterrupt: it was.
     """
-    if _asked.is_set():
+    if _asked:
         raise KeyboardInterrupt
 
 
@@ -56,5 +55,5 @@ def exit_status(error: BaseException, stopped: str) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    _asked.set()
+    _asked.append(number)
     raise KeyboardInterrupt

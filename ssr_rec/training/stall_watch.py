@@ -136,29 +136,31 @@ def _in_time(function: Callable[[], Any], seconds: float) -> Any:
 def stop_when_asked() -> Iterator[Callable[[], bool]]:
     """Inside the block SIGTERM and Ctrl-C only set what the yielded function returns; needs the main thread.
 
-    A terminal and a launcher may both pass on the same Ctrl-C, so what comes within ``SAME_REQUEST_S`` is one request.
-    A signal after that acts as it did before the block.
+    A terminal and a launcher may both pass on the same Ctrl-C, so what comes within ``SAME_REQUEST_S`` is one request,
+    also after the block. A signal after that acts as it did before the block.
     """
-    asked = threading.Event()
+    # Not an Event: a signal may interrupt the handler of the one before it, which would wait for its own lock.
+    asked_at: list[float] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: False
         return
     before = {kind: signal.getsignal(kind) for kind in STOPS}
 
     def ask(kind: int, frame: FrameType | None) -> None:
-        if not asked.is_set():
-            asked.set()
-            ask_again_after[0] = time.monotonic() + SAME_REQUEST_S
-        elif time.monotonic() > ask_again_after[0]:
-            for stop, handler in before.items():
-                signal.signal(stop, handler)
+        if not asked_at:
+            asked_at.append(time.monotonic())
+        elif time.monotonic() > asked_at[0] + SAME_REQUEST_S:
+            act_as_before()
             signal.raise_signal(kind)
 
-    ask_again_after = [0.0]
+    def act_as_before() -> None:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
     for kind in STOPS:
         signal.signal(kind, ask)
     try:
-        yield asked.is_set
+        yield lambda: bool(asked_at)
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        if not asked_at:
+            act_as_before()

@@ -40,7 +40,7 @@ def test_asked_to_stop_a_run_writes_a_checkpoint_and_ends_with_its_own_code(
     assert wait_until(lambda: steps_done(tmp_path / "runs") >= 13, job)
     for kind in kinds:
         job.send(kind, ranks)
-    assert job.wait(60) == [PREEMPTED, PREEMPTED]
+    assert job.wait(60) == [PREEMPTED, PREEMPTED], job.said()
     assert "Traceback" not in job.said()
     assert "asked to stop at step" in job.said()
     names = [path.name for path in (tmp_path / "runs" / "run" / "checkpoints").glob("step-*")]
