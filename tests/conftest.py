@@ -1,6 +1,11 @@
 """Small prepared datasets, drawn once per session."""
 
+import os
 from pathlib import Path
+
+# Before torch is loaded. Threads of OpenMP that wait for one another spin, and where several processes share the cores
+# they spin in the way of those they wait for: a run of two seconds takes ten.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pyarrow as pa
