@@ -3,9 +3,11 @@
 import hashlib
 import os
 import signal
+from contextlib import nullcontext
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -31,8 +33,10 @@ from ssr_rec.training.setup import start_process_group
 from ssr_rec.training.stall_watch import Preempted
 
 
-def train_job(overrides: list[str], config: str | None = None) -> dict[str, Any]:
-    return train(load_config(config, overrides)).values()
+def train_job(overrides: list[str], config: str | None = None, with_curves: bool = False) -> dict[str, Any]:
+    """The report of a run. Its curves would take as long as a small run's training."""
+    with nullcontext() if with_curves else mock.patch("ssr_rec.runs.result.draw_curves", lambda *_: None):
+        return train(load_config(config, overrides)).values()
 
 
 def refused_job(overrides: list[str]) -> str:

@@ -101,7 +101,7 @@ def test_initial_weights_do_not_depend_on_the_world_size(dataset):
 
 def test_run_folder_holds_what_the_contract_says(dataset, tmp_path):
     more = ["--train.eval_every=10", "--train.epochs=2", "--over_arch.filter=dynamic"]
-    report = run_ranks(train_job, 2, overrides(dataset, tmp_path, *more))[0]
+    report = run_ranks(train_job, 2, overrides(dataset, tmp_path, *more), None, True)[0]
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "report.json", "curves.png", "tensorboard", "checkpoints"}

@@ -252,7 +252,9 @@ def test_flops_per_sample(case: str) -> None:
     assert over_arch.flops().elementwise > 0
 
 
-@every_case
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] if "switched" in name else []) for name in CASES]
+)
 def test_export_with_any_batch_size(case: str) -> None:
     over_arch = build(case).eval()
     rows = {0: torch.export.Dim("rows", min=1)}

@@ -23,7 +23,7 @@ def telling_job(overrides: list[str]) -> tuple[dict, str]:
     """The report, and what this rank prints."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        report = train_job(overrides)
+        report = train_job(overrides, with_curves=True)
     return report, said.getvalue()
 
 
