@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready-$(STACK)
 RUNS ?= runs/quickstart
 
-.PHONY: setup setup-spark train test test-forms test-slow test-faults lint format clean
+.PHONY: setup setup-spark train test test-forms test-slow test-faults lint docs format clean
 
 setup: $(READY)
 
@@ -60,9 +60,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/ and of the docstrings in build/docs; a broken link or an argument that is not there fails.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.ready: requirements/docs.txt
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	touch $@
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs data .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-docs build runs data .mypy_cache .pytest_cache .ruff_cache

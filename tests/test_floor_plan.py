@@ -43,6 +43,11 @@ def test_the_root_has_few_rooms():
     assert {room.removesuffix(".py") for room in rooms} <= {*ORDER, "__init__"}
 
 
+def test_every_package_has_its_page_of_docstrings():
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {path.stem for path in (PACKAGE.parent / "docs" / "api").glob("*.md")} == packages
+
+
 def test_reading_a_config_imports_neither_torch_nor_torchrec():
     code = "import sys, ssr_rec.config.run; sys.exit(bool({'torch', 'torchrec', 'fbgemm_gpu'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0

@@ -51,7 +51,7 @@ class ManagedIds(nn.Module):
 
     Args:
         batch_size: rows of the global batch, for the room that counting takes.
-        seed, scale: of the values that a row begins with when it changes hands.
+        seed: of the values that a row begins with when it changes hands.
     """
 
     def __init__(

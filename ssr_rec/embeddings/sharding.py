@@ -99,7 +99,8 @@ def build_constraints(
     """Table -> what TorchRec's planner may do with it.
 
     Args:
-        tables, fused: as ``plan_sharding``.
+        tables: as ``plan_sharding``.
+        fused: as ``plan_sharding``.
         prefetch: the pipeline fetches cached rows ahead, for which FBGEMM's cache keeps two batches.
 
     Raises:

@@ -28,7 +28,8 @@ def view_scoring(
         indices: (V, N) int64, dims below ``width``.
         weight_t: (V, d, N) float32; or bfloat16, for products of bfloat16 summed in float32.
         bias: (V, d) float32.
-        scale, shift: (V, d) float32, both or neither; None for no LN.
+        scale: (V, d) float32; None for no LN.
+        shift: (V, d) float32, None exactly where ``scale`` is.
         eps: added to the variance of LN.
         weight: (V, N, d), ``weight_t.mT`` contiguous, for batches of a dozen rows or fewer: None has them computed as
             larger ones are, in some 40 us where 20 would do.

@@ -231,9 +231,7 @@ def gather_predictions(
     Args:
         logits: ``(n, T)``; ``n`` may differ between ranks and be 0. Half precision becomes float32.
         labels: ``(n, T)``; uint8 is cheapest to send.
-        groups: ``(n,)``, or None on every rank.
-
-        Dtypes are the same on all ranks; tensors may lie on any device.
+        groups: ``(n,)``, or None on every rank. Dtypes are the same on all ranks; tensors may lie on any device.
 
     Returns:
         On rank 0 ``logits (N, T)``, ``labels (N, T)``, ``groups (N,)`` (or None) with the ranks' rows one after the

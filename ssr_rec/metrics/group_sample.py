@@ -118,8 +118,11 @@ def sampled_gauc(
     whichever is less.
 
     Args:
-        logits, labels, groups: ``(N,)`` as in ``metrics.gauc``.
-        left_out, fold_rows: of a ``GroupSample``; None: the fold has no large groups.
+        logits: ``(N,)``, as in ``metrics.gauc``.
+        labels: ``(N,)``.
+        groups: ``(N,)``.
+        left_out: of a ``GroupSample``; None: the fold has no large groups.
+        fold_rows: of a ``GroupSample``.
     """
     aucs, rows = auc_of_groups(logits, labels, groups)
     counts = ~np.isnan(aucs)

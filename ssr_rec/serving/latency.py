@@ -87,7 +87,8 @@ def drive(
         score: called with the request's number, counted from 0.
         requests: how many, in a closed loop; or the times (N,) at which they are due, ascending, in an open loop.
         clients: how many threads send.
-        now, sleep: the clock, in seconds.
+        now: the clock, in seconds.
+        sleep: waits so many seconds of it.
     """
     due = None if isinstance(requests, int) else requests
     count = requests if isinstance(requests, int) else len(requests)

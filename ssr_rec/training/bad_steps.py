@@ -65,7 +65,8 @@ def note_bad_steps(
     """Steps with a bad loss end the run, unless so many may be skipped: then the pipeline has not trained on them.
 
     Args:
-        losses, good: of the steps from ``first_step`` (from 0) on, (steps,).
+        losses: of the steps from ``first_step`` (from 0) on, (steps,).
+        good: which of them are, (steps,).
         skipped: bad steps so far, these included.
         allowed: ``train.skip_bad_steps``.
 

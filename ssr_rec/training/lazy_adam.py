@@ -19,7 +19,10 @@ class LazyAdam(Optimizer):
 
     Args:
         params: the tables; their gradients are dense.
-        lr, betas, eps, weight_decay: as above.
+        lr: the rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second.
+        weight_decay: a share of the row, decoupled.
     """
 
     def __init__(
