@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from ssr_rec.checkpointing.safe_metadata import METADATA_FILE, read_metadata
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.plain_values import parse_json, read_text
+from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import first_problem
 
 INFO_FILE = "checkpoint.json"
@@ -272,7 +272,7 @@ def _sum_file(path: Path) -> list[int]:
 
 
 def _crc_of(info: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(info, sort_keys=True).encode())
+    return zlib.crc32(canonical_json(info))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -47,6 +47,11 @@ def read_text(path: str | Path, most_bytes: int, fix: str) -> str:
         raise UserError(f"{path}: not UTF-8 text: {error}; {fix}") from None
 
 
+def canonical_json(values: Any) -> bytes:
+    """Return the JSON of which digests are taken: the same for equal values, whatever the order of their keys."""
+    return json.dumps(values, sort_keys=True).encode()
+
+
 def parse_json(text: str, nan: bool = False) -> Any:
     """The value of a JSON text, checked by ``check_plain``; ``nan`` allows NaN and the infinities.
 

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import is_local, place
-from ssr_rec.common.plain_values import parse_json, read_text
+from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.data.event_sequences import EventSequence, check_sequences, check_vocabularies
 from ssr_rec.data.features import Column, Feature, InnerPath, Vocabulary
@@ -170,7 +170,7 @@ class Schema(Settings):
     def with_content_id(self) -> Schema:
         """Return the schema of shards that are written, its ``dataset_id`` now of their rows, too."""
         contents = {name: [shard.content for shard in split.shards] for name, split in self.splits.items()}
-        digest = hashlib.sha256(json.dumps([self.dataset_id, contents], sort_keys=True).encode())
+        digest = hashlib.sha256(canonical_json([self.dataset_id, contents]))
         update = {"dataset_id": digest.hexdigest()[:16], "shard_ids": [*self.shard_ids, self.dataset_id]}
         return self.model_copy(update=update)
 
@@ -259,7 +259,7 @@ class Schema(Settings):
 
 def _checksum(values: dict[str, Any]) -> str:
     """Return the checksum of the content as it stands in the file, which keys added to ``Schema`` later leave alone."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(values)).hexdigest()
 
 
 def _refuse_repeated(what: str, names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan,
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.plain_values import parse_json, read_text
+from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
 
 MAX_BYTES = 2**28
@@ -103,7 +103,7 @@ def _shards_problem(table: PlannedTable, world_size: int, local_world_size: int)
 def fingerprint(plan: PlanFile) -> str:
     """Return the fingerprint of everything in the file but itself."""
     values = plan.model_dump(mode="json", exclude={"fingerprint"})
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(values)).hexdigest()
 
 
 def write_plan(plan: PlanFile, path: str | Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.plain_values import parse_json, read_text
+from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.data.features import InnerPath
 from ssr_rec.data.schema import Schema
@@ -151,7 +151,7 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> Manifest:
 
 
 def _digest_of(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(values)).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

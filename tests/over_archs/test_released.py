@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ssr_rec.over_archs.released import load_released_weights
 from ssr_rec.over_archs.ssr import SSR
 from ssr_rec.over_archs.ssr_settings import SSRConfig
+from tests.over_archs.released import load_released_weights
 
 F, D, B, V, d, L, STEPS = 6, 5, 9, 4, 16, 2, 5
 WIDTHS = (F * D, V * d)

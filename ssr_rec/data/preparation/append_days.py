@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.plain_values import canonical_json
 from ssr_rec.data.features import LISTED, Hashing, LogBuckets, RawHash, Vocabulary
 from ssr_rec.data.preparation.encode import Lookup
 from ssr_rec.data.preparation.engines import EngineSettings, connect
@@ -221,7 +222,7 @@ def _grown_schema(
 ) -> Schema:
     """The schema, its splits the new days alone, without shards; writes the vocabularies that have grown."""
     assert schema.days is not None
-    digest = hashlib.sha256(json.dumps([schema.dataset_id, counts], sort_keys=True).encode())
+    digest = hashlib.sha256(canonical_json([schema.dataset_id, counts]))
     for name, found in grown.items():
         digest.update(json.dumps([name, found.sizes, found.values["value"].cast(pa.string()).to_pylist()]).encode())
     dataset_id = digest.hexdigest()[:16]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import operator
 import sys
 import time
@@ -23,6 +22,7 @@ from ibis.expr.types import BooleanValue, Table
 
 from ssr_rec.common import stopping
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.plain_values import canonical_json
 from ssr_rec.data.features import LISTED, RAW_HASHES, Feature, LogBuckets, RawHash, Vocabulary
 from ssr_rec.data.preparation.encode import Lookup, cut_sequences, encode
 from ssr_rec.data.preparation.engine import ROW, Progress
@@ -176,7 +176,7 @@ def _schema(
         _feature(name, folder, spec, lookups, buckets).model_copy(update={"vocabulary": shared.get(name)})
         for name in spec.features
     ]
-    digest = hashlib.sha256(json.dumps([spec.name, preparation, counts], sort_keys=True).encode())
+    digest = hashlib.sha256(canonical_json([spec.name, preparation, counts]))
     for feature in features:
         digest.update(feature.model_dump_json().encode())
         if isinstance(feature.encoding, LISTED):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.plain_values import canonical_json
 from ssr_rec.data.features import Drawn, Feature
 from ssr_rec.data.schema import GROUP_COLUMN, SPLITS, Ceiling, Schema, Split
 from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
@@ -199,4 +199,4 @@ def _preparation(config: SyntheticConfig) -> dict[str, Any]:
 
 
 def _digest(config: SyntheticConfig) -> str:
-    return hashlib.sha256(json.dumps(_preparation(config), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical_json(_preparation(config))).hexdigest()[:16]
