@@ -1,8 +1,13 @@
 """The frozen, strict base of every component's config: unknown keys and wrong types are refused."""
 
 from datetime import date
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Widths = list[Annotated[int, Field(ge=1)]]
+"""Of dense layers, one after another."""
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def first_problem(error: ValidationError) -> str:

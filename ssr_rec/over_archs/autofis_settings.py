@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.settings import Share, Widths
 from ssr_rec.over_archs.settings import Initializer, InputNormKind, OverArchSettings, sizes
 
 GRDA_KEYS = ("grda_lr", "grda_c", "grda_mu")
@@ -33,11 +34,9 @@ class AutoFISConfig(OverArchSettings):
         default=MU, gt=0.0, lt=1.0, description="search: the gates' threshold grows with step^grda_mu"
     )
     alpha_init: float = Field(default=0.6, gt=0.0, description="start of every pair's weight, in both stages")
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[320, 320, 320], min_length=1, description="deep: width of each ReLU layer"
-    )
+    hidden: Widths = Field(default=[320, 320, 320], min_length=1, description="deep: width of each ReLU layer")
     layer_norm: bool = Field(default=False, description="deep: LayerNorm between each dense layer and its ReLU")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="deep: share dropped after each layer")
+    dropout: Share = Field(default=0.0, description="deep: share dropped after each layer")
     input_norm: InputNormKind = Field(
         default="none", description="deep: batch norm of its input, per dim, per field or per dim across fields"
     )

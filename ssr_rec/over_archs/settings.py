@@ -8,12 +8,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.settings import Settings
+from ssr_rec.common.settings import Settings, Share, Widths
 
 Initializer = Literal["glorot", "torch"]
-
-
 InputNormKind = Literal["none", "per_dim", "per_field", "across_fields"]
+
+Start = Annotated[Initializer, Field(description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own")]
+Norm = Annotated[
+    InputNormKind, Field(description="batch norm of the input, per dim, per field or per dim across fields")
+]
+"""Two settings of most over-archs, as a config's help describes them."""
 
 
 def sizes(hidden: Sequence[int]) -> str:
@@ -40,18 +44,14 @@ class MLPConfig(OverArchSettings):
     """Dense MLP."""
 
     name: Literal["mlp"] = "mlp"
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: Widths = Field(
         default=[320, 320, 320], min_length=1, description="width of each layer; the last one is the output's"
     )
     activation: Literal["relu", "gelu"] = Field(default="relu", description="GELU is the exact one")
     layer_norm: bool = Field(default=False, description="LayerNorm between each dense layer and its activation")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of activations dropped after each layer")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
+    dropout: Share = Field(default=0.0, description="share of activations dropped after each layer")
+    input_norm: Norm = "none"
+    initializer: Start = "glorot"
 
     @property
     def label(self) -> str:
@@ -63,17 +63,15 @@ class DeepFMConfig(OverArchSettings):
     """DeepFM (Guo, Tang, Ye, Li, He, IJCAI 2017)."""
 
     name: Literal["deepfm"] = "deepfm"
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: Widths = Field(
         default=[320, 320, 320], min_length=1, description="widths of the deep branch; the last one is the output's"
     )
     layer_norm: bool = Field(default=False, description="LayerNorm between each dense layer and its ReLU")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of activations dropped after each layer")
+    dropout: Share = Field(default=0.0, description="share of activations dropped after each layer")
     input_norm: InputNormKind = Field(
         default="none", description="batch norm of the deep branch's input; the FM sees the embeddings as they are"
     )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
+    initializer: Start = "glorot"
 
     @property
     def label(self) -> str:
@@ -93,17 +91,13 @@ class DCNv2Config(OverArchSettings):
     structure: Literal["parallel", "stacked"] = Field(
         default="parallel", description="parallel: cross and deep side by side; stacked: deep on top of cross"
     )
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: Widths = Field(
         default=[320, 320, 320], description="width of each ReLU layer of the deep network; empty: cross layers only"
     )
     layer_norm: bool = Field(default=False, description="LayerNorm between each deep layer and its activation")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each deep layer")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
+    dropout: Share = Field(default=0.0, description="share dropped after each deep layer")
+    input_norm: Norm = "none"
+    initializer: Start = "glorot"
 
     @model_validator(mode="after")
     def _settings_without_effect_are_errors(self) -> DCNv2Config:
@@ -132,16 +126,12 @@ class MMoEConfig(OverArchSettings):
 
     name: Literal["mmoe"] = "mmoe"
     num_experts: int = Field(default=8, ge=2, description="experts, all of them seen by every task (n in the paper)")
-    expert_hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[128], min_length=1, description="widths of each expert's ReLU layers"
-    )
-    tower_hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    expert_hidden: Widths = Field(default=[128], min_length=1, description="widths of each expert's ReLU layers")
+    tower_hidden: Widths = Field(
         default=[64], description="widths of each task's ReLU layers; empty: the mixtures go to the heads"
     )
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each ReLU")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
+    dropout: Share = Field(default=0.0, description="share dropped after each ReLU")
+    input_norm: Norm = "none"
     initializer: Initializer = Field(
         default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own; fans of one expert"
     )
@@ -167,18 +157,14 @@ class AutoIntConfig(OverArchSettings):
     scale: bool = Field(default=False, description="released: divide the inner products by sqrt(attention_dim)")
     residual: bool = Field(default=True, description="add a projection of the layer's input before ReLU (eq. 8)")
     layer_norm: bool = Field(default=False, description="released: LayerNorm of each field after ReLU")
-    deep_hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    deep_hidden: Widths = Field(
         default=[], description="AutoInt+: widths of ReLU layers beside the attention; empty: none"
     )
-    dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="released: share dropped of attention weights and after deep layers"
+    dropout: Share = Field(
+        default=0.0, description="released: share dropped of attention weights and after deep layers"
     )
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
+    input_norm: Norm = "none"
+    initializer: Start = "glorot"
 
     @property
     def label(self) -> str:
@@ -194,11 +180,11 @@ class AFNConfig(OverArchSettings):
 
     name: Literal["afn"] = "afn"
     num_neurons: int = Field(default=600, ge=1, description="logarithmic neurons (N), one cross feature of D dims each")
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: Widths = Field(
         default=[400, 400, 400], min_length=1, description="widths of the ReLU layers over the cross features"
     )
     plus: bool = Field(default=False, description="AFN+: a deep network beside AFN, with a second set of tables")
-    deep_hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    deep_hidden: Widths = Field(
         default=[400, 400, 400], min_length=1, description="plus: widths of the deep network's ReLU layers"
     )
     clamp_min: float = Field(
@@ -208,7 +194,7 @@ class AFNConfig(OverArchSettings):
     hidden_norm: Literal["none", "batch", "layer"] = Field(
         default="batch", description="batch: batch norm after each ReLU; layer: LayerNorm before it"
     )
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of activations dropped after each layer")
+    dropout: Share = Field(default=0.0, description="share of activations dropped after each layer")
     input_norm: InputNormKind = Field(
         default="none", description="batch norm of the embeddings before the logarithm and of the deep network's"
     )
@@ -239,20 +225,16 @@ class WukongConfig(OverArchSettings):
     fmb_embeddings: int = Field(default=16, ge=1, description="embeddings out of a layer's FM block (n_F)")
     lcb_embeddings: int = Field(default=16, ge=1, description="embeddings out of a layer's linear compression (n_L)")
     fm_rank: int = Field(default=8, ge=1, description="embeddings that the FM's other side is projected to (k)")
-    fmb_hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    fmb_hidden: Widths = Field(
         default=[128], description="widths of the FM block's ReLU layers, before its linear layer to the embeddings"
     )
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: Widths = Field(
         default=[256], description="widths of the ReLU layers after the stack; empty: the flat embeddings"
     )
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after each ReLU")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
+    dropout: Share = Field(default=0.0, description="share dropped after each ReLU")
+    input_norm: Norm = "none"
     layer_norm_eps: float = Field(default=LAYER_NORM_EPS, gt=0.0, description="added to every LayerNorm's variance")
-    initializer: Initializer = Field(
-        default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own"
-    )
+    initializer: Start = "glorot"
 
     @model_validator(mode="after")
     def _dropout_needs_a_relu_layer(self) -> WukongConfig:
@@ -274,10 +256,8 @@ class RankMixerConfig(OverArchSettings):
     dim: int = Field(default=96, ge=1, description="dims of a token (D in the paper), a multiple of num_tokens")
     num_layers: int = Field(default=2, ge=1, description="blocks of token mixing and per-token FFN")
     ffn_ratio: int = Field(default=2, ge=1, description="hidden width of the FFN over dim (k in the paper)")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped after the FFN's activation")
-    input_norm: InputNormKind = Field(
-        default="none", description="batch norm of the input, per dim, per field or per dim across fields"
-    )
+    dropout: Share = Field(default=0.0, description="share dropped after the FFN's activation")
+    input_norm: Norm = "none"
     layer_norm_eps: float = Field(default=LAYER_NORM_EPS, gt=0.0, description="added to each token's variance")
     initializer: Initializer = Field(
         default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own; fans of one token"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.settings import Share, Widths
 from ssr_rec.over_archs.settings import LAYER_NORM_EPS, Initializer, InputNormKind, OverArchSettings
 
 FilterName = Literal["static", "dynamic", "topk", "none", "dropout"]
@@ -49,7 +50,7 @@ class SSRConfig(OverArchSettings):
 
     fusion_layers: Literal[1, 2] = Field(default=1, description="dense + GELU layers per view; released SSR-S has 2")
     residual: bool = Field(default=False, description="released: add the fusion's input before LayerNorm")
-    fusion_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="released: share dropped after the fusion")
+    fusion_dropout: Share = Field(default=0.0, description="released: share dropped after the fusion")
     layer_norm_eps: float = Field(
         default=LAYER_NORM_EPS,
         gt=0.0,
@@ -59,13 +60,11 @@ class SSRConfig(OverArchSettings):
     input_norm: InputNormKind = Field(
         default="none", description="released: batch norm of the input, across_fields in SSR-D, per_field in SSR-S"
     )
-    input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of input dims dropped")
+    input_dropout: Share = Field(default=0.0, description="share of input dims dropped")
     output: Literal["concat", "mean"] = Field(
         default="concat", description="views of the last layer: concatenated (eq. 6), or averaged (released)"
     )
-    output_mlp: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[], description="widths of ReLU layers after the views; released SSR-S has [64]"
-    )
+    output_mlp: Widths = Field(default=[], description="widths of ReLU layers after the views; released SSR-S has [64]")
     initializer: Initializer = Field(
         default="glorot", description="glorot: as released, zero biases; torch: what nn.Linear would do"
     )
@@ -91,7 +90,7 @@ class SSRConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """As the paper's tables name it, with views x dims x layers."""
+        """Return the paper's name for it, with views x dims x layers."""
         kinds = {
             "static": "SSR-S",
             "dynamic": "SSR-D",

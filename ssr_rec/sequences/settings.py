@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.settings import Settings
-from ssr_rec.over_archs.settings import Initializer, sizes
+from ssr_rec.common.settings import Settings, Share, Widths
+from ssr_rec.over_archs.settings import Start, sizes
 
-Start = Annotated[Initializer, Field(description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own")]
-AttentionDropout = Annotated[float, Field(ge=0.0, lt=1.0, description="share of attention weights dropped")]
+AttentionDropout = Annotated[Share, Field(description="share of attention weights dropped")]
 
 
 class EncoderSettings(Settings):
@@ -42,7 +41,7 @@ class DINConfig(EncoderSettings):
     """The activation unit of DIN (Zhou et al., KDD 2018)."""
 
     name: Literal["din"] = "din"
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: Widths = Field(
         default=[36], min_length=1, description="widths of the activation unit's layers; the last one, of 1, is added"
     )
     activation: Literal["prelu", "dice", "sigmoid", "relu"] = Field(
@@ -101,9 +100,7 @@ class TransformerConfig(EncoderSettings):
         description="what the last layer gives: the target's vector, the mean of all, or all one after another, "
         "events older than the history zeros (the paper's)",
     )
-    dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="share dropped after attention and after feed-forward (.2 there)"
-    )
+    dropout: Share = Field(default=0.0, description="share dropped after attention and after feed-forward (.2 there)")
     initializer: Start = "glorot"
 
     @model_validator(mode="after")
@@ -140,7 +137,7 @@ class HSTUConfig(EncoderSettings):
         default="position_age", description="relative attention bias: of the distance in events, in time, or both"
     )
     age_buckets: int = Field(default=64, ge=1, description="buckets of a difference of ages, half an octave each")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share dropped before a layer's last product")
+    dropout: Share = Field(default=0.0, description="share dropped before a layer's last product")
     initializer: Start = "glorot"
 
     @model_validator(mode="after")
