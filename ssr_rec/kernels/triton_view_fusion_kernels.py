@@ -144,7 +144,7 @@ def fused(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """From x (B, width) with indices, or (B, V, N) without, to y; the product accumulates in float32.
+    """Make y from x (B, width) with indices, or (B, V, N) without; the product accumulates in float32.
 
     A dim that x does not have is NaN.
     """

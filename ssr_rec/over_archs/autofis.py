@@ -166,7 +166,7 @@ class AutoFIS(OverArch):
         return AutoFISConfig(**{**self.config.model_dump(exclude=set(GRDA_KEYS)), "pairs": survivors})
 
     def interaction_summary(self) -> dict[str, Any]:
-        """As JSON values: the stage, the number of pairs and survivors, and ``[i, j, alpha]`` of each pair."""
+        """Return, as JSON values, the stage, the number of pairs and survivors, and ``[i, j, alpha]`` of each pair."""
         alphas = self.alphas()
         return {
             "stage": "search" if self.config.pairs is None else "retrain",

@@ -97,7 +97,7 @@ class InputNorm(nn.Module):
 
 
 class NoNorm(nn.Identity):
-    """In the place of an ``InputNorm`` that is not there."""
+    """Stands where an over-arch has no ``InputNorm``."""
 
     def flops(self) -> Flops:
         return Flops()

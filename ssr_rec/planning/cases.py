@@ -125,7 +125,7 @@ class Case:
 
     @property
     def rows_per_rank(self) -> int:
-        """Of one batch, rounded up: the rank with the most decides."""
+        """Return the rows of one batch on a rank, rounded up: the rank with the most decides."""
         return -(-self.config.train.batch_size // self.world.size)
 
 

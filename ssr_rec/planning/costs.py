@@ -184,10 +184,10 @@ class Links(GeneralizedCommsBandwidth):
 
 
 def gemm_precision(case: Case) -> Precision:
-    """Of the over-arch's products."""
+    """Return the precision of the over-arch's products."""
     if case.config.train.bf16:
         return "bf16"
-    return "tf32" if getattr(case.config.train, "tf32", False) else "fp32"
+    return "tf32" if case.config.train.tf32 else "fp32"
 
 
 class Model(nn.Module):

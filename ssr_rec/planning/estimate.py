@@ -127,7 +127,7 @@ class Estimate:
 
     @property
     def waiting_share(self) -> float:
-        """Of the step, what the mean rank spends waiting for the slowest."""
+        """Return the share of the step that the mean rank spends waiting for the slowest."""
         return self.step.waiting / self.step.total
 
     @property

@@ -80,7 +80,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its run folder."""
+        """Return the name of its run folder."""
         return f"{slug(self.system)}-t{self.trial}-s{self.seed}"
 
 
