@@ -37,7 +37,7 @@ class SequenceEncoder(nn.Module, ABC):
         target_dim: Q; 0 for none, where ``needs_target`` is false.
         field_dim: D.
         max_length: L.
-        settings: those of the encoder.
+        settings: those of the encoder; None: its defaults.
 
     Raises:
         UserError: an impossible size; the message has one line.
@@ -49,7 +49,7 @@ class SequenceEncoder(nn.Module, ABC):
     out_fields: int
     out: nn.Module
 
-    def __init__(self, event_dim: int, target_dim: int, field_dim: int, max_length: int, settings: Any) -> None:
+    def __init__(self, event_dim: int, target_dim: int, field_dim: int, max_length: int, settings: Any = None) -> None:
         super().__init__()
         least = {"event_dim": 1, "target_dim": int(self.needs_target), "field_dim": 1, "max_length": 1}
         given = {"event_dim": event_dim, "target_dim": target_dim, "field_dim": field_dim, "max_length": max_length}
@@ -57,7 +57,7 @@ class SequenceEncoder(nn.Module, ABC):
             if value < least[key]:
                 raise UserError(f"{key}={value}: {type(self).__name__} needs at least {least[key]}")
         self.event_dim, self.target_dim, self.field_dim, self.max_length = event_dim, target_dim, field_dim, max_length
-        self.settings = settings
+        self.settings: Any = self.settings_class() if settings is None else settings
 
     @abstractmethod
     def encode(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:

@@ -84,7 +84,7 @@ class DIN(SequenceEncoder):
     def __init__(
         self, event_dim: int, target_dim: int, field_dim: int, max_length: int, settings: DINConfig | None = None
     ) -> None:
-        super().__init__(event_dim, target_dim, field_dim, max_length, settings or DINConfig())
+        super().__init__(event_dim, target_dim, field_dim, max_length, settings)
         settings = cast(DINConfig, self.settings)
         if target_dim > event_dim:
             raise UserError(

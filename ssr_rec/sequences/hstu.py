@@ -167,7 +167,7 @@ class HSTU(SequenceEncoder):
     def __init__(
         self, event_dim: int, target_dim: int, field_dim: int, max_length: int, settings: HSTUConfig | None = None
     ) -> None:
-        super().__init__(event_dim, target_dim, field_dim, max_length, settings or HSTUConfig())
+        super().__init__(event_dim, target_dim, field_dim, max_length, settings)
         settings = cast(HSTUConfig, self.settings)
         self.needs_ages = "age" in settings.bias
         self.tokens = Tokens(event_dim, target_dim, settings.dim, settings.initializer)

@@ -20,7 +20,7 @@ class Pool(SequenceEncoder):
     def __init__(
         self, event_dim: int, target_dim: int, field_dim: int, max_length: int, settings: PoolConfig | None = None
     ) -> None:
-        super().__init__(event_dim, target_dim, field_dim, max_length, settings or PoolConfig())
+        super().__init__(event_dim, target_dim, field_dim, max_length, settings)
         self.mode = self.settings.mode
         self.set_output(event_dim)
 

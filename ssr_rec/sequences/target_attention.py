@@ -42,7 +42,7 @@ class TargetAttention(SequenceEncoder):
         max_length: int,
         settings: TargetAttentionConfig | None = None,
     ) -> None:
-        super().__init__(event_dim, target_dim, field_dim, max_length, settings or TargetAttentionConfig())
+        super().__init__(event_dim, target_dim, field_dim, max_length, settings)
         settings = cast(TargetAttentionConfig, self.settings)
         self.width, self.num_heads = settings.attention_dim or event_dim, settings.num_heads
         if self.width % self.num_heads:

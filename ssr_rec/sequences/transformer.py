@@ -110,7 +110,7 @@ class Transformer(SequenceEncoder):
         max_length: int,
         settings: TransformerConfig | None = None,
     ) -> None:
-        super().__init__(event_dim, target_dim, field_dim, max_length, settings or TransformerConfig())
+        super().__init__(event_dim, target_dim, field_dim, max_length, settings)
         settings = cast(TransformerConfig, self.settings)
         self.needs_ages = settings.positions == "age"
         self.tokens = Tokens(event_dim, target_dim, settings.dim, settings.initializer)
