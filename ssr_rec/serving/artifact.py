@@ -163,6 +163,8 @@ def sha256_of(path: Path) -> str:
 def new_artifact(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes ``out`` when the block ends well, and vanishes when it does not.
 
+    An older artifact stays at ``out`` until then, and comes back if the exchange of the two is interrupted.
+
     Raises:
         UserError: ``out`` is there and is not an artifact, which would be replaced.
     """
@@ -178,5 +180,7 @@ def new_artifact(out: Path) -> Iterator[Path]:
             out.rename(older)
         os.rename(work, out)
     finally:
+        if older.exists() and not out.exists():
+            older.rename(out)
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(older, ignore_errors=True)
