@@ -48,6 +48,11 @@ def refused_job(overrides: list[str]) -> str:
     return "not refused"
 
 
+def refused_jobs(jobs: list[list[str]]) -> list[str]:
+    """The messages of runs that are refused, one after the other."""
+    return [refused_job(overrides) for overrides in jobs]
+
+
 def whole_tables(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every table put together from its shards, on rank 0; on others what they hold."""
     tables = {}

@@ -15,7 +15,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.runs.folder import read_metrics
 from ssr_rec.training.setup import check_train_config
 from tests.conftest import write_dataset
-from tests.jobs import initial_digests_job, plain_loss_job, refused_job, train_job
+from tests.jobs import initial_digests_job, plain_loss_job, refused_job, refused_jobs, train_job
 from tests.ranks import run_ranks
 
 SMALL = [
@@ -118,6 +118,7 @@ def test_run_folder_holds_what_the_contract_says(dataset, tmp_path):
     assert rows[-1]["split"] == "test" and rows[-1]["tasks"] == written["test"]
 
 
+@pytest.mark.slow
 def test_best_model_is_restored_for_the_test(dataset, tmp_path):
     """With validation == test, the final test must repeat the best evaluation, not the last one."""
     schema = json.loads((dataset / "schema.json").read_text())
@@ -155,32 +156,30 @@ def test_bf16_trains_close_to_fp32(dataset, tmp_path):
     assert 0 < gap[0] < 1e-3 and gap.max() < 0.1
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--data.path=nowhere", r"nowhere/schema.json: no such file"),
-        ("--data.labels=[buy]", "label 'buy' is not in dataset 'tiny'; it has click, like"),
-        ("--data.features=[user, itme]", "feature 'itme' is not in dataset 'tiny'"),
-        ("--embeddings.dims={usr: 8}", "embeddings.dims names 'usr'"),
-        ("--embeddings.dim=6", "embeddings.dim=6 must be a multiple of 4"),
-        ("--train.task_weights={buy: 1}", "train.task_weights names 'buy'"),
-        ("--train.monitor_task=buy", "train.monitor_task names 'buy'"),
-        ("--train.batch_size=8", "batch size 8 is the global one and must be at least 16"),
-        ("--sharding.types=[row_wise]", "'row_wise' is not supported on cpu; use table_wise, column_wise"),
-        (
-            "--sharding.types=[table_wise] --embeddings.optimizer=adam",
-            "adam, and on CPU lazy_adam, keeps every table on every rank",
-        ),
-        ("--sharding.memory_gib=1e-6", "no sharding plan for 5 tables on 2 cpu ranks"),
-        ("--over_arch.view_dim=500", "500"),
-        ("--device=cuda", "no GPU here"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_a_run_folder_exists(dataset, tmp_path, option, message):
-    if option == "--device=cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    for refused in run_ranks(refused_job, 2, overrides(dataset, tmp_path / "runs", *re.split(" (?=--)", option))):
-        assert message in refused
+REFUSED = {
+    "--data.path=nowhere": "nowhere/schema.json: no such file",
+    "--data.labels=[buy]": "label 'buy' is not in dataset 'tiny'; it has click, like",
+    "--data.features=[user, itme]": "feature 'itme' is not in dataset 'tiny'",
+    "--embeddings.dims={usr: 8}": "embeddings.dims names 'usr'",
+    "--embeddings.dim=6": "embeddings.dim=6 must be a multiple of 4",
+    "--train.task_weights={buy: 1}": "train.task_weights names 'buy'",
+    "--train.monitor_task=buy": "train.monitor_task names 'buy'",
+    "--train.batch_size=8": "batch size 8 is the global one and must be at least 16",
+    "--sharding.types=[row_wise]": "'row_wise' is not supported on cpu; use table_wise, column_wise",
+    "--sharding.types=[table_wise] --embeddings.optimizer=adam": "adam, and on CPU lazy_adam, keeps every table on every"
+    " rank",
+    "--sharding.memory_gib=1e-6": "no sharding plan for 5 tables on 2 cpu ranks",
+    "--over_arch.view_dim=500": "500",
+    "--device=cuda": "no GPU here",
+}
+
+
+def test_what_cannot_work_is_refused_before_a_run_folder_exists(dataset, tmp_path):
+    options = [option for option in REFUSED if option != "--device=cuda" or not torch.cuda.is_available()]
+    jobs = [overrides(dataset, tmp_path / "runs", *re.split(" (?=--)", option)) for option in options]
+    for messages in run_ranks(refused_jobs, 2, jobs):
+        for option, message in zip(options, messages, strict=True):
+            assert REFUSED[option] in message, option
     assert not (tmp_path / "runs").exists()
 
 

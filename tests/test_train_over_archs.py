@@ -77,6 +77,7 @@ def test_towers_and_task_weights_train_each_task(dataset, tmp_path):
     assert report["num_head_parameters"] == 2 * (8 * 8 + 8 + 8 + 1)
 
 
+@pytest.mark.slow
 def test_autofis_searches_then_retrains_what_survived(dataset, tmp_path):
     more = ["--name=run", "--over_arch.grda_c=0.33", "--over_arch.grda_lr=0.2", "--train.epochs=2"]
     report, other = run_ranks(train_job, 2, options("autofis", dataset, tmp_path, *more))

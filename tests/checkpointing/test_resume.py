@@ -107,6 +107,7 @@ def test_every_row_of_an_epoch_is_read_once_across_the_interruption(dataset, tmp
     assert sorted(row for part in seen for row in part) == sorted(everything[0])
 
 
+@pytest.mark.slow
 def test_losing_the_optimizer_state_would_be_noticed(dataset, tmp_path):
     """Guards the tests above: the same resume from weights alone ends elsewhere."""
     run_ranks(stopped_job, 1, options(dataset, tmp_path, "--checkpoint.keep=1"), STOP_AT)
@@ -116,6 +117,7 @@ def test_losing_the_optimizer_state_would_be_noticed(dataset, tmp_path):
     assert abs(losses(tmp_path / "warm")[0] - losses(tmp_path / "whole")[STOP_AT]) > 1e-4
 
 
+@pytest.mark.slow
 def test_resume_names_a_run_or_a_checkpoint(dataset, tmp_path):
     """The new run has a folder of its own, and the best weights so far in it."""
     run_ranks(train_job, 1, options(dataset, tmp_path / "whole", "--train.epochs=4"))
@@ -163,6 +165,7 @@ def test_stopping_between_a_step_and_its_evaluation_loses_no_evaluation(dataset,
     ]
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_on(dataset, tmp_path):
     more = ["--embeddings.learning_rate=1.0", "--train.patience=3", "--train.eval_every=5", "--train.epochs=30"]
     whole = run_ranks(train_job, 1, options(dataset, tmp_path / "whole", *more))[0]
@@ -189,6 +192,7 @@ def test_checkpoints_can_be_off(dataset, tmp_path):
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"best-{report['best_step']:09d}"]
 
 
+@pytest.mark.slow
 def test_saving_in_the_background_or_not_gives_equal_files(dataset, tmp_path):
     """A copy that is not one would hold weights of later steps."""
     stored = {}
@@ -206,6 +210,7 @@ def test_saving_in_the_background_or_not_gives_equal_files(dataset, tmp_path):
     assert stored["true"] == stored["false"] and len(stored["true"]) > 20
 
 
+@pytest.mark.slow
 def test_an_autofis_search_goes_on_and_is_not_repeated(dataset, tmp_path):
     over_arch = "--over_arch={name: autofis, hidden: [8]}"
     more = [o for o in options(dataset, tmp_path) if "view" not in o] + [over_arch]

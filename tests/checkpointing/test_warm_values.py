@@ -120,6 +120,7 @@ def test_rows_and_their_optimizer_state_follow_the_values(datasets, trained, tmp
         assert np.array_equal(new["price"][here.first_id + bucket], old["price"][row])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_is_refused(datasets, trained, tmp_path):
     old_data, new_data = datasets
 

@@ -121,6 +121,7 @@ def test_the_vocabulary_grows_day_by_day_and_old_ids_never_move(tmp_path, spread
     assert schema.known_ids == {schema.dataset_id, old.dataset_id} and schema.same_tables_ids == {schema.dataset_id}
 
 
+@pytest.mark.slow
 def test_days_added_at_once_or_one_by_one_give_the_same_ids(tmp_path):
     once = made(tmp_path, OLD, "once")
     shutil.copytree(once, tmp_path / "each")

@@ -64,7 +64,7 @@ def test_histories_are_those_of_a_plain_loop(tmp_path: Path, seed: int, files: i
     assert longest == LENGTH and checked == len(log)
 
 
-@pytest.mark.parametrize("seed", [2, 5, 6])
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (5, 6))])
 def test_nothing_at_or_after_a_row_changes_its_history(tmp_path: Path, seed: int) -> None:
     log, moment = random_log(seed), 20
     late = np.flatnonzero(log.time >= moment)

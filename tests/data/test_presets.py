@@ -52,6 +52,7 @@ def write_alibaba(folder: Path, part: str, samples: int, users: int) -> list[Row
     return rows
 
 
+@pytest.mark.slow
 def test_alibaba_joins_and_parses_its_feature_lists(tmp_path: Path) -> None:
     rows = [*write_alibaba(tmp_path / "in", "test", 300, 20), *write_alibaba(tmp_path / "in", "train", 900, 40)]
     preset = PRESETS["alibaba"]

@@ -145,6 +145,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     def peak(blocks: int, name: str) -> int:
         tracemalloc.reset_peak()

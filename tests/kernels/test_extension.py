@@ -100,6 +100,7 @@ def test_a_home_that_cannot_be_written_leaves_the_temporary_folder(workshop, mon
         extension.build()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_come_together_build_once(workshop) -> None:
     code = (

@@ -134,6 +134,7 @@ def test_labels_that_are_none_are_refused(value):
         measured(BoundedMetrics(LABELS, 600), (logits, labels, groups))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows():
     """NumPy's side by tracemalloc; torch's by the tensors that are alive, which tracemalloc does not see."""
 

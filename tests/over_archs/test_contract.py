@@ -253,7 +253,7 @@ def test_flops_per_sample(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.slow] if "switched" in name else []) for name in CASES]
+    "case", [pytest.param(name, marks=[] if name in ("ssr-s", "ssr-d", "mlp") else pytest.mark.slow) for name in CASES]
 )
 def test_export_with_any_batch_size(case: str) -> None:
     over_arch = build(case).eval()
@@ -265,8 +265,14 @@ def test_export_with_any_batch_size(case: str) -> None:
         torch.testing.assert_close(parts(program.module()(*inputs)), parts(over_arch(*inputs)))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", [name for name in CASES if "switched" not in name])
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        ("ssr-s", "aot_eager"),
+        ("ssr-d", "aot_eager"),
+        *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in CASES if "switched" not in name),
+    ],
+)
 def test_compiles_forward_and_backward_in_one_graph(case: str, backend: str) -> None:
     torch._dynamo.reset()  # as many models in one process as here are more than it compiles one function for
     over_arch = build(case).double()

@@ -53,6 +53,7 @@ def check_bytes(dataset: Path, folder: Path, overrides: list[str], ranks: int) -
     assert sum(real["weights"] for real in measured) > 0
 
 
+@pytest.mark.slow
 def test_planned_bytes_are_the_tensors_of_two_ranks(dataset: Path, tmp_path: Path) -> None:
     check_bytes(dataset, tmp_path, [*SMALL, "--embeddings.dim=8", PARTS], 2)
 

@@ -85,6 +85,7 @@ def stand_in(path: Path, rows: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_fuxictr_gets_the_same_rows(bench, tmp_path, capsys):
     ratings = tmp_path / "ratings.parquet"
     numbers = dict.fromkeys(("user_id", "movie_id", "age", "occupation", "year", "rating", "timestamp"), range(500))

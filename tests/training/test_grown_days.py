@@ -43,6 +43,7 @@ def test_a_run_goes_on_into_days_that_came_after_it_had_begun(old, tmp_path):
     assert restore_model(tmp_path / "run", data).schema.dataset_id == Schema.read(data).dataset_id
 
 
+@pytest.mark.slow
 def test_a_run_from_before_its_vocabularies_grew_is_begun_anew_with_its_weights(old, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(old, data)
