@@ -34,6 +34,7 @@ from ssr_rec.checkpointing.safe_metadata import METADATA_FILE, read_metadata
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import first_problem
+from ssr_rec.common.whole_files import replace_folder
 
 INFO_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
@@ -238,11 +239,7 @@ class _Writer(FileSystemWriter):
             json.dump({**info, "crc32": _crc_of(info)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        older = work.with_name(f".{self.folder.name}.old{PARTIAL}")
-        if self.folder.exists():
-            self.folder.rename(older)
-        work.rename(self.folder)
-        shutil.rmtree(older, ignore_errors=True)
+        replace_folder(work, self.folder, work.with_name(f".{self.folder.name}.old{PARTIAL}"))
         _sync_folder(self.folder.parent)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.whole_files import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -64,21 +65,6 @@ def _create_timed_folder(runs: Path, stem: str) -> Path:
             number += 1
         else:
             return folder
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: a crash leaves the old one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:

@@ -13,13 +13,14 @@ from ssr_rec.checkpointing.resume import Start, find_start
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.formatting import decimal, short_number
 from ssr_rec.common.logs import send_logs
+from ssr_rec.common.whole_files import write_text
 from ssr_rec.config.run import RunConfig, dump_config
 from ssr_rec.data.day_stream import Course
 from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.tables import table_dims
 from ssr_rec.over_archs.base import OverArch
-from ssr_rec.runs.folder import CONFIG_FILE, append_jsonl, open_tensorboard, write_scalars, write_text
+from ssr_rec.runs.folder import CONFIG_FILE, append_jsonl, open_tensorboard, write_scalars
 from ssr_rec.runs.open import open_run_folder
 from ssr_rec.runs.progress_line import Progress
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import uuid
@@ -24,6 +23,7 @@ from pydantic import Field, ValidationError
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
+from ssr_rec.common.whole_files import replace_folder
 from ssr_rec.data.features import InnerPath
 from ssr_rec.data.schema import Schema
 from ssr_rec.runs.folder import write_json
@@ -172,15 +172,9 @@ def new_artifact(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: there is something else in it; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    older = work.with_suffix(".old")
     work.mkdir()
     try:
         yield work
-        if out.exists():
-            out.rename(older)
-        os.rename(work, out)
+        replace_folder(work, out, work.with_suffix(".old"))
     finally:
-        if older.exists() and not out.exists():
-            older.rename(out)
         shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(older, ignore_errors=True)

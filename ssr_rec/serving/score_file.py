@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.whole_files import new_file
 from ssr_rec.data.features import LogBuckets
 from ssr_rec.data.preparation.duckdb_engine import open_duckdb
 from ssr_rec.data.preparation.duckdb_files import unreadable
@@ -54,10 +54,9 @@ def score_file(
     if target.suffix != ".parquet":
         raise UserError(f"{target}: the output is parquet; give it a name ending in .parquet")
     wanted = list(dict.fromkeys([*scorer.encoder.columns, *keep]))
-    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     done, writer = 0, None
-    try:
+    with new_file(target) as work:
         try:
             for piece in _pieces(source, scorer.schema, wanted):
                 probabilities = scorer.predict(piece, done)
@@ -74,9 +73,6 @@ def score_file(
         finally:
             if writer is not None:
                 writer.close()
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
     return done
 
 

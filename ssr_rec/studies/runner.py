@@ -22,8 +22,9 @@ from typing import Any
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.formatting import decimal, duration, short_number
+from ssr_rec.common.whole_files import write_text
 from ssr_rec.config.run import RunConfig, dump_config, load_config
-from ssr_rec.runs.folder import CONFIG_FILE, write_json, write_text
+from ssr_rec.runs.folder import CONFIG_FILE, write_json
 from ssr_rec.runs.report import REPORT_FILE, Report, read_report
 from ssr_rec.studies.study import Job, Plan
 
