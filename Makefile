@@ -53,7 +53,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m "slow and spark"
 
 test-faults: setup
-	$(BIN)/python -m pytest -m "faults and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal -m "faults and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

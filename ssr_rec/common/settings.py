@@ -11,14 +11,20 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first complaint of a pydantic error as ``where: what (got value)``, on one line."""
+    """The first complaint of a pydantic error as ``where: what (got value)``, on one line.
+
+    A whole section is not repeated, and where there is no place, as in a check of the top level, none is named.
+    """
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "top level"
+    where = ".".join(str(part) for part in problem["loc"])
     # pydantic repeats an unknown tag in its message, however long it is.
     what = problem["msg"] if len(problem["msg"]) <= 600 else f"{problem['msg'][:300]} ... {problem['msg'][-300:]}"
     if problem["type"] == "string_type" and isinstance(problem["input"], (int, float, date)):
         what += "; quote it"
-    return " ".join(f"{where}: {what} (got {str(problem['input'])[:80]!r})".split())
+    if problem["type"] == "value_error":  # our own words, which say themselves what of a whole section is wrong
+        what = what.removeprefix("Value error, ")
+    got = "" if isinstance(problem["input"], dict) else f" (got {str(problem['input'])[:80]!r})"
+    return " ".join(f"{where and where + ': '}{what}{got}".split())
 
 
 class Settings(BaseModel):

@@ -215,11 +215,11 @@ def test_a_bad_study_is_refused_before_anything_runs(plan_of, study, options, me
         ("systems: {A: {search: {train.epochs: []}}}", "systems.A.search.train.epochs: List should have at least 1"),
         (
             "systems: {A: {}}\nsearch: {train.epochs: [1, 2, 1]}",
-            "search.train.epochs: Value error, a value is listed twice: [1, 2, 1]",
+            "search.train.epochs: a value is listed twice: [1, 2, 1]",
         ),
         (
             "systems: {A: {}}\nsearch: {embeddings.weight_decay: [0, 0.0]}",
-            "embeddings.weight_decay: Value error, a value is",
+            "embeddings.weight_decay: a value is",
         ),
         ("systems: {A: {}}\ntrials: 0", "trials: Input should be greater than or equal to 1"),
         ("systems: [", "not YAML"),
