@@ -56,7 +56,9 @@ class Report(Figures):
 
     name: str | None = Field(..., description="of the run folder")
     over_arch: OverArchFigures
-    sequences: dict[str, dict[str, Any]] = Field({}, description="sequence -> its encoder and what that costs")
+    sequences: dict[str, dict[str, Any]] = Field(
+        {}, description="sequence -> its encoder, its cost, its events' shares"
+    )
     num_head_parameters: int | None = None
     num_embedding_parameters: int | None = None
     test: Measures = Field(..., description="of a run by days: the mean of the next days")

@@ -11,6 +11,7 @@ from ssr_rec.common.formatting import decimal
 from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.runs.curves import draw_curves
 from ssr_rec.runs.days import days_table, draw_days
+from ssr_rec.runs.event_shares import draw_event_shares, shares_of
 from ssr_rec.runs.folder import CURVES_FILE, METRICS_FILE, plain, read_metrics
 from ssr_rec.runs.log import RunLog, num_embedding_parameters
 from ssr_rec.runs.provenance import git_commit, hardware, versions
@@ -29,7 +30,7 @@ def build_report(
         warm_start: what ``Trainer.start`` returned.
     """
     config, following = trainer.run_config, trainer.over_arch.following_config()
-    dense = trainer.model.module.model.dense
+    dense = trainer.dense
     over_arch, schema, fitted, test = trainer.over_arch, trainer.schema, trainer.fitted, ended["test"]
     found = {
         "name": log.folder.name,
@@ -40,7 +41,7 @@ def build_report(
             "flops_per_sample": over_arch.flops_per_sample,
             **over_arch.statistics(ended["inputs"], dense.field_names),
         },
-        **({"sequences": _encoders(dense.histories)} if dense.histories is not None else {}),
+        **({"sequences": _encoders(dense.histories, ended["event_shares"])} if dense.histories is not None else {}),
         "num_head_parameters": sum(p.numel() for p in dense.heads.parameters()),
         "num_embedding_parameters": num_embedding_parameters(config, schema, over_arch),
         "test": test,
@@ -95,6 +96,8 @@ def show_result(log: RunLog, folder: Path, report: Report) -> None:
         wanted["days.png"] = lambda path: draw_days([Run(report, [])], path)
         what = f"mean of {len(report.days)} next days,"
         print(days_table([Run(report, [])]))
+    if shares_of(report):
+        wanted["event_shares.png"] = lambda path: draw_event_shares(report, path)
     pictures = [str(folder / name) for name, draw in wanted.items() if _drawn(folder / name, draw)]
     for task, values in report.test.items():
         print(f"{report.over_arch.kind}  {what} {task}: {_figures(values, report.ceiling.get(task))}")
@@ -139,8 +142,8 @@ def _plus_minus(values: Mapping[str, float | None], key: str) -> str:
     return "" if bound is None else f" +-{bound:.1e}"
 
 
-def _encoders(histories: HistoryFields) -> dict[str, Any]:
-    """Return sequence -> its encoder and what that costs; FLOPs are of a history of full length."""
+def _encoders(histories: HistoryFields, shares: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sequence -> its encoder, what that costs and what it looks at; FLOPs are of a history of full length."""
     return {
         history.name: {
             "encoder": history.config.encoder.name,
@@ -149,6 +152,7 @@ def _encoders(histories: HistoryFields) -> dict[str, Any]:
             "max_length": history.max_length,
             "num_parameters": encoder.num_parameters,
             "flops_per_sample": encoder.flops(history.max_length).total,
+            **shares.get(history.name, {}),
         }
         for history, encoder in histories.pairs()
     }

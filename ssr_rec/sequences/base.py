@@ -67,7 +67,9 @@ class SequenceEncoder(nn.Module, ABC):
     def flops(self, length: int) -> Flops:
         """Cost of one forward pass for one row with ``length`` events."""
 
-    def weights(self, events: Tensor, lengths: Tensor, target: Tensor, ages: Tensor | None = None) -> Tensor:
+    def weights(
+        self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
+    ) -> Tensor:
         """Return how much each event counts for its row's target: (N, heads).
 
         Raises:

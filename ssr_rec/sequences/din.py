@@ -108,7 +108,9 @@ class DIN(SequenceEncoder):
     def encode(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
         return jagged.sum(self.dropout(self._weights(events, target, jagged)) * events)
 
-    def weights(self, events: Tensor, lengths: Tensor, target: Tensor, ages: Tensor | None = None) -> Tensor:
+    def weights(
+        self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
+    ) -> Tensor:
         """Return a(e, t) of each event: (N, 1)."""
         events, target, _, jagged = self.check(events, lengths, target, ages)
         return self._weights(events, target, jagged)

@@ -179,7 +179,9 @@ class HSTU(SequenceEncoder):
         tokens = self._before_last(events, target, ages, jagged)
         return cast(HSTULayer, self.layers[-1]).of_target(tokens, ages, jagged)
 
-    def weights(self, events: Tensor, lengths: Tensor, target: Tensor, ages: Tensor | None = None) -> Tensor:
+    def weights(
+        self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
+    ) -> Tensor:
         """Return the last layer's weights of each event for its target: (N, heads)."""
         events, target, known_ages, jagged = self.check(events, lengths, target, ages)
         tokens = self._before_last(events, target, known_ages, jagged)

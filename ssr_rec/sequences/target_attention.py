@@ -59,7 +59,9 @@ class TargetAttention(SequenceEncoder):
         keys, values = self.key_value(events).chunk(2, 1)
         return weighted_sum(self.dropout(self._weights(keys, target, jagged)), values, jagged)
 
-    def weights(self, events: Tensor, lengths: Tensor, target: Tensor, ages: Tensor | None = None) -> Tensor:
+    def weights(
+        self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
+    ) -> Tensor:
         """Return the softmax weights of each event: (N, heads)."""
         events, target, _, jagged = self.check(events, lengths, target, ages)
         return self._weights(F.linear(events, self.key_value.weight[: self.width]), target, jagged)

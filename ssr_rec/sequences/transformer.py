@@ -141,7 +141,9 @@ class Transformer(SequenceEncoder):
         y, own = y.split([events.shape[0], target.shape[0]])
         return (jagged.sum(y) + own) / (jagged.lengths + 1).unsqueeze(1)
 
-    def weights(self, events: Tensor, lengths: Tensor, target: Tensor, ages: Tensor | None = None) -> Tensor:
+    def weights(
+        self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
+    ) -> Tensor:
         """Return the last layer's weights of each event for its target: (N, heads)."""
         events, target, known_ages, jagged = self.check(events, lengths, target, ages)
         last = cast(TransformerLayer, self.layers[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -15,23 +15,6 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from ssr_rec.data.batch import Batch, row_keys
 from ssr_rec.data.reader import Reader
 from ssr_rec.metrics.split_metrics import fold_metrics
-from ssr_rec.over_archs.base import OverArch
-
-
-@contextmanager
-def capture_inputs(over_arch: OverArch, rows: int = 1024) -> Iterator[list[Tensor]]:
-    """Keep up to ``rows`` rows of the first batch that reaches ``over_arch`` inside the block."""
-    kept: list[Tensor] = []
-
-    def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        if not kept:
-            kept.append(inputs[0][:rows].detach().clone())
-
-    handle = over_arch.register_forward_pre_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
 
 
 class EvaluationConfig(Protocol):

@@ -25,12 +25,13 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import RunConfig
 from ssr_rec.data.reader import Prefetcher, Reader
 from ssr_rec.metrics.running import RunningAUC
-from ssr_rec.model.ctr_model import average_running_statistics
+from ssr_rec.model.ctr_model import DenseArch, average_running_statistics
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.training.accumulation import Accumulation
 from ssr_rec.training.bad_steps import note_bad_steps
+from ssr_rec.training.captured import capture
 from ssr_rec.training.datasets import Rows, report_of_days
-from ssr_rec.training.evaluation import capture_inputs, evaluate, run_steps
+from ssr_rec.training.evaluation import evaluate, run_steps
 from ssr_rec.training.monitor import monitored, say_what_cannot_choose
 from ssr_rec.training.optimizer import Schedule
 from ssr_rec.training.pipeline import build_pipeline
@@ -72,6 +73,7 @@ class Trainer:
     ) -> None:
         self.run_config, self.config, self.rows, self.model = config, config.train, rows, model
         self.optimizer, self.checkpoints, self.watch = optimizer, checkpoints, watch
+        self.dense: DenseArch = model.module.model.dense
         self.train, self.schema = rows.train, rows.train.schema
         self.fitted = Fitted()
         self.schedule = Schedule(optimizer, config.optimizer.warmup_steps)
@@ -83,9 +85,7 @@ class Trainer:
 
     @property
     def over_arch(self) -> OverArch:
-        found = self.model.module.model.dense.over_arch
-        assert isinstance(found, OverArch)
-        return found
+        return self.dense.over_arch
 
     @property
     def total_steps(self) -> int:
@@ -184,7 +184,7 @@ class Trainer:
         return evaluate(self.pipeline, self.model, reader, self.config, self._beat)
 
     def test(self, of_the_best: bool = True) -> dict[str, Any]:
-        """Return what the run ends with: ``test`` (task -> measures), ``metrics`` and ``inputs`` of the over-arch.
+        """Return what the run ends with: ``test`` (task -> measures), ``metrics`` and what ``capture`` saw.
 
         Of splits also the test ``row`` of metrics.jsonl, of days ``days``, whose mean the test is.
 
@@ -194,27 +194,27 @@ class Trainer:
         self._beat("the test")
         rows, fitted = self.rows, self.fitted
         if rows.test is None:
-            inputs = self._first_inputs(rows.open_split(fitted.days[-1]["day"], False))
-            return {**report_of_days(fitted.days), "inputs": inputs}
+            seen = self._see_first_rows(rows.open_split(fitted.days[-1]["day"], False))
+            return {**report_of_days(fitted.days), **seen}
         if of_the_best:
             load_weights(self.model, self.checkpoints.best_folder)
-        with capture_inputs(self.over_arch) as captured:
+        with capture(self.dense) as captured:
             found = self.evaluate(rows.test)
         row = self.row("test", fitted.best["epoch"], **found)
         if of_the_best:
             row |= {key: fitted.best[key] for key in ("step", "samples", "seconds")}
-        return {"test": found["tasks"], "metrics": found["metrics"], "inputs": captured[0], "row": row}
+        return {"test": found["tasks"], "metrics": found["metrics"], "row": row, **captured.found()}
 
-    def _first_inputs(self, reader: Reader) -> torch.Tensor:
-        """Return what reaches the over-arch for the first rows of a split, (b, F*D)."""
+    def _see_first_rows(self, reader: Reader) -> dict[str, Any]:
+        """Return what ``Captured.found`` does of the first rows of a split."""
         batches = reader.epoch(0)
         self.model.eval()
-        with capture_inputs(self.over_arch) as captured, torch.no_grad():
+        with capture(self.dense) as captured, torch.no_grad():
             for _ in run_steps(self.pipeline, islice(batches, 1)):
                 pass
         batches.close()
         self.model.train()
-        return captured[0]
+        return captured.found()
 
     def row(self, split: str, epoch: int, **figures: Any) -> dict[str, Any]:
         """Return a row of metrics.jsonl of what has been done so far. Not collective."""

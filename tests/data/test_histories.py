@@ -211,6 +211,7 @@ def test_two_columns_of_one_name_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.spark
 def test_spark_makes_the_same_bytes(tmp_path: Path) -> None:
     from ssr_rec.data.preparation.engines import EngineSettings, SparkSettings
 

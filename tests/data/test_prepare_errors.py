@@ -156,11 +156,12 @@ def test_bad_specs(tmp_path: Path, text: str, message: str) -> None:
 
 
 STOPPED_BY = """
-import os, signal, sys
+import os, signal, sys, time
 import tools.prepare_data as tool
 from ssr_rec.data.preparation import prepare as module
 def stopped(plan):
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(60)  # another thread of the process may take the signal, so that it comes a little later
 module.count_splits = stopped
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 sys.exit(tool.main(sys.argv[2:]))

@@ -17,6 +17,7 @@ from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
 from ssr_rec.model.build import build_dense
 from ssr_rec.model.history_fields import bucket_ages
+from ssr_rec.runs.report import read_report
 from ssr_rec.serving.export import export_run
 from ssr_rec.serving.graph import ServingModel, make_layout, stacked_tables
 from ssr_rec.serving.scorer import load
@@ -162,6 +163,9 @@ def test_two_ranks_train_as_one(log: Path, tmp_path: Path) -> None:
         more = ["--sharding.types=[column_wise]", "--train.max_steps=10"]
         run_ranks(train_job, world_size, options(log, tmp_path / str(world_size), "target_attention", *more))
     assert np.abs(losses(tmp_path / "1") - losses(tmp_path / "2")).max() < 1e-5
+    alone, two = (read_report(tmp_path / str(n) / "run").sequences["clicked"] for n in (1, 2))
+    assert two["events"] == alone["events"] and sum(alone["events"]) > ROWS["test"]
+    assert two["shares"] == pytest.approx(alone["shares"], rel=1e-3)
 
 
 @pytest.mark.slow

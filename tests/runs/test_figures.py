@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from ssr_rec.runs.curves import COLORS, _series, _smooth, draw_comparison, draw_curves, style
+from ssr_rec.runs.event_shares import draw_event_shares, shares_of
 from ssr_rec.runs.report import Report, Run
 
 TASKS = ("click", "like")
@@ -100,3 +101,15 @@ def test_smoothing_keeps_a_constant_and_lowers_noise():
 
 def test_many_runs_keep_different_looks():
     assert len({tuple(style(index).values()) for index in range(64)}) == 64
+
+
+def test_event_shares_of_any_sequences(tmp_path):
+    """With and without ages, with places that no event had; none of an encoder without weights."""
+    part = {"kind": "DIN", "shares": [1.5, 0.5, None], "events": [200, 40, 0]}
+    aged = {**part, "ages": [0, 3, 11], "age_shares": [1.2, 1.0, 0.7], "age_events": [100, 100, 40]}
+    none = {"kind": "MyEncoder"}
+    found = report().model_copy(update={"sequences": {"clicked": aged, "seen": part, "own": none}})
+    assert list(shares_of(found)) == ["clicked", "seen"] and not shares_of(report())
+    draw_event_shares(found, tmp_path / "shares.png")
+    picture = imread(tmp_path / "shares.png")
+    assert picture.shape == (936, 1320, 4) and picture[..., :3].min() < 0.5

@@ -1,0 +1,107 @@
+"""What a trained model is fed and makes of it, seen on the first rows of an evaluation, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssr_rec.model.ctr_model import DenseArch
+from ssr_rec.sequences.base import SequenceEncoder
+from ssr_rec.sequences.jagged import Jagged, age_bucket
+
+INPUT_ROWS = 1024
+"""Rows of the input vector that an over-arch's statistics are of."""
+EVENT_ROWS = 8192
+"""Rows of each rank whose histories are looked at."""
+AGE_BUCKETS = 64
+"""Half octaves of an age and 1: enough for a century in seconds."""
+
+
+class EventShares:
+    """How much the events of a sequence count for their targets, by how recent and how old they are.
+
+    An event's share is its absolute weight over the mean one of its row's events, the mean over heads: 1 is as much as
+    the average event, whatever the row's length. An encoder without weights has no shares.
+
+    Attributes:
+        rows: rows seen here.
+    """
+
+    def __init__(self, encoder: SequenceEncoder) -> None:
+        self.encoder, self.rows = encoder, 0
+        self.by_position = torch.zeros(2, encoder.max_length)
+        self.by_age = torch.zeros(2, AGE_BUCKETS)
+
+    @torch.no_grad()
+    def add(self, events: Tensor, lengths: Tensor, target: Tensor | None, ages: Tensor | None) -> None:
+        """Count the rows of a batch: what the encoder was called with."""
+        if self.rows >= EVENT_ROWS:
+            return
+        self.rows += lengths.shape[0]
+        jagged = Jagged.of(lengths, events.shape[0])
+        weights = self.encoder.weights(events, lengths, target, ages).abs().mean(dim=1, keepdim=True)
+        mean = jagged.take(jagged.sum(weights) / jagged.lengths.clamp_min(1).unsqueeze(1))
+        shares = torch.where(mean > 0, weights / mean, 1.0).squeeze(1).float().cpu()
+        both = torch.stack([shares, torch.ones_like(shares)])
+        self.by_position.index_add_(1, jagged.back().cpu() - 1, both)
+        if ages is not None:
+            self.by_age.index_add_(1, age_bucket(ages, AGE_BUCKETS).cpu().long(), both)
+
+    def compute(self) -> dict[str, Any]:
+        """Return mean shares and numbers of events over all ranks; positions from the most recent. Collective.
+
+        Ages are those from which a bucket begins, in the unit of the log; buckets without events are left out.
+        """
+        device = next((p.device for p in self.encoder.parameters()), torch.device("cpu"))
+        sums = torch.cat([self.by_position, self.by_age], 1).double().to(device)
+        dist.all_reduce(sums)
+        total, count = sums.cpu().tolist()
+        positions = self.encoder.max_length
+        found: dict[str, Any] = {
+            "shares": [t / n if n else None for t, n in zip(total[:positions], count[:positions], strict=True)],
+            "events": [int(n) for n in count[:positions]],
+        }
+        aged = [
+            (i, t / n, int(n)) for i, (t, n) in enumerate(zip(total[positions:], count[positions:], strict=True)) if n
+        ]
+        if aged:
+            begins = [((1 + i % 2 / 2) * 2 ** (i // 2)) - 1 for i, _, _ in aged]
+            found |= {"ages": begins, "age_shares": [t for _, t, _ in aged], "age_events": [n for _, _, n in aged]}
+        return found
+
+
+class Captured:
+    """Up to ``INPUT_ROWS`` rows of the over-arch's first input, and the shares of each sequence's events."""
+
+    def __init__(self, dense: DenseArch) -> None:
+        self.inputs: Tensor | None = None
+        pairs = dense.histories.pairs() if dense.histories is not None else []
+        has_weights = SequenceEncoder.weights
+        self.events = {h.name: EventShares(e) for h, e in pairs if type(e).weights is not has_weights}
+
+    def keep(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        if self.inputs is None:
+            self.inputs = inputs[0][:INPUT_ROWS].detach().clone()
+
+    def found(self) -> dict[str, Any]:
+        """Return ``inputs`` and ``event_shares`` (sequence -> what ``EventShares.compute`` returns). Collective."""
+        return {"inputs": self.inputs, "event_shares": {name: one.compute() for name, one in self.events.items()}}
+
+
+@contextmanager
+def capture(dense: DenseArch) -> Iterator[Captured]:
+    """Look at what passes through ``dense`` inside the block."""
+    captured = Captured(dense)
+    handles = [dense.over_arch.register_forward_pre_hook(captured.keep)]
+    for shares in captured.events.values():
+        handles.append(shares.encoder.register_forward_pre_hook(lambda _, inputs, to=shares: to.add(*inputs)))
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
