@@ -11,7 +11,7 @@ from ssr_rec.config.run import load_config
 from ssr_rec.config.same_run import check_same_run
 from ssr_rec.runs.folder import read_metrics
 from tests.conftest import write_dataset
-from tests.jobs import refused_job, stopped_job, train_job
+from tests.jobs import refused_job, refused_jobs, stopped_job, train_job
 from tests.ranks import run_ranks
 
 BASE = [
@@ -133,19 +133,23 @@ def test_resume_names_a_run_or_a_checkpoint(dataset, tmp_path):
 
 def test_what_is_not_the_same_run_is_refused(dataset, tmp_path):
     run_ranks(stopped_job, 1, options(dataset, tmp_path), STOP_AT)
-    for option, message in (
-        ("--optimizer.learning_rate=0.1", "had optimizer.learning_rate=0.001, this one has 0.1"),
-        ("--train.batch_size=128", "had train.batch_size=64, this one has 128"),
-        ("--over_arch.num_views=3", "had over_arch.num_views=2, this one has 3"),
-    ):
-        assert message in run_ranks(refused_job, 2, options(dataset, tmp_path, option))[1]
     other = write_dataset(tmp_path / "other", {"train": 500, "validation": 90, "test": 90}, rows_in_group=64, seed=1)
-    assert "dataset_id=tiny-0, this run has tiny-1" in run_ranks(refused_job, 1, options(other, tmp_path))[0]
-    assert "not empty" in run_ranks(refused_job, 1, options(dataset, tmp_path, "--resume=never"))[0]
-    nowhere = run_ranks(refused_job, 1, options(dataset, tmp_path / "new", f"--resume={tmp_path / 'nowhere'}"))[0]
-    assert "no checkpoint and no run folder with one" in nowhere
-    lanes = run_ranks(refused_job, 1, options(dataset, tmp_path, "--data.num_lanes=8"))[0]
-    assert "had data.num_lanes=16, this one has 8" in lanes
+    refused = {
+        "had optimizer.learning_rate=0.001, this one has 0.1": options(
+            dataset, tmp_path, "--optimizer.learning_rate=0.1"
+        ),
+        "had train.batch_size=64, this one has 128": options(dataset, tmp_path, "--train.batch_size=128"),
+        "had over_arch.num_views=2, this one has 3": options(dataset, tmp_path, "--over_arch.num_views=3"),
+        "dataset_id=tiny-0, this run has tiny-1": options(other, tmp_path),
+        "not empty": options(dataset, tmp_path, "--resume=never"),
+        "no checkpoint and no run folder with one": options(
+            dataset, tmp_path / "new", f"--resume={tmp_path / 'nowhere'}"
+        ),
+        "had data.num_lanes=16, this one has 8": options(dataset, tmp_path, "--data.num_lanes=8"),
+    }
+    for found in run_ranks(refused_jobs, 2, list(refused.values())):
+        for message, said in zip(refused, found, strict=True):
+            assert message in said
     # None of these has touched the run.
     assert run_ranks(train_job, 1, options(dataset, tmp_path))[0]["steps"] == 48
 

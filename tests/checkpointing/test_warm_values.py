@@ -92,7 +92,8 @@ def values(folder: Path, feature: str) -> dict[str, int]:
     return {"<missing>": 0, "<oov>": 1, **{row["value"]: row["id"] for row in table}}
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_rows_and_their_optimizer_state_follow_the_values(datasets, trained, tmp_path, world_size):
     old_data, new_data = datasets
     arguments = options(new_data, tmp_path)

@@ -18,11 +18,8 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(file, marks=[] if file.stem == "test_triton_ics" else pytest.mark.slow) for file in FILES],
-    ids=lambda file: file.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_in_the_interpreter(file):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOLS = Path(__file__).parents[2] / "tools"
 
 # In one process, as what all of them import takes seconds.
@@ -23,6 +25,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_tool_explains_itself(tmp_path: Path) -> None:
     paths = [str(path) for path in sorted(TOOLS.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
     # They run in another environment.

@@ -75,7 +75,8 @@ def test_a_group_of_uneven_batches_is_one_batch(skipped):
     assert table.tolist() == [-0.5 * (5 if skipped is None else 4)] * 2, "the tables are updated by every batch"
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_four_batches_of_16_train_the_dense_part_as_one_of_64(dataset, tmp_path, world_size):
     """Over one epoch, 1,003 rows: the last group has three batches, of 16, 16 and 11 rows."""
     more = [*FROZEN_TABLES, "--train.epochs=1", "--optimizer.clip_norm=0.5", "--optimizer.weight_decay=0.01"]
