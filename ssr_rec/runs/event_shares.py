@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from ssr_rec.common.formatting import decimal
 from ssr_rec.runs.curves import COLORS, DPI
 from ssr_rec.runs.report import Report
 
@@ -37,7 +38,8 @@ def draw_event_shares(report: Report, path: str | Path) -> None:
     for (name, part), (position, *others) in zip(parts.items(), panels, strict=True):
         places = np.arange(1, len(part["shares"]) + 1)
         _draw(position, places, part["shares"], part["events"])
-        position.set_title(f"{name}: {part['kind']}, by position", fontsize=11, loc="left", fontweight="bold")
+        title = f"{name}: {part['kind']}, spread {decimal(part['spread'], 2)}"
+        position.set_title(title, fontsize=11, loc="left", fontweight="bold")
         position.set_xlabel("events from the end of the history (1: the most recent)")
         position.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         for age in others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +35,8 @@ class EventShares:
 
     def __init__(self, encoder: SequenceEncoder) -> None:
         self.encoder, self.rows = encoder, 0
-        self.by_position = torch.zeros(2, encoder.max_length)
-        self.by_age = torch.zeros(2, AGE_BUCKETS)
+        self.by_position = torch.zeros(3, encoder.max_length)
+        self.by_age = torch.zeros(3, AGE_BUCKETS)
 
     @torch.no_grad()
     def add(self, events: Tensor, lengths: Tensor, target: Tensor | None, ages: Tensor | None) -> None:
@@ -47,24 +48,28 @@ class EventShares:
         weights = self.encoder.weights(events, lengths, target, ages).abs().mean(dim=1, keepdim=True)
         mean = jagged.take(jagged.sum(weights) / jagged.lengths.clamp_min(1).unsqueeze(1))
         shares = torch.where(mean > 0, weights / mean, 1.0).squeeze(1).float().cpu()
-        both = torch.stack([shares, torch.ones_like(shares)])
-        self.by_position.index_add_(1, jagged.back().cpu() - 1, both)
+        moments = torch.stack([shares, torch.ones_like(shares), (shares - 1).square()])
+        self.by_position.index_add_(1, jagged.back().cpu() - 1, moments)
         if ages is not None:
-            self.by_age.index_add_(1, age_bucket(ages, AGE_BUCKETS).cpu().long(), both)
+            self.by_age.index_add_(1, age_bucket(ages, AGE_BUCKETS).cpu().long(), moments)
 
     def compute(self) -> dict[str, Any]:
         """Return mean shares and numbers of events over all ranks; positions from the most recent. Collective.
+
+        ``spread`` is the standard deviation of all shares from 1: 0 where no event counts more than another of its row.
 
         Ages are those from which a bucket begins, in the unit of the log; buckets without events are left out.
         """
         device = next((p.device for p in self.encoder.parameters()), torch.device("cpu"))
         sums = torch.cat([self.by_position, self.by_age], 1).double().to(device)
         dist.all_reduce(sums)
-        total, count = sums.cpu().tolist()
+        total, count, squares = sums.cpu().tolist()
         positions = self.encoder.max_length
+        events = sum(count[:positions])
         found: dict[str, Any] = {
             "shares": [t / n if n else None for t, n in zip(total[:positions], count[:positions], strict=True)],
             "events": [int(n) for n in count[:positions]],
+            "spread": math.sqrt(sum(squares[:positions]) / events) if events else None,
         }
         aged = [
             (i, t / n, int(n)) for i, (t, n) in enumerate(zip(total[positions:], count[positions:], strict=True)) if n

@@ -105,7 +105,7 @@ def test_many_runs_keep_different_looks():
 
 def test_event_shares_of_any_sequences(tmp_path):
     """With and without ages, with places that no event had; none of an encoder without weights."""
-    part = {"kind": "DIN", "shares": [1.5, 0.5, None], "events": [200, 40, 0]}
+    part = {"kind": "DIN", "shares": [1.5, 0.5, None], "events": [200, 40, 0], "spread": 0.4}
     aged = {**part, "ages": [0, 3, 11], "age_shares": [1.2, 1.0, 0.7], "age_events": [100, 100, 40]}
     none = {"kind": "MyEncoder"}
     found = report().model_copy(update={"sequences": {"clicked": aged, "seen": part, "own": none}})

@@ -77,6 +77,8 @@ def test_shares_are_those_of_a_plain_loop_on_one_rank_and_on_two(kind: str) -> N
         assert found["events"] == [len(by_position[place]) for place in range(1, L + 1)]
         expected = [sum(by_position[place]) / len(by_position[place]) for place in range(1, L + 1)]
         assert found["shares"] == pytest.approx(expected, rel=1e-4)
+        every = [share for shares in by_position.values() for share in shares]
+        assert found["spread"] == pytest.approx(math.sqrt(sum((x - 1) ** 2 for x in every) / len(every)), rel=1e-4)
         assert found["age_events"] == [len(by_age[bucket]) for bucket in sorted(by_age)]
         assert found["age_shares"] == pytest.approx([sum(by_age[b]) / len(by_age[b]) for b in sorted(by_age)], rel=1e-4)
         assert found["ages"] == [(1.5 if bucket % 2 else 1) * 2 ** (bucket // 2) - 1 for bucket in sorted(by_age)]
