@@ -204,7 +204,7 @@ def overrule(planned: Planned, rank_of: Callable[[str], int]) -> Planned:
 
 
 def table_bytes(model: DistributedModelParallel) -> int:
-    """Of this rank's shards and their optimizer state, from the tensors themselves."""
+    """Return the bytes of this rank's shards and their optimizer state, from the tensors themselves."""
     tensors = [value for key, value in model.state_dict().items() if ".embedding_bags." in key]
     tensors += [t for values in model.fused_optimizer.state_dict()["state"].values() for t in values.values()]
     pieces = [s.tensor for t in tensors if isinstance(t, ShardedTensor) for s in t.local_shards()]

@@ -47,7 +47,7 @@ class Setting:
     compile: bool
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """As ``model.DenseArch`` runs its over-arch."""
+        """Return the context in which ``model.DenseArch`` runs its over-arch."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 

@@ -54,7 +54,7 @@ class Accumulation:
         self._rows_before = self._rows_in_group = 0
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """For the pipeline, before each batch."""
+        """Clear the gradients that no later batch of the group adds to; the pipeline calls it before each batch."""
         for part in self._fused:
             part.zero_grad(set_to_none)
         if not self._rows_before:
@@ -65,7 +65,7 @@ class Accumulation:
             self._scale(self._rows_before / self._rows_now)
 
     def step(self) -> None:
-        """For the pipeline, after each batch that it does not skip."""
+        """Update the tables; the pipeline calls it after each batch that it does not skip."""
         self._steps = True
         for part in self._fused:
             part.step()

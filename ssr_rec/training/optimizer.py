@@ -78,7 +78,7 @@ class Schedule:
         self.warmup_steps, self.steps_before = warmup_steps, steps_before
 
     def factor(self, step: int) -> float:
-        """Of the base rates, for the update number ``step`` (from 0)."""
+        """Return the factor of the base rates for the update number ``step`` (from 0)."""
         return min(1.0, (self.steps_before + step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
     def set(self, step: int) -> None:
