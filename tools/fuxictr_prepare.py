@@ -23,7 +23,7 @@ from fuxictr.preprocess.build_dataset import build_dataset, init_ray
 
 
 class Processor(FeatureProcessor):
-    """Prepares with the logarithmic bucket that FuxiCTR's model zoo defines for Criteo, here without a Python call a row.
+    """Prepares with the logarithmic bucket of FuxiCTR's model zoo for Criteo, here without a Python call a row.
 
     FuxiCTR names a type by what ``eval`` makes of it, and polars 2 no longer takes the argument it is passed as.
     """
