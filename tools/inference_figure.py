@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from ssr_rec.runs.curves import COLORS, DPI, MARKERS, Decimals
+from ssr_rec.runs.curves import COLORS, DPI, MARKERS, Decimals, lay_grid
 
 Record = Mapping[str, Any]
 
@@ -86,9 +86,7 @@ def _draw_quality(ax: Axes, cases: Sequence[Record], closed: Mapping[str, Record
 
 
 def _dress(ax: Axes) -> None:
-    ax.grid(True, color="#dddddd", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    lay_grid(ax)
 
 
 def _name(record: Record) -> str:

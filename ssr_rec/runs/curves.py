@@ -229,9 +229,7 @@ def _dress(ax: Axes, title: str, ylabel: str, has_data: bool) -> None:
     ax.set_title(title, fontsize=11, loc="left", fontweight="bold")
     ax.set_xlabel("training samples")
     ax.set_ylabel(ylabel)
-    ax.grid(True, color="#dddddd", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    lay_grid(ax)
     if not has_data:
         ax.text(0.5, 0.5, "no values yet", transform=ax.transAxes, ha="center", color="#777777")
         ax.set_xticks([])
@@ -239,6 +237,13 @@ def _dress(ax: Axes, title: str, ylabel: str, has_data: bool) -> None:
         return
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def lay_grid(ax: Axes) -> None:
+    """Put a pale grid behind what is drawn, and leave out the frame above and to the right."""
+    ax.grid(True, color="#dddddd", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def legend_below(ax: Axes, handles: Sequence[Artist], columns: int = 2, at: float = -0.16) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ssr_rec.common.formatting import decimal
-from ssr_rec.runs.curves import DPI, Decimals, legend_below, style
+from ssr_rec.runs.curves import DPI, Decimals, lay_grid, legend_below, style
 from ssr_rec.runs.report import Run
 from ssr_rec.runs.table import display_names, markdown_table
 
@@ -76,9 +76,7 @@ def _draw(ax: Axes, runs: Sequence[Run], days: Sequence[str], task: str, name: s
         values = _values(run, days, task, name)
         mean = decimal(run.report.test[task].get(name))
         ax.plot(range(len(days)), values, linewidth=1.6, markersize=4, label=f"{label}: mean {mean}", **style(index))
-    ax.grid(True, color="#dddddd", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    lay_grid(ax)
     ax.yaxis.set_major_formatter(Decimals())
     ticks = range(0, len(days), -(-len(days) // 7))
     ax.set_xticks(ticks, [days[tick] for tick in ticks], rotation=35, ha="right", fontsize=8)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ssr_rec.common.formatting import decimal
-from ssr_rec.runs.curves import COLORS, DPI
+from ssr_rec.runs.curves import COLORS, DPI, lay_grid
 from ssr_rec.runs.report import Report
 
 FEW = 100
@@ -63,6 +63,4 @@ def _draw(ax: Axes, x: np.ndarray, shares: list[float | None], events: list[int]
         ax.scatter(x[some], y[some], s=22, color=COLORS[0], alpha=alpha, zorder=3)
     ax.set_ylim(0, max(2.0, 1.1 * np.nanmax(y)))  # never a scale on which nothing looks like something
     ax.set_ylabel("share (1: the row's average event)")
-    ax.grid(True, color="#dddddd", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    lay_grid(ax)

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from ssr_rec.runs.curves import COLORS, DPI, Decimals
+from ssr_rec.runs.curves import COLORS, DPI, Decimals, lay_grid
 
 COSTS = {"num_parameters": "Params, without embedding tables", "flops_1024": "FLOPs of 1,024 samples"}
 BASELINE_COLOR = "#5a6470"
@@ -82,9 +82,7 @@ def _groups(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
 
 def _draw_panel(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, dict[str, Any]]) -> None:
     ax.set_xscale("log")
-    ax.grid(True, color="#dddddd", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    lay_grid(ax)
     for group, rows in _groups(known):
         ordered = rows.sort_values(cost)
         line = ("--" if rows["baseline"].all() else "-") if len(rows) > 1 else "none"
