@@ -104,3 +104,8 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _Sum.apply(grads[0], *ctx.saved_tensors), None, None
+
+
+def age_of_bucket(bucket: int) -> float:
+    """Return the least age of a bucket of ``age_bucket``."""
+    return (1 + bucket % 2 / 2) * 2 ** (bucket // 2) - 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssr_rec.model.ctr_model import DenseArch
 from ssr_rec.sequences.base import SequenceEncoder
-from ssr_rec.sequences.jagged import Jagged, age_bucket
+from ssr_rec.sequences.jagged import Jagged, age_bucket, age_of_bucket
 
 INPUT_ROWS = 1024
 """Rows of the input vector that an over-arch's statistics are of."""
@@ -63,20 +63,18 @@ class EventShares:
         device = next((p.device for p in self.encoder.parameters()), torch.device("cpu"))
         sums = torch.cat([self.by_position, self.by_age], 1).double().to(device)
         dist.all_reduce(sums)
-        total, count, squares = sums.cpu().tolist()
-        positions = self.encoder.max_length
-        events = sum(count[:positions])
+        position, age = (part.tolist() for part in sums.cpu().split([self.encoder.max_length, AGE_BUCKETS], dim=1))
+        total, count, squares = position
         found: dict[str, Any] = {
-            "shares": [t / n if n else None for t, n in zip(total[:positions], count[:positions], strict=True)],
-            "events": [int(n) for n in count[:positions]],
-            "spread": math.sqrt(sum(squares[:positions]) / events) if events else None,
+            "shares": [t / n if n else None for t, n in zip(total, count, strict=True)],
+            "events": [int(n) for n in count],
+            "spread": math.sqrt(sum(squares) / sum(count)) if any(count) else None,
         }
-        aged = [
-            (i, t / n, int(n)) for i, (t, n) in enumerate(zip(total[positions:], count[positions:], strict=True)) if n
-        ]
-        if aged:
-            begins = [((1 + i % 2 / 2) * 2 ** (i // 2)) - 1 for i, _, _ in aged]
-            found |= {"ages": begins, "age_shares": [t for _, t, _ in aged], "age_events": [n for _, _, n in aged]}
+        total, count, _ = age
+        if aged := [bucket for bucket, n in enumerate(count) if n]:
+            found["ages"] = [age_of_bucket(bucket) for bucket in aged]
+            found["age_shares"] = [total[bucket] / count[bucket] for bucket in aged]
+            found["age_events"] = [int(count[bucket]) for bucket in aged]
         return found
 
 
@@ -86,8 +84,8 @@ class Captured:
     def __init__(self, dense: DenseArch) -> None:
         self.inputs: Tensor | None = None
         pairs = dense.histories.pairs() if dense.histories is not None else []
-        has_weights = SequenceEncoder.weights
-        self.events = {h.name: EventShares(e) for h, e in pairs if type(e).weights is not has_weights}
+        without = SequenceEncoder.weights  # an encoder that has not its own has none
+        self.events = {h.name: EventShares(e) for h, e in pairs if type(e).weights is not without}
 
     def keep(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
         if self.inputs is None:
