@@ -55,7 +55,8 @@ def test_every_over_arch_is_served_as_it_was_trained(dataset, case, dims):
     if dims and CASES[case]["name"] in EQUAL_DIMS_ONLY:
         pytest.skip("needs equal dims")
     served, trained = both(dataset, config_of(CASES[case], **dims))
-    torch.testing.assert_close(served, trained, atol=1e-6, rtol=1e-5)
+    # A logit is a sum of terms as large as the largest logit: their rounding stays where they cancel.
+    torch.testing.assert_close(served, trained, atol=2e-6 * float(trained.abs().max()), rtol=0)
     assert served.std(0).min() > 1e-3, "the rows must differ"
 
 
