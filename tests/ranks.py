@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# The last two are what a first run would load: half a second each.
-PRELOAD = ["ssr_rec.train", "torch.distributed.optim", "torch.utils.tensorboard"]
+# All that the ranks of a test would load, so that none of them does: half a second or a second each.
+PRELOAD = ["ssr_rec.train", "torch.distributed.optim", "torch.utils.tensorboard", "tests.jobs", "pytest"]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
