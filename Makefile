@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready-$(STACK)
 RUNS ?= runs/quickstart
+# Every process that a test starts would compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup setup-spark train test test-forms test-slow test-faults lint docs format clean
 
