@@ -53,6 +53,7 @@ def connect(spill: Path, memory_limit: str, threads: int | None, files: Sequence
         place = str(spill / STAGED_FILE).replace("'", "''") if on_disk else ":memory:"
         _execute(connection, f"attach '{place}' as staged")
         _execute(connection, "use staged")
+        _execute(connection, "create macro hex_number(digits) as ('0x' || digits)::bigint")
         yield DuckEngine(connection, on_disk)
     except duckdb.OutOfMemoryException as error:
         raise UserError(f"--memory-limit {memory_limit} is too small: {first_line(error)}") from None

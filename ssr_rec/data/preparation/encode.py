@@ -127,7 +127,6 @@ def encode(
     kept: Sequence[str] = (),
 ) -> Table:
     """Ids, labels, group id, ``SPLIT``, ``ORDER`` and the ``kept`` of ``rows``, which has those last four already."""
-    # A column first, since the expression of an id names its digest fifteen times.
     rows = rows.mutate(**{_digest(name): rows[name].cast("string").hexdigest("md5") for name in spec.raw_hash})
     joined = rows
     for position, name in enumerate(spec.categorical):

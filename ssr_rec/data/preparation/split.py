@@ -1,6 +1,7 @@
 """Which split a row falls to, its place in the shuffle, and its group id, as Ibis expressions.
 
-Nothing here is an engine's own: no UDF, no backend SQL, no window over all rows. Row arithmetic stays within int64.
+Nothing here is an engine's own but ``hex_number``: no other UDF, no backend SQL, no window over all rows. Row
+arithmetic stays within int64.
 """
 
 from __future__ import annotations
@@ -158,11 +159,14 @@ def resolved(rows: Table, rule: TimeSplit) -> TimeSplit:
     return TimeSplit(column=rule.column, boundaries=boundaries)
 
 
+@ibis.udf.scalar.builtin
+def hex_number(digits: str) -> int:  # type: ignore[empty-body]
+    """Return the number that at most 15 hexadecimal digits are; each engine defines it when it connects."""
+
+
 def digits_of(digest: StringColumn, first: int, count: int) -> IntegerValue:
     """``count`` (at most 15) hexadecimal digits of a digest from position ``first`` as a number."""
-    number: IntegerValue = ibis.literal(0, "int64")
-    for position in range(first, first + count):
-        number = number * 16 + ibis.literal("0123456789abcdef").find(digest.substr(position, 1))
+    number: IntegerValue = hex_number(digest.substr(first, count))
     return number
 
 
