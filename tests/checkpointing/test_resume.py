@@ -50,7 +50,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *[pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)]])
 @pytest.mark.parametrize(
     "case", [case if case == "rowwise_adagrad" else pytest.param(case, marks=pytest.mark.slow) for case in EXACT]
 )

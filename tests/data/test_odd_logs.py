@@ -13,7 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch import nn
 
+from ssr_rec.data.preparation.module_names import MODULE_NAMES
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.schema import GROUP_COLUMN, Schema
@@ -87,6 +89,10 @@ def test_a_file_named_like_a_pattern_is_the_file_that_is_read(tmp_path, suffix, 
 def test_a_name_that_could_not_be_used_later_is_refused_at_once(name, why):
     with pytest.raises(ValueError, match=why):
         make_spec({**SPEC, "categorical": ["item", name]}, "spec")
+
+
+def test_every_name_that_this_pytorch_has_taken_is_known():
+    assert {name for name in dir(nn.ModuleDict()) if not name.startswith("__")} <= MODULE_NAMES
 
 
 @pytest.mark.parametrize(

@@ -149,10 +149,3 @@ def test_a_user_without_a_folder_is_told_what_to_set(workshop, tmp_path, monkeyp
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "compiler"))
     with pytest.warns(RuntimeWarning, match="plain, slower operators: .* set TORCH_EXTENSIONS_DIR"):
         assert not extension._load.__wrapped__()
-
-
-def test_importing_the_package_builds_nothing(tmp_path) -> None:
-    code = "import ssr_rec.over_archs, ssr_rec.kernels"
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    assert not list(tmp_path.iterdir())

@@ -221,9 +221,24 @@ def _weight_grad(tensors: dict[str, Tensor | None]) -> Tensor:
     return weight.grad
 
 
-@pytest.mark.parametrize("shape", ["narrow", "own odd input"])
-@pytest.mark.parametrize(("residual", "norm"), [(False, True), (True, False)])
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "residual", "norm", "keep"),
+    [
+        ("narrow", False, True, False),
+        ("own odd input", True, False, True),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("narrow", False, True, True),
+                ("narrow", True, False, False),
+                ("narrow", True, False, True),
+                ("own odd input", False, True, False),
+                ("own odd input", False, True, True),
+                ("own odd input", True, False, False),
+            ]
+        ],
+    ],
+)
 def test_torchs_checks_of_an_operator(shape: str, residual: bool, norm: bool, keep: bool) -> None:
     tensors = inputs(shape, 4, residual, norm, keep=keep)
     kept = (tensors["keep"], tensors["keep_share"]) if keep else ()

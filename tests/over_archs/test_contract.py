@@ -1,7 +1,9 @@
 """What every over-arch keeps to, whatever it computes."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -303,9 +305,11 @@ def test_bfloat16_autocast(case: str) -> None:
         assert (rough.float() - exact).abs().mean() < 0.02 + 0.02 * exact.abs().mean()
 
 
-def test_importing_an_over_arch_does_not_import_torchrec() -> None:
+def test_importing_an_over_arch_does_not_import_torchrec_and_builds_nothing(tmp_path: Path) -> None:
     code = "import sys; from ssr_rec.over_archs import SSR, SSRConfig; sys.exit('torchrec' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", OVER_ARCHS)

@@ -122,9 +122,8 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
     arrow_udf: Any = F.arrow_udf
     session.udf.register("c_ln", arrow_udf(c_ln, pt.DoubleType()))
     session.udf.register("c_transformed", arrow_udf(c_transformed, pt.ArrayType(pt.DoubleType())))
-    session.sql(
-        "create temporary function hex_number(digits string) returns bigint return cast(conv(digits, 16, 10) as bigint)"
-    )
+    number = "cast(conv(digits, 16, 10) as bigint)"
+    session.sql(f"create temporary function hex_number(digits string) returns bigint return {number}")
     engine = SparkEngine(session, memory_limit)
     try:
         yield engine

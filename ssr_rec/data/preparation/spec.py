@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import read_yaml
+from ssr_rec.data.preparation.module_names import MODULE_NAMES
 from ssr_rec.data.preparation.sequence_spec import FromLog, SequenceSpec, check_sequences
 from ssr_rec.data.schema import GROUP_COLUMN
 
@@ -279,9 +280,7 @@ def _problem(name: str, is_module: bool) -> str | None:
 
 def is_no_module(name: str) -> bool:
     """Whether PyTorch refuses a module of that name, as it does for dots and what its modules have already."""
-    from torch import nn  # starts PyTorch, which reading a spec of nobody's does not need
-
-    return "." in name or hasattr(nn.ModuleDict(), name)
+    return "." in name or name in MODULE_NAMES
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
