@@ -17,7 +17,7 @@ MEMORY_SHARE = 0.9
 
 
 def host(instance_type: str, vcpus: int, memory_gib: int, gpus: int = 0, efa: int = 0) -> specs.Resource:
-    """A whole host of one type; Kubernetes places it by the label ``node.kubernetes.io/instance-type``.
+    """Return a whole host of one type; Kubernetes places it by the label ``node.kubernetes.io/instance-type``.
 
     Args:
         memory_gib: as the vendor states it; GCP's GB are GiB.
@@ -88,7 +88,7 @@ def c7i_48xlarge() -> specs.Resource:
 
 
 def environment(resource: specs.Resource, processes: int) -> dict[str, str]:
-    """Variables that a host's processes need, besides what the image sets.
+    """Return variables that a host's processes need, besides what the image sets.
 
     Left at its default on purpose: TORCH_NCCL_ASYNC_ERROR_HANDLING ends a job whose peer is lost, since torch 2.2
     (https://docs.pytorch.org/docs/stable/torch_nccl_environment_variables.html).

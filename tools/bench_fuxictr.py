@@ -75,7 +75,7 @@ def take_turns(ours: Job, fuxictr: FuxiCTR, steps: int, turns: int) -> dict[str,
 
 
 def compare(model: str, data: Path, schema: Schema, fuxictr: FuxiCTR, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one model."""
+    """Return the figures of one model."""
     with tempfile.TemporaryDirectory() as runs:
         config = our_config(data, schema, model, Path(runs), options.bf16)
         device = start_process_group(config.device)

@@ -50,7 +50,7 @@ FEWEST = 5
 
 
 def closed_turns(workers: Sequence[Worker], options: argparse.Namespace) -> dict[Key, list[Requests]]:
-    """Every case, batch and number of clients, ``repetitions`` times, in another order each time."""
+    """Run every case, batch and number of clients, ``repetitions`` times, in another order each time."""
     keys = list(product(range(len(workers)), options.batch, options.clients))
     counts = {}
     for case, batch, clients in keys:
@@ -72,7 +72,7 @@ def closed_turns(workers: Sequence[Worker], options: argparse.Namespace) -> dict
 def open_turns(
     workers: Sequence[Worker], rates: dict[Key, float], options: argparse.Namespace
 ) -> dict[tuple[Key, float], list[Requests]]:
-    """The same with Poisson arrivals at each share of ``rates``, answers a second.
+    """Run the same with Poisson arrivals at each share of ``rates``, answers a second.
 
     The arrivals of a repetition and a share are the same for all cases but for the rate, so that no case has the
     luckier ones.
@@ -91,7 +91,7 @@ def open_turns(
 
 
 def measure(workers: Sequence[Worker], options: argparse.Namespace) -> dict[str, list[Record]]:
-    """``cases``, ``closed`` and ``open`` as the JSON has them; ``ratio`` is to the first case of the same load."""
+    """Return ``cases``, ``closed`` and ``open`` as in the JSON; ``ratio`` is to the first case of the same load."""
     closed = closed_turns(workers, options)
     records: dict[str, list[Record]] = {"cases": [], "closed": [], "open": []}
     rates = {}
@@ -124,7 +124,7 @@ def measure(workers: Sequence[Worker], options: argparse.Namespace) -> dict[str,
 
 
 def quality(worker: Worker) -> Record:
-    """AUC and logloss of each task on the whole test fold."""
+    """Return AUC and logloss of each task on the whole test fold."""
     logits, labels = worker.ask("fold")
     tasks = worker.case.schema.labels
     return {

@@ -32,7 +32,7 @@ from ssr_rec.serving.trained_model import restore_model
 
 
 def evaluation(model: CTRModel, reader: Reader, metrics: FoldMetrics) -> tuple[dict[str, float], dict[str, Any]]:
-    """One evaluation: CPU seconds ``in_all``, ``taking_in`` and ``computing``, and the measures."""
+    """Evaluate once and return CPU seconds ``in_all``, ``taking_in`` and ``computing``, and the measures."""
     # Not wall time: small operations wait for the reader's thread, which works meanwhile.
     start, taking_in = time.process_time(), 0.0
     with torch.no_grad():
@@ -49,7 +49,7 @@ def evaluation(model: CTRModel, reader: Reader, metrics: FoldMetrics) -> tuple[d
 
 
 def differences(exact: dict[str, Any], bounded: dict[str, Any]) -> dict[str, Any]:
-    """Per task, the bounded measure less the exact one beside its bound, and the sampling of GAUC."""
+    """Return, per task, the bounded measure less the exact one beside its bound, and the sampling of GAUC."""
     found: dict[str, Any] = {}
     for task, mine in bounded.items():
         theirs = exact[task]

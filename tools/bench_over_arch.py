@@ -71,7 +71,7 @@ def measure(cases: Sequence[Case], options: argparse.Namespace, setting: Setting
 def over_arch_records(
     configs: Sequence[tuple[str, OverArchConfig]], options: argparse.Namespace, setting: Setting
 ) -> list[Record]:
-    """Batch by batch, every over-arch; ``ratio`` is to the first of the batch."""
+    """Time every over-arch, batch by batch; ``ratio`` is to the first of the batch."""
     records = []
     labels = [config.label for _, config in configs]
     for batch in options.batch:
@@ -102,7 +102,7 @@ def over_arch_records(
 
 
 def operator_records(options: argparse.Namespace, setting: Setting) -> list[Record]:
-    """Batch by batch, every operator; ``ratio`` of its time is to those that it is measured against."""
+    """Time every operator, batch by batch; ``ratio`` of its time is to those that it is measured against."""
     records = []
     for batch in options.batch:
         torch.compiler.reset()
@@ -120,7 +120,7 @@ def operator_records(options: argparse.Namespace, setting: Setting) -> list[Reco
 
 
 def table(records: Sequence[Record]) -> str:
-    """What the terminal shows of over-archs, or of operators."""
+    """Return what the terminal shows of over-archs, or of operators."""
     over_archs = "parameters" in records[0]
     header = ["over-arch" if over_archs else "operator", "batch", "ms", "p10-p90", "GFLOP/s", "least MB", "GB/s of it"]
     header += ["moved", "saved MB", "peak MB"]

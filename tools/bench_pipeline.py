@@ -38,7 +38,7 @@ STAGES = ("draw", "prepare", "read", "consume", "train", "fuxictr")
 
 
 def run(command: Sequence[str], threads: int = 1) -> tuple[str, float]:
-    """What a command printed last, and the most memory in MB that it or a process it started was seen to have.
+    """Return what a command printed last, and the most memory in MB that it or a process it started was seen to have.
 
     Raises:
         ValueError: it failed; the last line of its complaint.
@@ -61,7 +61,7 @@ def run(command: Sequence[str], threads: int = 1) -> tuple[str, float]:
 
 
 def family(process: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and all that descend from it."""
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except OSError:
@@ -70,7 +70,7 @@ def family(process: int) -> list[int]:
 
 
 def stage(name: str, **options: Any) -> dict[str, Any]:
-    """The figures of one stage, from a process of its own."""
+    """Return the figures of one stage, from a process of its own."""
     said, _ = run([sys.executable, str(TOOLS / "pipeline_stages.py"), name, json.dumps(options)])
     figures = json.loads(said)
     rows = figures["rows"]
@@ -82,7 +82,7 @@ def stage(name: str, **options: Any) -> dict[str, Any]:
 
 
 def train(data: Path, runs: Path, ranks: int, steps: int, batch_size: int) -> dict[str, Any]:
-    """The whole job on so many processes of this machine."""
+    """Run the whole job on so many processes of this machine."""
     name = f"{data.name}-{ranks}-{time.time_ns()}"
     job = [
         *(str(TOOLS.parent / "ssr_rec" / "train.py"), f"--runs={runs}", f"--name={name}", f"--data.path={data}"),
@@ -130,7 +130,7 @@ def against_fuxictr(log: Log, python: str, work: Path, turns: int, memory_limit:
 
 
 def by_rows(name: str, rows: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The figures of a stage on a log of so many rows; of several turns for training."""
+    """Return the figures of a stage on a log of so many rows; of several turns for training."""
     drawn, prepared = options.work / f"drawn-{rows}", options.work / f"prepared-{rows}"
     data = prepared if prepared.exists() else drawn
     if name == "draw":
@@ -149,7 +149,7 @@ def by_rows(name: str, rows: int, options: argparse.Namespace) -> list[dict[str,
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures asked for: per stage a list over sizes or ranks, or a mapping over logs."""
+    """Return all figures asked for: per stage a list over sizes or ranks, or a mapping over logs."""
     found: dict[str, Any] = {name: [] for name in options.stages}
     for rows in options.rows:
         for name in (stage for stage in STAGES[:-1] if stage in options.stages):
@@ -165,7 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def line(name: str, figures: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     parts = [f"{name:8s}{figures['rows']:>13,} rows{figures['rows_per_s']:>11,}/s{figures['peak_mb']:>7,} MB"]
     if "rows_per_cpu_s" in figures:
         parts.append(f"{figures['rows_per_cpu_s']:,}/CPU s")

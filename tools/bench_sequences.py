@@ -146,7 +146,7 @@ class Bench:
 
 
 def take_turns(steps: Sequence[Step], turns: int, warmup: int) -> list[list[float]]:
-    """Seconds of each step, turn by turn, the order turning too."""
+    """Return seconds of each step, turn by turn, the order turning too."""
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(warmup + turns):
         for i in range(len(steps)):
@@ -173,7 +173,7 @@ def parse_encoder(text: str) -> Any:
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record an encoder; the first is of the step without."""
+    """Return one record an encoder; the first is of the step without."""
     encoders = []
     for text in options.encoders:
         width = options.event_columns * options.dim

@@ -47,7 +47,7 @@ Job = Callable[[int], None]
 
 
 def make_trainer(config: RunConfig, schema: Schema, device: torch.device, reader: Reader, folder: Path) -> Trainer:
-    """The trainer of ssr_rec/train.py on one rank; checkpoints, when asked for, go to ``folder``."""
+    """Return the trainer of ssr_rec/train.py on one rank; checkpoints, when asked for, go to ``folder``."""
     model = build_model(config, schema, device, world_size=1, local_world_size=1)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
     model.train()
@@ -56,7 +56,7 @@ def make_trainer(config: RunConfig, schema: Schema, device: torch.device, reader
 
 
 def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: Reader) -> Job:
-    """What ssr_rec/train.py does between two evaluations: reader, pipeline, running AUC, progress rows."""
+    """Return the job of ssr_rec/train.py between two evaluations: reader, pipeline, running AUC, progress rows."""
     never = CheckpointConfig(every_steps=None, every_minutes=None)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config.model_copy(update={"checkpoint": never}), schema, device, reader, Path(folder))
@@ -64,7 +64,7 @@ def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: R
 
 
 def stepper(trainer: Trainer, reader: Reader) -> Job:
-    """Training of so many further steps, across epochs."""
+    """Return a job that trains so many further steps, across epochs."""
     epochs = [(0, reader.epoch(0))]
 
     def run(steps: int) -> None:
@@ -81,7 +81,7 @@ def stepper(trainer: Trainer, reader: Reader) -> Job:
 
 
 def bare_loop(config: RunConfig, schema: Schema, device: torch.device) -> Job:
-    """The same sharded model and optimizers over 64 random batches in memory."""
+    """Return a job that trains the same sharded model by the same optimizers on 64 random batches in memory."""
     model = build_model(config, schema, device, world_size=1, local_world_size=1)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
     batches = [random_batch(schema, config.train.batch_size, seed).to(device) for seed in range(64)]
@@ -118,7 +118,7 @@ def random_batch(schema: Schema, rows: int, seed: int) -> Batch:
 
 
 def turns_parser(description: str, steps: int, turns: int) -> argparse.ArgumentParser:
-    """The arguments of a benchmark whose jobs take turns of training on one dataset."""
+    """Return the arguments of a benchmark whose jobs take turns of training on one dataset."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="prepared dataset")
     parser.add_argument("--config", help="run config; default: SSR-S")
@@ -131,7 +131,7 @@ def turns_parser(description: str, steps: int, turns: int) -> argparse.ArgumentP
 def open_data(
     arguments: argparse.Namespace, overrides: Sequence[str]
 ) -> tuple[RunConfig, Schema, torch.device, Reader]:
-    """What those arguments name, opened on one rank.
+    """Return what those arguments name, opened on one rank.
 
     Raises:
         ValueError: a config or dataset that cannot be.

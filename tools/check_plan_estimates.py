@@ -126,7 +126,7 @@ def measure_machine(ranks: int) -> Hardware:
 
 
 def best_of(work: Callable[[], Any], times: int = 7) -> float:
-    """Seconds of the fastest call."""
+    """Return seconds of the fastest call."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -136,7 +136,7 @@ def best_of(work: Callable[[], Any], times: int = 7) -> float:
 
 
 def variants(hardware: Hardware, batch: int) -> Iterator[tuple[str, Case, Callable[[str], int] | None]]:
-    """Name, case, and table -> rank where the planner's own choice is overruled."""
+    """Yield name, case, and table -> rank where the planner's own choice is overruled."""
     ranks = dist.get_world_size()
     last = ranks - 1
     ten, two = make_schema(10), make_schema(2)
@@ -161,7 +161,7 @@ def variants(hardware: Hardware, batch: int) -> Iterator[tuple[str, Case, Callab
 
 
 def make_schema(mean_length: int) -> Schema:
-    """Some tables of one id a row and some of lists."""
+    """Return some tables of one id a row and some of lists."""
     features = [
         Feature(name=f"single_{i}", kind="categorical", num_embeddings=100_000, encoding=Drawn(column=""))
         for i in range(SINGLES)
@@ -179,7 +179,7 @@ def make_schema(mean_length: int) -> Schema:
 
 
 def prepare(name: str, case: Case, rank_of: Callable[[str], int] | None, folder: Path, device: torch.device) -> Plan:
-    """The job of a case, sharded by its saved plan."""
+    """Return the job of a case, sharded by its saved plan."""
     planned = plan_case(case)
     if rank_of is not None:
         planned = overrule(planned, rank_of)
@@ -196,7 +196,7 @@ def prepare(name: str, case: Case, rank_of: Callable[[str], int] | None, folder:
 
 
 def overrule(planned: Planned, rank_of: Callable[[str], int]) -> Planned:
-    """The same tables, whole, each on the rank that is said."""
+    """Return the same tables, whole, each on the rank that is said."""
     for option in planned.found.options:
         assert len(option.shards) == 1, "only whole tables are moved"
         option.shards[0].rank = rank_of(option.name)

@@ -118,13 +118,13 @@ class Job:
         return found if split == "test" else found[0]
 
     def train(self, steps: int) -> float:
-        """FuxiCTR's own ``train_epoch`` over the next batches; seconds."""
+        """Run FuxiCTR's own ``train_epoch`` over the next batches and return the seconds."""
         start = time.perf_counter()
         self.model.train_epoch(islice(self.batches, steps))
         return time.perf_counter() - start
 
     def fit(self, epochs: int, seed: int) -> dict[str, float]:
-        """Training from scratch until the validation AUC falls; ``evaluate`` is scikit-learn's AUC."""
+        """Train from scratch until the validation AUC falls; ``evaluate`` is scikit-learn's AUC."""
         model = self.build(seed)
         model.fit(self.loader("train"), epochs=epochs, validation_data=self.loader("validation"))
         return {"auc": float(model.evaluate(self.loader("test"))["AUC"]), "epochs": model._epoch_index + 1}

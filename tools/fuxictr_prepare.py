@@ -40,7 +40,7 @@ class Processor(FeatureProcessor):
 
 
 def columns(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """FuxiCTR's description of the features."""
+    """Return FuxiCTR's description of the features."""
     text = {"active": True, "dtype": "str", "type": "categorical"}
     number = {"active": True, "dtype": "float", "type": "categorical", "preprocess": "to_bucket", "fill_na": 0}
     items = {"active": True, "dtype": "str", "type": "sequence", "splitter": "^"}

@@ -74,7 +74,7 @@ class FuxiCTR:
 
 
 def write_for_fuxictr(data: Path, schema: Schema, folder: Path, settings: dict[str, Any]) -> None:
-    """The splits, the feature map and ``settings.json`` as fuxictr_child.py reads them.
+    """Write the splits, the feature map and ``settings.json`` as fuxictr_child.py reads them.
 
     Args:
         schema: that of ``data``, narrowed to single-valued features and one label.

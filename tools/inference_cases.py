@@ -79,14 +79,14 @@ class Rows:
         return len(self.offsets[0]) - 1
 
     def request(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows start .. stop as ``(values, lengths (F * B,))``, feature after feature."""
+        """Return rows start .. stop as ``(values, lengths (F * B,))``, feature after feature."""
         parts = [ids[at[start] : at[stop]] for ids, at in zip(self.ids, self.offsets, strict=True)]
         lengths = [np.diff(at[start : stop + 1]) for at in self.offsets]
         return torch.from_numpy(np.concatenate(parts)), torch.from_numpy(np.concatenate(lengths))
 
 
 def draw_rows(schema: Schema, count: int, seed: int) -> Rows:
-    """Rows of uniform ids; lists of uniform lengths from none to the longest."""
+    """Return rows of uniform ids; lists of uniform lengths from none to the longest."""
     rng = np.random.default_rng(seed)
     ids, offsets = [], []
     for feature in schema.features:
@@ -99,7 +99,7 @@ def draw_rows(schema: Schema, count: int, seed: int) -> Rows:
 
 
 def read_rows(folder: Path, schema: Schema, count: int | None = None) -> Rows:
-    """The first rows of a prepared log's test fold, in the order they are stored; None: all.
+    """Return the first rows of a prepared log's test fold, in the order they are stored; None: all.
 
     Raises:
         ValueError: see ``Reader``.
@@ -144,14 +144,14 @@ def kjt_scorer(names: Sequence[str], forward: Callable[[KeyedJaggedTensor], Tens
 
 
 def untrained(config: RunConfig, schema: Schema) -> CTRModel:
-    """The model a run of this config begins with."""
+    """Return the model a run of this config begins with."""
     model = build_plain_model(config, schema)
     initialise_tables(model, config.seed, config.embeddings.init_scale)
     return model
 
 
 def load_case(case: Case) -> Score:
-    """What answers requests to the case.
+    """Return what answers requests to the case.
 
     Raises:
         ValueError: no good run or artifact there.
@@ -170,7 +170,7 @@ def load_case(case: Case) -> Score:
 
 
 def timed_load(case: Case, first: tuple[Tensor, Tensor]) -> tuple[Score, float]:
-    """The scorer, and the seconds from nothing loaded, but with all imports done, to its first answer."""
+    """Return the scorer, and the seconds from nothing loaded, but with all imports done, to its first answer."""
     begin = time.perf_counter()
     score = load_case(case)
     score(*first)

@@ -16,7 +16,7 @@ UNKNOWN = "a value that no vocabulary has"
 
 
 def raw_rows(schema: Schema, folder: Path, rows: Rows, start: int, stop: int) -> list[dict[str, Any]]:
-    """Rows start .. stop as mappings, as an application would send them.
+    """Return rows start .. stop as mappings, as an application would send them.
 
     A hashed id comes from a text of its own, not from one that hashes to it: the time is the same.
 
@@ -33,7 +33,7 @@ def raw_rows(schema: Schema, folder: Path, rows: Rows, start: int, stop: int) ->
 
 
 def _values(feature: Feature, folder: Path) -> Any:
-    """A function from an id to a raw value; missing ids are None."""
+    """Return a function from an id to a raw value; missing ids are None."""
     encoding = feature.encoding
     if isinstance(encoding, Drawn):
         return int

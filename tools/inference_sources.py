@@ -51,7 +51,7 @@ class Source:
 
 
 def match_of(text: str | None) -> tuple[str, float] | None:
-    """``params=1e6`` as a key of COSTS and its value.
+    """Return ``params=1e6`` as a key of COSTS and its value.
 
     Raises:
         ValueError: not of that form.
@@ -94,7 +94,7 @@ def read_sources(options: argparse.Namespace, match: tuple[str, float] | None) -
 
 
 def dataset(config: RunConfig) -> tuple[Schema, Path]:
-    """The dataset of a config and its folder; the synthetic log is drawn if it is not there."""
+    """Return the dataset of a config and its folder; the synthetic log is drawn if it is not there."""
     folder = place(config.data.path or ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root)))
     return Schema.read(folder).select(config.data.features, config.data.labels), folder
 
@@ -102,7 +102,7 @@ def dataset(config: RunConfig) -> tuple[Schema, Path]:
 def matched(
     over_arch: OverArchConfig, config: RunConfig, schema: Schema, cost: str, target: float, multiple: int
 ) -> OverArchConfig:
-    """The over-arch with the size that costs nearest to the target; says what it reached.
+    """Return the over-arch with the size that costs nearest to the target; says what it reached.
 
     Raises:
         ValueError: no size comes near, or the fields differ in dim.
@@ -147,7 +147,7 @@ def _artifact(path: Path, data: Path | None) -> Source:
 
 
 def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path) -> list[Case]:
-    """Every source in every mode, number of threads and, exported, precision; artifacts are made under ``keep``."""
+    """Return every source in every mode, number of threads and, exported, precision; artifacts go under ``keep``."""
     cases = []
     for number, source in enumerate(sources):
         folders = [source.path] if source.kind == "artifact" else []
@@ -184,7 +184,7 @@ def _aot_case(source: Source, folder: Path, common: dict[str, Any], more: str) -
 
 
 def export(source: Source, folder: Path, tables: Any, dense: Any) -> None:
-    """The artifact of a run, or of a config's untrained weights, unless it is there.
+    """Make the artifact of a run, or of a config's untrained weights, unless it is there.
 
     Raises:
         ValueError: see ``export_restored``; or what is there is of another over-arch.

@@ -12,7 +12,7 @@ Record = Mapping[str, Any]
 
 
 def tables(records: Mapping[str, Sequence[Record]]) -> list[str]:
-    """The cases, their closed loop, and their open loop where there was one."""
+    """Return the cases, their closed loop, and their open loop where there was one."""
     found = [case_table(records["cases"]), loop_table(records["closed"])]
     return found + ([loop_table(records["open"])] if records["open"] else [])
 

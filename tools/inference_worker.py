@@ -79,7 +79,7 @@ class Worker:
 
 
 def serve(pipe: Connection, case: Case, batches: list[int], seed: int) -> None:
-    """The worker's side: an answer to every request until the pipe closes."""
+    """Be the worker's side: answer every request until the pipe closes."""
     quiet()
     torch.set_num_threads(case.threads)
     try:
@@ -142,7 +142,7 @@ class Served:
         return resident()
 
     def fold(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and labels (N, T) of the whole test fold."""
+        """Return logits and labels (N, T) of the whole test fold."""
         assert self.case.data is not None
         rows = read_rows(self.case.data, self.case.schema)
         assert rows.labels is not None

@@ -72,7 +72,8 @@ class Case:
 
 
 def over_arch_case(config: OverArchConfig, fields: int, dim: int, batch: int, train: bool, setting: Setting) -> Case:
-    """One step of an over-arch on a random batch: forward without gradients in eval mode, or forward and backward.
+    """Return one step of an over-arch on a random batch: forward without gradients in eval mode, or forward and
+    backward.
 
     Raises:
         ValueError: the config does not fit the fields, or these sizes.
@@ -94,7 +95,7 @@ def over_arch_case(config: OverArchConfig, fields: int, dim: int, batch: int, tr
 
 
 def build(config: OverArchConfig, fields: int, dim: int) -> OverArch:
-    """The over-arch for one task, with the same weights every time."""
+    """Return the over-arch for one task, with the same weights every time."""
     torch.manual_seed(0)
     return OVER_ARCHS[config.name](fields, dim, 1, config)
 
@@ -102,7 +103,9 @@ def build(config: OverArchConfig, fields: int, dim: int) -> OverArch:
 def make_step(
     forward: Callable[[], Any], wanted: Sequence[Tensor], train: bool, setting: Setting
 ) -> Callable[[], object]:
-    """``forward`` under autocast; with ``train`` also the gradients of ``wanted``, returned instead of accumulated."""
+    """Return ``forward`` under autocast; with ``train`` also the gradients of ``wanted``, returned instead of
+    accumulated.
+    """
     upstream: list[Tensor] = []
 
     def outputs() -> list[Tensor]:
@@ -124,7 +127,7 @@ def make_step(
 def least_bytes(
     forward: Callable[[], Any], inputs: Sequence[Tensor], weights: Sequence[Tensor], train: bool, setting: Setting
 ) -> int:
-    """Bytes that one step cannot do without, by the rule above."""
+    """Return bytes that one step cannot do without, by the rule above."""
     with torch.no_grad(), setting.autocast():
         outputs = tree_leaves(forward())
     operands = size_of([*inputs, *weights])
@@ -132,7 +135,7 @@ def least_bytes(
 
 
 def operator_cases(batch: int, views: int, dim: int, iterations: int, setting: Setting) -> list[Case]:
-    """ICS on (batch, views, dim) beside ReLU and a copy of the same tensor; SSR layers beside their GEMMs alone.
+    """Return ICS on (batch, views, dim) beside ReLU and a copy of the same tensor; SSR layers beside their GEMMs alone.
 
     A layer's input is as wide as its output, as from the second layer of a stack on. A name has ``fwd`` or ``fwd+bwd``,
     then the form: none, ours; ``plain``, torch's own operators; ``plain compiled``, with ``compile`` alone; ``GEMMs``,
@@ -168,7 +171,7 @@ def operator_cases(batch: int, views: int, dim: int, iterations: int, setting: S
 
 
 def plain_layer(x: Tensor, layer: SSRLayer) -> Tensor:
-    """An SSR layer of torch's own operators alone: (B, width) -> (B, V, d)."""
+    """Return an SSR layer of torch's own operators alone: (B, width) -> (B, V, d)."""
     indices = None
     if isinstance(layer.filter, IcsFilter):
         z = layer.filter.proj(x).unflatten(1, (layer.filter.num_views, layer.filter.view_dim))
@@ -222,7 +225,7 @@ def _gemms(
     dtype: torch.dtype,
     setting: Setting,
 ) -> Case:
-    """The matrix products of a layer alone, in the layouts that they have in the plain layer.
+    """Return the matrix products of a layer alone, in the layouts that they have in the plain layer.
 
     Args:
         sizes: batch, views, dim.
@@ -254,7 +257,7 @@ def _way(train: bool) -> str:
 def interleave(
     cases: Sequence[Case], repetitions: int, warmup: int, device: torch.device, warm: bool = False
 ) -> list[list[float]]:
-    """Seconds of each repetition of each case.
+    """Return seconds of each repetition of each case.
 
     The cases take turns, so that a drift of the machine meets all of them, each turn in another order: what runs
     after a large case finds its data gone from the caches. With ``warm``, each is run once more before it is timed.

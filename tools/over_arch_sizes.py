@@ -35,7 +35,7 @@ COSTS = {"flops": "flops_per_sample", "parameters": "num_parameters"}
 
 
 def parse_over_arch(spec: str) -> OverArchConfig:
-    """``name:key=value,...`` as a config; a value is YAML and may hold commas.
+    """Return ``name:key=value,...`` as a config; a value is YAML and may hold commas.
 
     Raises:
         ValueError: not of that form, an unknown name or key, or a bad value; the message has the text given.
@@ -53,7 +53,7 @@ def parse_over_arch(spec: str) -> OverArchConfig:
 def resize(
     config: OverArchConfig, cost: str, target: float, fields: int, dim: int, multiple: int = 1
 ) -> OverArchConfig:
-    """The config with the integer size whose cost is nearest to ``target``.
+    """Return the config with the integer size whose cost is nearest to ``target``.
 
     Args:
         cost: a key of COSTS.

@@ -45,7 +45,7 @@ class Log:
 
 
 def criteo_log(given: Path, work: Path) -> Log:
-    """A Criteo file repeated to ``CRITEO_ROWS`` rows."""
+    """Return a Criteo file repeated to ``CRITEO_ROWS`` rows."""
     text = given.read_bytes()
     raw = work / "criteo.tsv"
     if not raw.exists():
@@ -64,7 +64,7 @@ def criteo_log(given: Path, work: Path) -> Log:
 
 
 def ml1m_half_log(given: Path, work: Path) -> Log:
-    """The ratings of configs/data/ml1m_half.yaml."""
+    """Return the ratings of configs/data/ml1m_half.yaml."""
     spec = read_spec(SPEC)
     # FuxiCTR takes ids as text, and lists as text with a separator.
     text = [f"{name}::varchar as {name}" for name in spec.categorical]

@@ -31,19 +31,19 @@ FOLD_ROWS = 1_024
 
 
 def peak_mb(process: int | str = "self") -> float:
-    """The most resident memory of a process so far, in 10^6 bytes; 0 where there is none such."""
+    """Return the most resident memory of a process so far, in 10^6 bytes; 0 where there is none such."""
     return resident(process)["peak"] / 1e6
 
 
 def timed(work: Callable[[], int]) -> dict[str, float]:
-    """The rows that ``work`` says it did, and its time without the imports before it."""
+    """Return the rows that ``work`` says it did, and its time without the imports before it."""
     wall, cpu = time.perf_counter(), time.process_time()
     rows = work()
     return {"rows": rows, "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
 def draw(rows: int, output: str, ids: int) -> dict[str, Any]:
-    """A synthetic log of 39 single-valued features and a list; users and items have ``ids`` ids each."""
+    """Draw a synthetic log of 39 single-valued features and a list; users and items have ``ids`` ids each."""
     from ssr_rec.data.synthetic.config import SyntheticConfig
     from ssr_rec.data.synthetic.write import write_synthetic
 
@@ -52,7 +52,7 @@ def draw(rows: int, output: str, ids: int) -> dict[str, Any]:
 
 
 def prepare_drawn(drawn: str, output: str, memory_limit: str) -> dict[str, Any]:
-    """The drawn log taken for a raw one: 26 categorical columns, 13 numbers, one list."""
+    """Prepare the drawn log, taken for a raw one: 26 categorical columns, 13 numbers, one list."""
     from ssr_rec.data.preparation.prepare import prepare
     from ssr_rec.data.preparation.spec import make_spec
     from ssr_rec.data.schema import Schema
@@ -77,7 +77,7 @@ def prepare_drawn(drawn: str, output: str, memory_limit: str) -> dict[str, Any]:
 
 
 def prepare_log(inputs: list[str], output: str, memory_limit: str, preset: str, spec: str | None) -> dict[str, Any]:
-    """A raw log by a preset, or by the spec in a file."""
+    """Prepare a raw log by a preset, or by the spec in a file."""
     from ssr_rec.data.preparation.prepare import prepare
     from ssr_rec.data.preparation.presets import PRESETS
     from ssr_rec.data.preparation.sources import read_table
@@ -96,14 +96,14 @@ def _rows(schema: Schema) -> int:
 
 
 def read(data: str, batch_size: int) -> dict[str, Any]:
-    """One shuffled pass of the reader over the training split on one rank."""
+    """Make one shuffled pass of the reader over the training split on one rank."""
     from ssr_rec.data.schema import Schema
 
     return timed(partial(one_pass, data, Schema.read(data), batch_size, 0))
 
 
 def one_pass(data: str, schema: Schema, batch_size: int, epoch: int) -> int:
-    """The rows of a shuffled pass over the training split, by a reader opened for it."""
+    """Return the rows of a shuffled pass over the training split, by a reader opened for it."""
     from ssr_rec.data.reader import Reader
 
     reader = Reader(Path(data), schema, "train", batch_size, seed=0)
@@ -111,7 +111,8 @@ def one_pass(data: str, schema: Schema, batch_size: int, epoch: int) -> int:
 
 
 def consume(data: str, batch_size: int, turns: int, steps: int) -> dict[str, Any]:
-    """The reader alone and a bare Dense MLP 3x320 in turns, both on the 39 single-valued features, on one thread.
+    """Run the reader alone and a bare Dense MLP 3x320 in turns, both on the 39 single-valued features, on one
+    thread.
 
     ``reader`` and ``model`` are medians of rows per CPU second.
     """

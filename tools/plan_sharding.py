@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _case(options: argparse.Namespace, overrides: Sequence[str]) -> Case:
-    """What the command line asks to plan.
+    """Return what the command line asks to plan.
 
     Raises:
         ValueError: bad input; the message names the flag, key or file and the fix.

@@ -82,7 +82,7 @@ def _add(options: argparse.Namespace) -> Schema:
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
-    """How to read, and the spec with the command line's changes."""
+    """Return how to read, and the spec with the command line's changes."""
     read: Read = read_table
     if options.preset == "table":
         if options.spec is None:

@@ -18,7 +18,7 @@ UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements; those that an expanded tensor repeats count once."""
+    """Return bytes of the elements; those that an expanded tensor repeats count once."""
     return sum(
         t.element_size() * int(np.prod([n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n == 0]))
         for t in tensors
@@ -49,14 +49,14 @@ def _storages(tensors: Iterable[Tensor]) -> set[int]:
 
 
 def bytes_moved(step: Callable[[], object]) -> int:
-    """What the operators of one eager step read and write."""
+    """Return what the operators of one eager step read and write."""
     with _Traffic() as traffic:
         step()
     return traffic.bytes
 
 
 def saved_bytes(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
-    """Bytes of the storages that one step keeps for its backward."""
+    """Return bytes of the storages that one step keeps for its backward."""
     own = {tensor.untyped_storage().data_ptr() for tensor in resident}
     found: dict[int, int] = {}
     alive = []

@@ -72,7 +72,7 @@ def write_checkpoint(
 
 
 def staged(tensors: Tensors) -> dict[str, Tensor | ShardedTensor]:
-    """A copy in host memory, to be written while training goes on."""
+    """Return a copy in host memory, to be written while training goes on."""
     return {name: _copied(value) for name, value in tensors.items()}
 
 
@@ -168,7 +168,7 @@ def verify(folder: Path) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> global size and dtype of every tensor in a checkpoint.
+    """Return name -> global size and dtype of every tensor in a checkpoint.
 
     Raises:
         UserError: damaged or hostile metadata.
@@ -260,7 +260,7 @@ class _Reader(FileSystemReader):
 
 
 def _sum_file(path: Path) -> list[int]:
-    """Bytes and CRC-32 of a file."""
+    """Return bytes and CRC-32 of a file."""
     size = crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -282,5 +282,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The last line of a library's message, where they say what went wrong, shortened."""
+    """Return the last line of a library's message, where they say what went wrong, shortened."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

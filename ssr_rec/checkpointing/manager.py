@@ -63,7 +63,7 @@ class Saver:
         return self.folder / f"{BEST}{self.best_step:09d}"
 
     def is_time(self) -> bool:
-        """Whether every_minutes have passed by this rank's clock; let one rank decide. Not collective."""
+        """Return whether every_minutes have passed by this rank's clock; let one rank decide. Not collective."""
         minutes = self.config.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
@@ -112,7 +112,7 @@ class Saver:
 
 
 def list_checkpoints(folder: Path, kind: str) -> list[Path]:
-    """The checkpoints of a kind under ``checkpoints``, the latest first."""
+    """Return the checkpoints of a kind under ``checkpoints``, the latest first."""
     return sorted((path for path in folder.glob(f"{kind}*") if path.is_dir()), reverse=True)
 
 

@@ -27,7 +27,7 @@ class Start(NamedTuple):
 
 
 def find_start(config: Mapping[str, Any], folder: Path, goes_on: bool) -> Start:
-    """The checkpoint to start from: the last good one of this run, or the one that ``resume`` names. Collective.
+    """Return the checkpoint to start from: the last good one of this run, or the one that ``resume`` names. Collective.
 
     Raises:
         UserError: there are checkpoints but none is good, or they are of another run.
@@ -88,7 +88,7 @@ def recover_best(start: Start, step: int) -> bool:
 
 
 def _training_checkpoints(run_folder: Path) -> list[Path]:
-    """The same on every rank, however late a shared disk shows them."""
+    """Return the same on every rank, however late a shared disk shows them."""
     found = [list_checkpoints(run_folder / CHECKPOINTS_FOLDER, TRAINING)]
     dist.broadcast_object_list(found)
     return found[0]

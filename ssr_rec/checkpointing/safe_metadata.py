@@ -68,7 +68,7 @@ class _Unpickler(_PythonUnpickler):
 
 
 def read_metadata(folder: Path, files: Mapping[str, Any]) -> Metadata:
-    """The metadata of a checkpoint.
+    """Return the metadata of a checkpoint.
 
     Args:
         files: name -> (bytes, checksum) of the checkpoint's files, verified.
@@ -111,7 +111,7 @@ def _problem(metadata: Any, files: Mapping[str, Any]) -> str | None:
 
 
 def _cover(boxes: list[tuple[Any, Any]], size: Any) -> bool:
-    """Whether boxes of (offsets, sizes) are within ``size``, disjoint, and of its volume together."""
+    """Return whether boxes of (offsets, sizes) are within ``size``, disjoint, and of its volume together."""
     for offsets, sizes in boxes:
         if not all(isinstance(shape, torch.Size) and len(shape) == len(size) for shape in (offsets, sizes, size)):
             return False

@@ -27,12 +27,12 @@ MODEL, OPTIMIZER = "model/", "optimizer/"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
-    """The weights and buffers; the tensors are the model's own."""
+    """Return the weights and buffers; the tensors are the model's own."""
     return {MODEL + name: value for name, value in model.state_dict().items()}
 
 
 def optimizer_tensors(optimizer: CombinedOptimizer) -> dict[str, Tensor | ShardedTensor]:
-    """The state of every parameter's optimizer; the tensors are the optimizer's own.
+    """Return the state of every parameter's optimizer; the tensors are the optimizer's own.
 
     Dense optimizers make their state at the first step; reading a checkpoint needs it before
     (``initialise_optimizer``), or it would be left out without an error.
@@ -60,7 +60,7 @@ def initialise_optimizer(optimizer: CombinedOptimizer) -> None:
 
 
 def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:
-    """What is this rank's alone: random states, batch norms' statistics, the rows behind the progress rows' AUC."""
+    """Return what is this rank's alone: random states, batch norms' statistics, the rows behind the running AUC."""
     prefix = f"rank{dist.get_rank()}/"
     tensors = {prefix + name: buffer for name, buffer in running_statistics(model).items()}
     tensors[prefix + "rng"] = torch.get_rng_state()
@@ -72,7 +72,9 @@ def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:
 
 
 def weights_now(model: nn.Module, fitted: Fitted, dataset_id: str, config: Mapping[str, Any]) -> Contents:
-    """A checkpoint of the weights alone; its tensors are the model's own, ``config`` is the run's as JSON values."""
+    """Return a checkpoint of the weights alone; its tensors are the model's own, ``config`` is the run's as JSON
+    values.
+    """
     return model_tensors(model), {
         "kind": "weights",
         "step": fitted.steps,
@@ -90,7 +92,7 @@ def training_now(
     train: Course,
     config: Mapping[str, Any],
 ) -> Contents:
-    """A training checkpoint; its tensors are the run's own, ``config`` is the run's as JSON values."""
+    """Return a training checkpoint; its tensors are the run's own, ``config`` is the run's as JSON values."""
     tensors = {**model_tensors(model), **optimizer_tensors(optimizer), **rank_tensors(model, running)}
     return tensors, {
         "kind": "training",
@@ -156,7 +158,7 @@ def restore(
 
 
 def _continues(key: str, there: Any, here: Any, schema: Schema) -> bool:
-    """Whether steps up to a checkpoint mean the same rows here: as it was, or days have been added after them."""
+    """Return whether steps up to a checkpoint mean the same rows here: as it was, or with days added after them."""
     if key == "dataset_id":
         return isinstance(there, str) and there in schema.same_tables_ids
     if key == "num_rows" and isinstance(here, Mapping) and isinstance(there, Mapping):
@@ -165,7 +167,7 @@ def _continues(key: str, there: Any, here: Any, schema: Schema) -> bool:
 
 
 def _restore_own(own: Mapping[str, Tensor], model: nn.Module, running: RunningAUC) -> None:
-    """The reverse of ``rank_tensors``."""
+    """Put back what ``rank_tensors`` took."""
     for name, buffer in running_statistics(model).items():
         buffer.copy_(own[name])
     torch.set_rng_state(own["rng"])

@@ -288,7 +288,7 @@ def _refuse_managed(source: Path, name: str, reason: str) -> None:
 
 
 def first_rows(value: Tensor | ShardedTensor, rows: int) -> Tensor | ShardedTensor:
-    """The first rows of a table as a tensor of its own that shares the memory."""
+    """Return the first rows of a table as a tensor of its own that shares the memory."""
     if not isinstance(value, ShardedTensor):
         return value[:rows]
     metadata = copy.deepcopy(value.metadata())
@@ -307,7 +307,7 @@ def first_rows(value: Tensor | ShardedTensor, rows: int) -> Tensor | ShardedTens
 
 
 def with_dtype(value: Tensor | ShardedTensor, dtype: torch.dtype) -> Tensor | ShardedTensor:
-    """An empty tensor like ``value``, shards included, of another precision."""
+    """Return an empty tensor like ``value``, shards included, of another precision."""
     if not isinstance(value, ShardedTensor):
         return torch.empty_like(value, dtype=dtype)
     metadata = copy.deepcopy(value.metadata())

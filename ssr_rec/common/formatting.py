@@ -6,7 +6,7 @@ import math
 
 
 def decimal(value: float | None, digits: int = 4) -> str:
-    """A measure without its leading zero: ``.7123``, ``-.0012``, ``1.0417``; ``-`` for None or nan."""
+    """Return a measure without its leading zero: ``.7123``, ``-.0012``, ``1.0417``; ``-`` for None or nan."""
     if value is None or math.isnan(value):
         return "-"
     text = f"{value:.{digits}f}"
@@ -14,7 +14,7 @@ def decimal(value: float | None, digits: int = 4) -> str:
 
 
 def short_number(value: float) -> str:
-    """Three significant digits with k, M, G or T: ``24.1k``, ``1.57M``, ``960``."""
+    """Return three significant digits with k, M, G or T: ``24.1k``, ``1.57M``, ``960``."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         # 999.6 of a unit would print as 1e+03 of it, so it belongs to the next one.
         if abs(value) >= 0.9995 * size:
@@ -23,7 +23,7 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``42s``, ``1m32s``, ``2h05m``, ``3d04h``."""
+    """Write seconds as ``42s``, ``1m32s``, ``2h05m``, ``3d04h``."""
     s = max(0, round(seconds))
     if s < 60:
         return f"{s}s"

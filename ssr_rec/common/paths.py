@@ -12,7 +12,8 @@ from ssr_rec.common.errors import UserError
 
 
 def place(name: str | Path) -> Path:
-    """``name`` as a path, or where it is a URL (``s3://bucket/folder``) as an object of universal_pathlib like one.
+    """Return ``name`` as a path, or where it is a URL (``s3://bucket/folder``) as an object of universal_pathlib like
+    one.
 
     Raises:
         UserError: a URL of an unknown kind, of one whose package is not installed, or that cannot be reached.
@@ -57,13 +58,13 @@ def is_local(path: Path) -> bool:
 
 
 def source(path: Path) -> Path | IO[bytes]:
-    """What pyarrow reads a file from."""
+    """Return what pyarrow reads a file from."""
     return path if is_local(path) else path.open("rb")
 
 
 @contextmanager
 def sink(path: Path) -> Iterator[Path | IO[bytes]]:
-    """What pyarrow writes a file to."""
+    """Yield what pyarrow writes a file to."""
     if is_local(path):
         yield path
     else:

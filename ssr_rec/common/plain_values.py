@@ -21,7 +21,7 @@ MAX_DEPTH = 32
 
 
 def read_text(path: str | Path, most_bytes: int, fix: str) -> str:
-    """The UTF-8 text of a regular file.
+    """Return the UTF-8 text of a regular file.
 
     Args:
         most_bytes: a larger file is refused before it is read.
@@ -53,7 +53,7 @@ def canonical_json(values: Any) -> bytes:
 
 
 def parse_json(text: str, nan: bool = False) -> Any:
-    """The value of a JSON text, checked by ``check_plain``; ``nan`` allows NaN and the infinities.
+    """Return the value of a JSON text, checked by ``check_plain``; ``nan`` allows NaN and the infinities.
 
     Raises:
         UserError: not JSON, a key given twice, or not plain.
@@ -101,7 +101,7 @@ def check_plain(value: Any, nan: bool = False) -> None:
 
 
 def _problem(value: Any, nan: bool = False) -> str | None:
-    """What is wrong with a value itself, its items apart."""
+    """Return what is wrong with a value itself, its items apart."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):

@@ -11,7 +11,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first complaint of a pydantic error as ``where: what (got value)``, on one line.
+    """Return the first complaint of a pydantic error as ``where: what (got value)``, on one line.
 
     A whole section is not repeated, and where there is no place, as in a check of the top level, none is named.
     """

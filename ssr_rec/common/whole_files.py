@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file becomes ``path`` when the block ends well, and vanishes when it does not."""
+    """Yield a path to write to, whose file becomes ``path`` when the block ends well, and vanishes when it does not."""
     work = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield work

@@ -62,7 +62,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, checked by ``check_plain``.
+    """Return the value of a YAML text, checked by ``check_plain``.
 
     Raises:
         UserError: not YAML, or YAML that is not read here; the message says which.
@@ -78,7 +78,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: str | Path, example: str) -> dict[str, Any]:
-    """The mapping of a YAML file; {} of an empty one.
+    """Return the mapping of a YAML file; {} of an empty one.
 
     Args:
         example: what to name instead when the file cannot be read, for the message.

@@ -17,5 +17,5 @@ class CheckpointConfig(Settings):
 
     @property
     def is_on(self) -> bool:
-        """Whether a run can be resumed; the best weights are always saved."""
+        """Return whether a run can be resumed; the best weights are always saved."""
         return self.every_steps is not None or self.every_minutes is not None

@@ -55,7 +55,7 @@ class EmbeddingsConfig(Settings):
         return self
 
     def rows_of(self, feature: Feature) -> int:
-        """Rows of the feature's tables."""
+        """Return rows of the feature's tables."""
         return self.managed[feature.name].rows if feature.name in self.managed else feature.num_embeddings
 
     def dim_of(self, table: str) -> int:

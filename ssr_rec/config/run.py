@@ -116,7 +116,7 @@ def _drop_other_over_arch(values: dict[str, Any], chosen: Mapping[str, Any]) -> 
 
 
 def resolve(values: dict[str, Any], where: str) -> RunConfig:
-    """The run of a mapping.
+    """Return the run of a mapping.
 
     Raises:
         UserError: an unknown key (the nearest valid one is named) or a bad value; ``where`` leads the message.
@@ -146,7 +146,7 @@ def _refuse_sizes(settings: dict[str, Any], where: str) -> None:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML; ``load_config`` of it gives the same config."""
+    """Return the resolved config as YAML; ``load_config`` of it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -206,7 +206,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _keys(model: type[BaseModel], sections: list[str]) -> list[str]:
-    """The keys valid in a section of ``model``; a section of an error's path may also be a union's tag."""
+    """Return the keys valid in a section of ``model``; a section of an error's path may also be a union's tag."""
     for section in sections:
         if section in model.model_fields:
             inner = model.model_fields[section].annotation

@@ -49,7 +49,7 @@ class Batch(Pipelineable):
 
 
 def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> Batch:
-    """The batch, changed in place: ids from ``new_from`` on (feature -> id) are out of vocabulary.
+    """Return the batch, changed in place: ids from ``new_from`` on (feature -> id) are out of vocabulary.
 
     So a day is evaluated as it would be served: values that its own rows gave ids to had none the day before.
     """

@@ -47,11 +47,11 @@ class Lanes:
         self.num_steps = self.full_steps + (self.last_rows > 0)
 
     def rows_in_step(self, step: int) -> int:
-        """Rows of global batch ``step``."""
+        """Return rows of global batch ``step``."""
         return self.batch_size if step < self.full_steps else self.last_rows
 
     def lane_rows(self, step: int, lane: int) -> int:
-        """Rows that ``lane`` gives to global batch ``step``."""
+        """Return rows that ``lane`` gives to global batch ``step``."""
         return self._share(self.rows_in_step(step), lane)
 
     def _share(self, rows: int, lane: int) -> int:
@@ -63,7 +63,7 @@ class Lanes:
         return self.full_steps * full + last
 
     def pieces(self, lane: int, start_step: int) -> Iterator[Piece]:
-        """What ``lane`` reads from ``start_step`` to the end of the epoch, in order."""
+        """Yield what ``lane`` reads from ``start_step`` to the end of the epoch, in order."""
         start = self._lane_start(lane)
         stop = self._lane_start(lane + 1)
         position = start + min(start_step, self.full_steps) * self._share(self.batch_size, lane)
@@ -79,5 +79,5 @@ class Lanes:
 
 
 def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:
-    """The consecutive lanes that ``rank`` reads; together the ranks cover every lane once."""
+    """Return the consecutive lanes that ``rank`` reads; together the ranks cover every lane once."""
     return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)

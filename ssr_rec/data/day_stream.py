@@ -19,28 +19,28 @@ class Course(Protocol):
     num_rows: int
 
     def num_steps(self, epochs: int) -> int:
-        """Steps of the whole run, ``epochs`` being ``train.epochs``."""
+        """Return steps of the whole run, ``epochs`` being ``train.epochs``."""
 
     def locate(self, step: int) -> tuple[int, int]:
-        """The epoch that ``step`` (from 0) lies in, and which of its steps it is."""
+        """Return the epoch that ``step`` (from 0) lies in, and which of its steps it is."""
 
     def end_of(self, epoch: int) -> int:
-        """The first step after ``epoch``."""
+        """Return the first step after ``epoch``."""
 
     def epochs_done(self, steps: int) -> float:
-        """Epochs in the first ``steps`` steps."""
+        """Return epochs in the first ``steps`` steps."""
 
     def rows_in_step(self, step: int) -> int:
-        """Rows of the global batch of ``step``, over all ranks."""
+        """Return rows of the global batch of ``step``, over all ranks."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Prefetcher:
         """This rank's batches of an epoch from its step ``start_step`` on."""
 
     def describe(self, epoch: int, step: int) -> str:
-        """Where the rows of a step of an epoch are stored."""
+        """Return where the rows of a step of an epoch are stored."""
 
     def position(self) -> dict[str, Any]:
-        """What the number of a step must mean the same rows under, as JSON values."""
+        """Return what the number of a step must mean the same rows under, as JSON values."""
 
 
 class DayStream:

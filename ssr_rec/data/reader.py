@@ -93,11 +93,11 @@ class Reader:
         return steps / self.steps_per_epoch
 
     def rows_in_step(self, step: int) -> int:
-        """Rows of global batch ``step``, counted through all epochs, over all ranks."""
+        """Return rows of global batch ``step``, counted through all epochs, over all ranks."""
         return min(self.batch_size, self.num_rows - step % self.steps_per_epoch * self.batch_size)
 
     def position(self) -> dict[str, Any]:
-        """What (epoch, step) must mean the same rows under."""
+        """Return what (epoch, step) must mean the same rows under."""
         return {
             "dataset_id": self.schema.dataset_id,
             "num_rows": self.num_rows,
@@ -111,7 +111,7 @@ class Reader:
         return Prefetcher(self.batches(epoch, start_step), self.prefetch)
 
     def describe(self, epoch: int, step: int, most: int = 4) -> str:
-        """Which row groups global batch ``step`` of an epoch is drawn from, over all ranks."""
+        """Return which row groups global batch ``step`` of an epoch is drawn from, over all ranks."""
         lanes, found = self._lanes(epoch), []
         for lane in range(self.num_lanes):
             wanted = lanes.lane_rows(step, lane)
@@ -132,7 +132,7 @@ class Reader:
         return Lanes(self.files.group_rows, order, self.batch_size, self.num_lanes)
 
     def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        """What ``epoch`` prefetches."""
+        """Yield what ``epoch`` prefetches."""
         lanes = self._lanes(epoch)
         # One thread decodes the block after the one that a lane is in: the lanes may need their next all at once.
         pool = ThreadPoolExecutor(1, thread_name_prefix="ssr_rec-decoder")
@@ -160,7 +160,7 @@ class Reader:
     def _blocks(
         self, pool: ThreadPoolExecutor, lanes: Lanes, lane: int, epoch: int, start_step: int
     ) -> Iterator[Block | None]:
-        """None once the first block of a lane is asked for; then its blocks, each asked for one ahead."""
+        """Yield None once the first block of a lane is asked for; then its blocks, each asked for one ahead."""
         coming: Future[Block] | None = None
         for piece in lanes.pieces(lane, start_step):
             block = coming.result() if coming is not None else None

@@ -90,7 +90,7 @@ class SplitFiles:
         self._first_groups = np.cumsum([0, *(len(groups) for groups in rows)])
 
     def locate(self, group: int) -> tuple[int, int, int]:
-        """The shard that a row group is in, its number there, and the number of its first row there."""
+        """Return the shard that a row group is in, its number there, and the number of its first row there."""
         file = int(np.searchsorted(self._first_groups, group, side="right")) - 1
         first = int(self._first_groups[file])
         return file, group - first, int(self.group_rows[first:group].sum())
@@ -149,7 +149,7 @@ class SplitFiles:
         return file
 
     def read(self, piece: Piece, order: np.ndarray | None) -> Block:
-        """Rows ``piece.start:piece.stop`` of a row group taken in ``order`` (None: as stored).
+        """Return rows ``piece.start:piece.stop`` of a row group taken in ``order`` (None: as stored).
 
         Raises:
             UserError: an id out of range, a list that is too long, a label that is not 0 or 1, a null, or damaged
@@ -238,19 +238,19 @@ class SplitFiles:
 
 
 def _group_rows(file: pq.ParquetFile) -> np.ndarray:
-    """(G,) rows of the row groups as the footer says."""
+    """Return (G,) rows of the row groups as the footer says."""
     metadata = file.metadata
     return np.array([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
 
 
 def _even_groups(num_rows: int, group_rows: int) -> np.ndarray:
-    """(G,) row groups of ``group_rows`` rows, the last perhaps shorter."""
+    """Return (G,) row groups of ``group_rows`` rows, the last perhaps shorter."""
     starts = np.arange(0, num_rows, group_rows, dtype=np.int64)
     return np.minimum(group_rows, num_rows - starts)
 
 
 def _leaves(file: pq.ParquetFile, group: int, name: str) -> int:
-    """Values of a list column that the footer counts: its items, and one for each empty list; -1: not there."""
+    """Return values of a list column that the footer counts: its items, and one for each empty list; -1: not there."""
     metadata = file.metadata.row_group(group)
     columns = [metadata.column(index) for index in range(metadata.num_columns)]
     return next((column.num_values for column in columns if column.path_in_schema.startswith(f"{name}.")), -1)
@@ -265,7 +265,7 @@ def _line(error: Exception) -> str:
 
 
 def _take_lists(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> Lists:
-    """The lists of ``rows``, in that order."""
+    """Return the lists of ``rows``, in that order."""
     starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
     taken = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(lengths, out=taken[1:])

@@ -176,7 +176,7 @@ class Schema(Settings):
 
     @property
     def same_tables_ids(self) -> set[str]:
-        """Those of ``known_ids`` under which every value had the id, and every table the rows, that it has now."""
+        """Return the ``known_ids`` under which every value had the id, and every table the rows, that it has now."""
         found = {self.dataset_id}
         for addition in reversed(self.additions):
             if addition.grown:
@@ -186,7 +186,7 @@ class Schema(Settings):
 
     @property
     def trained_lookups(self) -> dict[str, Lookups]:
-        """Those of the rows that are trained on, per feature: the training split's, or of all days."""
+        """Return those of the rows that are trained on, per feature: the training split's, or of all days."""
         sums: dict[str, Lookups] = {}
         for split in self.days.names if self.days else ["train"]:
             for name, found in self.splits[split].lookups.items() if split in self.splits else ():
@@ -194,14 +194,14 @@ class Schema(Settings):
         return sums
 
     def new_from(self, day: str) -> dict[str, int]:
-        """Feature -> the first id that only the rows of ``day``, or of days after it, gave to a value."""
+        """Return feature -> the first id that only the rows of ``day``, or of days after it, gave to a value."""
         for addition in self.additions:
             if day in addition.grown:
                 return {name: size for name, size in addition.grown[day].items() if name in self.feature_names}
         return {}
 
     def select(self, features: Sequence[str] | None, labels: Sequence[str] | None) -> Schema:
-        """The same dataset seen through some of its features and labels, in the order given (None: all).
+        """Return the same dataset seen through some of its features and labels, in the order given (None: all).
 
         Raises:
             UserError: a name the dataset does not have.

@@ -36,7 +36,7 @@ YOUNG_S = 60.0
 
 
 def row_group_rows(num_rows: int) -> int:
-    """Rows of a row group for a split of ``num_rows``: about 128 groups, between 4,096 and 65,536 rows each.
+    """Return rows of a row group for a split of ``num_rows``: about 128 groups, between 4,096 and 65,536 rows each.
 
     The reader deals row groups to lanes, so a small split needs small groups to be dealt evenly; below 4,096 rows
     opening a group costs more than decoding it, past 65,536 larger ones only cost memory.
@@ -45,7 +45,7 @@ def row_group_rows(num_rows: int) -> int:
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:
-    """The columns every shard of the dataset has, in order: features, labels, group id."""
+    """Return the columns every shard of the dataset has, in order: features, labels, group id."""
     fields = [
         pa.field(f.name, pa.list_(pa.int64()) if f.kind == "list" else pa.int64(), False, _special_ids(f))
         for f in schema.features
@@ -80,7 +80,7 @@ def write_shards(
 
 
 def rows_in_shard(rows_in_group: int) -> int:
-    """Rows of every shard of a split but its last."""
+    """Return rows of every shard of a split but its last."""
     return -(-ROWS_PER_SHARD // rows_in_group) * rows_in_group
 
 
@@ -146,7 +146,7 @@ def _count(ids: np.ndarray, special: Mapping[bytes, bytes]) -> Lookups:
 
 
 def split_folder(schema: Schema, split: str) -> str:
-    """Where the shards of a split lie within the dataset."""
+    """Return where the shards of a split lie within the dataset."""
     return split if schema.days is None else f"{DAYS_FOLDER}/{split}"
 
 
@@ -175,7 +175,7 @@ def write_splits(
 
 
 def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The next ``rows`` rows; ``held`` carries what is left of a batch to the next call."""
+    """Yield the next ``rows`` rows; ``held`` carries what is left of a batch to the next call."""
     while rows:
         batch = held.pop() if held else next(batches)
         if batch.num_rows > rows:
@@ -225,7 +225,7 @@ def _exact_tables(batches: Iterable[pa.RecordBatch], columns: pa.Schema, rows: i
 
 @contextmanager
 def new_dataset(place: Path) -> Iterator[tuple[Path, Path]]:
-    """A local folder for all but the shards, and a folder for the shards, that become the dataset ``place``.
+    """Yield a local folder for all but the shards, and a folder for the shards, that become the dataset ``place``.
 
     On this machine both are a ``new_folder``. An object store cannot rename: the shards go where they stay, the rest
     follows at the end, and ``schema.json``, without which there is no dataset, comes last.
@@ -265,7 +265,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that becomes ``folder`` on success and vanishes on failure.
+    """Yield a temporary folder beside ``folder`` that becomes ``folder`` on success and vanishes on failure.
 
     Raises:
         UserError: ``folder`` exists and is not an empty folder.

@@ -43,39 +43,39 @@ class Use:
 
     @property
     def used(self) -> float | None:
-        """Share of the table's rows that training looks up."""
+        """Return the share of the table's rows that training looks up."""
         return self.ids / self.table_rows if self.table_rows else None
 
     @property
     def load(self) -> float | None:
-        """Distinct values per bucket."""
+        """Return distinct values per bucket."""
         return self.values / self.buckets if self.values is not None and self.buckets else None
 
     @property
     def collisions(self) -> float | None:
-        """Share of the values that did not get a bucket of their own: 1 - buckets in use / values."""
+        """Return the share of the values that did not get a bucket of their own: 1 - buckets in use / values."""
         return 1 - self.values_ids / self.values if self.values and self.values_ids is not None else None
 
     @property
     def expected_collisions(self) -> float | None:
-        """``collisions`` of a hash that draws its buckets at random."""
+        """Return ``collisions`` of a hash that draws its buckets at random."""
         return expected_collisions(self.values, self.buckets) if self.values and self.buckets else None
 
     def figures(self) -> dict[str, object]:
-        """All of it as JSON values."""
+        """Return all of it as JSON values."""
         derived = ("used", "load", "collisions", "expected_collisions")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 def expected_collisions(values: int, buckets: int) -> float:
-    """``(n - b (1 - (1 - 1/b)^n)) / n``: of n values thrown into b buckets, those beyond one per bucket in use."""
+    """Return ``(n - b (1 - (1 - 1/b)^n)) / n``: of n values in b buckets, those beyond one per bucket in use."""
     # By expm1: with few values in many buckets, 1 less the share of empty ones would be all rounding.
     in_use = -math.expm1(values * math.log1p(-1 / buckets)) * buckets if buckets > 1 else 1.0
     return (values - in_use) / values
 
 
 def table_use(folder: Path, schema: Schema, memory_limit: str = "1GB", threads: int | None = None) -> list[Use]:
-    """The use of every feature's table by the training split, or by all days.
+    """Return the use of every feature's table by the training split, or by all days.
 
     Args:
         memory_limit: of the engine, which spills to a temporary folder beyond it.

@@ -143,7 +143,7 @@ class IdTable(MCHManagedCollisionModule):
 
     @property
     def step(self) -> int:
-        """Batches counted so far."""
+        """Return batches counted so far."""
         return self._current_iter
 
     def count(self, ids: Tensor) -> Tensor | None:
@@ -166,7 +166,7 @@ def _jagged(values: Tensor) -> JaggedTensor:
 
 
 def gathered(parts: list[Tensor]) -> Iterator[Tensor]:
-    """Each of some int64 vectors with those of the other ranks, in the order of the ranks. Collective."""
+    """Yield each of some int64 vectors with those of the other ranks, in the order of the ranks. Collective."""
     ranks = dist.get_world_size()
     if ranks == 1:
         yield from parts
@@ -188,7 +188,7 @@ def gathered(parts: list[Tensor]) -> Iterator[Tensor]:
 def managed_ids(
     schema: Schema, config: EmbeddingsConfig, batch_size: int, seed: int, device: torch.device
 ) -> ManagedIds | None:
-    """None where no feature is managed."""
+    """Return None where no feature is managed."""
     return ManagedIds(schema, config, batch_size, seed, device) if config.managed else None
 
 

@@ -70,7 +70,7 @@ class PlanFile(Settings):
 
 
 def _shards_problem(table: PlannedTable, world_size: int, local_world_size: int) -> str | None:
-    """What is wrong with the shards of a table, if anything."""
+    """Return what is wrong with the shards of a table, if anything."""
     kind, shards = table.sharding_type, table.shards
     if (table.kernel == "dense") != (kind == "data_parallel"):
         return f"kernel {table.kernel} does not go with {kind}"
@@ -129,7 +129,7 @@ def read_plan(path: str | Path) -> PlanFile:
 
 
 def differences(plan: PlanFile, job: PlanFile) -> list[str]:
-    """Everything in which a job is not what the plan is for, equal ones of several tables together.
+    """Return everything in which a job is not what the plan is for, equal ones of several tables together.
 
     Args:
         job: any plan of the job's tables on its ranks.
@@ -163,7 +163,7 @@ def _table_differences(planned: PlannedTable | None, table: PlannedTable) -> Ite
 
 
 def sharding_plan(plan: PlanFile, paths: Mapping[str, str], prefetch: bool = False) -> ShardingPlan:
-    """The plan in TorchRec's form.
+    """Return the plan in TorchRec's form.
 
     Args:
         paths: table -> path of its ``EmbeddingBagCollection`` in the model.
@@ -192,7 +192,7 @@ def sharding_plan(plan: PlanFile, paths: Mapping[str, str], prefetch: bool = Fal
 
 
 def job_tables(configs: Sequence[EmbeddingBagConfig], fused: bool) -> dict[str, PlannedTable]:
-    """A job's tables as a plan describes them; each on one rank, to be compared only."""
+    """Return a job's tables as a plan describes them; each on one rank, to be compared only."""
     tables = {}
     for config in configs:
         size = [config.num_embeddings, config.embedding_dim]
@@ -210,7 +210,7 @@ def job_tables(configs: Sequence[EmbeddingBagConfig], fused: bool) -> dict[str, 
 def plan_of(
     options: Sequence[ShardingOption], device: Literal["cpu", "cuda"], ranks: int, ranks_per_host: int
 ) -> PlanFile:
-    """The plan of TorchRec's planner: one option, with ranks, for each table."""
+    """Return the plan of TorchRec's planner: one option, with ranks, for each table."""
     tables = {}
     for option in options:
         replicated = option.sharding_type == "data_parallel"

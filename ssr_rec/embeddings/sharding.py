@@ -56,7 +56,7 @@ def build_topology(config: ShardingConfig, device_type: str, world_size: int, lo
 
 
 def build_sharder(config: ShardingConfig, device_type: str, batch_size: int = 1) -> EmbeddingBagCollectionSharder:
-    """What shards the tables, for planning and for sharding: it carries the precision of their communication.
+    """Return what shards the tables, for planning and for sharding: it carries the precision of their communication.
 
     Args:
         batch_size: rows of the global batch, over which the loss is a mean. Gradients travel in fp16 as if it were a
@@ -96,7 +96,7 @@ class _ScaledCodec(QuantizedCommCodec):
 def build_constraints(
     tables: Sequence[str], config: ShardingConfig, device_type: str, fused: bool, prefetch: bool = False
 ) -> dict[str, ParameterConstraints]:
-    """Table -> what TorchRec's planner may do with it.
+    """Return table -> what TorchRec's planner may do with it.
 
     Args:
         tables: as ``plan_sharding``.
@@ -177,7 +177,7 @@ def plan_sharding(
     batch_size: int,
     prefetch: bool = False,
 ) -> ShardingPlan:
-    """TorchRec's plan for ``model``, the same on every rank. Collective when a process group is initialised.
+    """Return TorchRec's plan for ``model``, the same on every rank. Collective when a process group is initialised.
 
     Args:
         tables: names of the model's tables.
@@ -223,7 +223,8 @@ def plan_sharding(
 def follow_plan(
     model: nn.Module, config: ShardingConfig, topology: Topology, fused: bool, prefetch: bool
 ) -> ShardingPlan:
-    """The plan of the file that ``config`` names, for this model and these ranks. Arguments as ``plan_sharding``.
+    """Return the plan of the file that ``config`` names, for this model and these ranks. Arguments as
+    ``plan_sharding``.
 
     Raises:
         UserError: not a plan file, settings that a plan overrules, or a plan for something else; every difference
@@ -288,7 +289,7 @@ def shard(
     batch_size: int,
     accumulates: bool = False,
 ) -> DistributedModelParallel:
-    """``model`` with its tables sharded by ``plan`` and everything else replicated (DDP).
+    """Return ``model`` with its tables sharded by ``plan`` and everything else replicated (DDP).
 
     Args:
         batch_size: rows of the global batch.

@@ -34,7 +34,7 @@ ExtraTables = Mapping[str, Sequence[int]]
 
 
 def columns_per_dim(dims: Sequence[int]) -> int:
-    """Columns of a table that make up one dim: 1, or 4 or 2 where a dim is no multiple of what FBGEMM can store.
+    """Return columns of a table that make up one dim: 1, or 4 or 2 where a dim is no multiple of what FBGEMM can store.
 
     The dim is the mean of its columns. Each of them gets the gradient of a single one, so that learning rate and weight
     decay weigh what they do elsewhere.
@@ -59,7 +59,7 @@ class Tables(NamedTuple):
 def table_dims(
     schema: Schema, config: EmbeddingsConfig, extra: ExtraTables, reading: Reading | None = None
 ) -> dict[str, tuple[Feature, int]]:
-    """Every table of a model: its name -> its feature, or the first of them, and its columns.
+    """Return every table of a model: its name -> its feature, or the first of them, and its columns.
 
     The table of a feature has the feature's name, or that of the vocabulary it shares; one of an extra set is
     ``table@set``.
@@ -125,7 +125,7 @@ def build_tables(
     extra: ExtraTables | None = None,
     reading: Reading | None = None,
 ) -> Tables:
-    """One table per feature or vocabulary and set, on the meta device: memory is taken by the shards only.
+    """Return one table per feature or vocabulary and set, on the meta device: memory is taken by the shards only.
 
     Raises:
         UserError: as ``table_dims``; or half-precision tables whose optimizer has no form that keeps its state exact.
@@ -154,7 +154,7 @@ def plain_tables(
     extra: ExtraTables | None = None,
     reading: Reading | None = None,
 ) -> Tables:
-    """The tables of ``build_tables`` on any device and without an optimizer.
+    """Return the tables of ``build_tables`` on any device and without an optimizer.
 
     Raises:
         UserError: as ``table_dims``.

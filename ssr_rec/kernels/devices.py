@@ -11,7 +11,7 @@ from ssr_rec.kernels import extension
 
 @torch.compiler.assume_constant_result
 def has_operators(device_type: str) -> bool:
-    """Whether the operators ``torch.ops.ssr_rec`` have implementations for tensors of this device type.
+    """Return whether the operators ``torch.ops.ssr_rec`` have implementations for tensors of this device type.
 
     The operators themselves are defined in the C++ library, so a GPU needs it too. Where something is missing, one
     warning a process on local rank 0 says what, and the plain forms serve.

@@ -50,7 +50,7 @@ class BuildError(Exception):
 
 @torch.compiler.assume_constant_result
 def load() -> bool:
-    """Whether the operators ``torch.ops.ssr_rec`` are there; the first call builds and loads them.
+    """Return whether the operators ``torch.ops.ssr_rec`` are there; the first call builds and loads them.
 
     Where that fails, one warning a process on local rank 0 gives the reason, and the plain forms serve.
     """
@@ -84,7 +84,7 @@ def count_flops() -> None:
 
 
 def build() -> Path:
-    """The library, built if it is not there. Processes that come together wait for the one that builds.
+    """Return the library, built if it is not there. Processes that come together wait for the one that builds.
 
     One that is there needs no compiler, as on a host that only scores.
 
@@ -109,7 +109,9 @@ def build() -> Path:
 
 
 def cache_folders() -> list[Path]:
-    """Where a library may be, the best place first: ``TORCH_EXTENSIONS_DIR``, or the home and the temporary folder."""
+    """Return where a library may be, the best place first: ``TORCH_EXTENSIONS_DIR``, or the home and the temporary
+    folder.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root:
         return [Path(root) / "ssr_rec"]
@@ -120,7 +122,7 @@ def cache_folders() -> list[Path]:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether nobody else can have put a library there, or could: what is in it will run in this process."""
+    """Return whether nobody else can have put a library there, or could: what is in it will run in this process."""
     try:
         found = folder.stat()
     except OSError:
@@ -129,7 +131,7 @@ def is_own(folder: Path) -> bool:
 
 
 def writable(folders: Sequence[Path]) -> Path:
-    """The first of the folders that can be written, made if need be.
+    """Return the first of the folders that can be written, made if need be.
 
     Raises:
         BuildError: there is none.
@@ -146,7 +148,7 @@ def writable(folders: Sequence[Path]) -> Path:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether the file is there as it was built; loading a part of one would end the process by SIGBUS."""
+    """Return whether the file is there as it was built; loading a part of one would end the process by SIGBUS."""
     digest = library.with_suffix(".sha256")
     try:
         return digest.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
@@ -220,7 +222,7 @@ def link_flags() -> list[str]:
 
 
 def run_together(commands: list[list[str]]) -> str:
-    """The output of the commands that failed, empty if none did; as many run at once as this process has cores."""
+    """Return the output of the commands that failed, empty if none did; as many run at once as there are cores."""
     at_once, failed = max(1, len(os.sched_getaffinity(0))), ""
     for start in range(0, len(commands), at_once):
         running = [

@@ -19,7 +19,9 @@ PROGRAMS = 2048
 
 
 def ics_forward(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, V, d), (V, T), (V, d) or None -> the result (B, V, d) of z's type, and the mean of each x_t, (B, V, T)."""
+    """Map (B, V, d), (V, T), (V, d) or None to the result (B, V, d) of z's type, and the mean of each x_t, (B, V,
+    T).
+    """
     batch, views, dim = z.shape
     accumulate = torch.float64 if z.dtype == torch.float64 else torch.float32
     y = z.new_empty(z.shape)
@@ -45,7 +47,7 @@ def ics_forward(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> tuple[Tensor,
 def ics_backward(
     grad: Tensor, z: Tensor, means: Tensor, alpha: Tensor, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z, alpha and gamma, each of its tensor's shape and type; (0,) without gamma."""
+    """Return gradients of z, alpha and gamma, each of its tensor's shape and type; (0,) without gamma."""
     batch, views, dim = z.shape
     rows, block = tile_of(dim)
     tiles = triton.cdiv(batch, rows)
@@ -82,7 +84,7 @@ OPERATORS = {"ics_forward": ics_forward, "ics_backward": ics_backward}
 
 
 def tile_of(dim: int) -> tuple[int, int]:
-    """Rows and columns of a tile; the columns are all of a view, filled up to a power of two."""
+    """Return rows and columns of a tile; the columns are all of a view, filled up to a power of two."""
     block = triton.next_power_of_2(dim)
     return max(1, TILE // block), block
 
@@ -109,7 +111,7 @@ def _relu(x):
 
 @triton.jit
 def _is_literal(alpha, T: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Whether a view has an alpha for which the closed form does not hold."""
+    """Return whether a view has an alpha for which the closed form does not hold."""
     t = tl.arange(0, BLOCK_T)
     rates = tl.load(alpha + t, mask=t < T, other=0.0)
     return tl.min(rates, 0) < 0
@@ -203,7 +205,9 @@ def _through(
     A: tl.constexpr,
     LITERAL: tl.constexpr,
 ):
-    """The gradient of z from that of y, and the sums for alpha (BLOCK_T,) and gamma (BLOCK,) with this tile in them."""
+    """Return the gradient of z from that of y, and the sums for alpha (BLOCK_T,) and gamma (BLOCK,) with this tile in
+    them.
+    """
     sum_gamma += tl.sum(g * _state(z, inside, means, valid, alpha, T, A, LITERAL), 0)
     g *= scale[None, :]
     for t in tl.static_range(T - 1, -1, -1):

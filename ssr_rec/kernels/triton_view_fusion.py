@@ -83,7 +83,7 @@ def view_fusion_backward(
     keep: Tensor | None = None,
     keep_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, residual, scale and shift; (0,) for what is None, or for x when not needed."""
+    """Return gradients of x, weight, bias, residual, scale and shift; (0,) for what is None or not needed."""
     batch, (views, _, dim) = x.shape[0], weight.shape
     grad_pre = torch.empty_like(pre)
     grad_residual = x.new_empty(0) if residual is None else grad.new_empty(grad.shape)
@@ -144,7 +144,7 @@ def _grad_x(grad_pre: Tensor, x: Tensor, indices: Tensor | None, weight: Tensor)
 
 
 def _views(x: Tensor, indices: Tensor | None) -> Tensor:
-    """(B, width) or (B, V, N) -> (V, B, N): what each view's dense layer sees."""
+    """Map (B, width) or (B, V, N) to (V, B, N): what each view's dense layer sees."""
     if indices is None:
         return x.transpose(0, 1)
     views, inner = indices.shape

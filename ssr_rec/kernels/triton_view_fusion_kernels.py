@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _halves(u):
-    """The standard normal distribution function at u: GELU is u times it."""
+    """Return the standard normal distribution function at u: GELU is u times it."""
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
 
 
@@ -32,7 +32,7 @@ def _before_norm(u, residual, keep, at, inside, KEPT: tl.constexpr, A: tl.conste
 
 @triton.jit
 def _of_view(parameter, view, dim, column, A: tl.constexpr):
-    """A view's row of (V, d) as (1, BLOCK)."""
+    """Return a view's row of (V, d) as (1, BLOCK)."""
     return tl.load(parameter + view * dim + column, mask=column < dim, other=0.0).to(A)[None, :]
 
 
@@ -55,7 +55,9 @@ def _finish(
     KEPT: tl.constexpr,
     A: tl.constexpr,
 ):
-    """GELU, dropout, residual and LayerNorm of a tile ``u = h W + c``; writes y and, if asked for, the statistics."""
+    """Return GELU, dropout, residual and LayerNorm of a tile ``u = h W + c``; writes y and, if asked for, the
+    statistics.
+    """
     valid = row < batch
     inside = valid[:, None] & (column < dim)[None, :]
     at = (row * views + view)[:, None] * dim + column[None, :]

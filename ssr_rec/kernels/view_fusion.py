@@ -25,7 +25,7 @@ def view_fusion(
     keep: Tensor | None = None,
     keep_share: float = 1.0,
 ) -> Tensor:
-    """One dense layer per view: ``LN(dropout(gelu(h W + bias)) + residual) * scale + shift`` (eq. 3, 5 and 6).
+    """Apply one dense layer per view: ``LN(dropout(gelu(h W + bias)) + residual) * scale + shift`` (eq. 3, 5 and 6).
 
     ``h`` is ``x``, or, with ``indices``, for each view the dims of ``x`` that they name. GELU is the exact one; LN goes
     over the d dims of a view. The fast form computes it block by block of rows and gathers again in the backward pass;
@@ -64,7 +64,7 @@ def view_fusion(
 
 
 def _has_form(x: Tensor, residual: Tensor | None, parameters: set[torch.dtype]) -> bool:
-    """Whether there is a fast form for these types; on a GPU, parameters of float32 go with 16-bit activations."""
+    """Return whether these types have a fast form; on a GPU, float32 parameters go with 16-bit activations."""
     if x.dtype not in FAST_TYPES.get(x.device.type, ()) or (residual is not None and residual.dtype != x.dtype):
         return False
     mixed = x.device.type == "cuda" and x.dtype.itemsize == 2

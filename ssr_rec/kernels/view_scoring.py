@@ -21,7 +21,7 @@ def view_scoring(
     turned: bool = True,
     residual: bool = False,
 ) -> Tensor:
-    """``view_fusion(x, indices, weight_t.mT, ...)`` on the CPU, faster for batches of more than a dozen.
+    """Return ``view_fusion(x, indices, weight_t.mT, ...)`` on the CPU, faster for batches of more than a dozen.
 
     Args:
         x: (B, width) float32; as the layer before leaves it, it is read fastest.

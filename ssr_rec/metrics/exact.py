@@ -37,7 +37,8 @@ class GroupAUC(NamedTuple):
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counting half.
+    """Return the area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counting
+    half.
 
     Args:
         scores: ``(N,)`` any increasing function of the probability, best the logits.
@@ -57,7 +58,7 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> GroupAUC:
-    """Mean AUC within a group (a user, say), weighted by the group's rows, over groups with both classes.
+    """Return the mean AUC within a group (a user, say), weighted by the group's rows, over groups with both classes.
 
     Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", KDD 2017.
 
@@ -77,7 +78,7 @@ def gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> GroupAUC
 
 
 def auc_of_groups(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``(G,)`` AUC, nan without both classes, and ``(G,)`` rows of every group; none at all if a score is nan.
+    """Return ``(G,)`` AUC, nan without both classes, and ``(G,)`` rows of every group; none at all if a score is nan.
 
     Arguments and errors as in ``gauc``.
     """
@@ -95,7 +96,8 @@ def auc_of_groups(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) ->
 
 
 def _auc_of_sorted_groups(scores: np.ndarray, positive: np.ndarray, group_start: np.ndarray) -> np.ndarray:
-    """``(G,)`` AUC of each group of rows that start at ``group_start (G,)`` and are sorted by score within a group.
+    """Return ``(G,)`` AUC of each group of rows that start at ``group_start (G,)`` and are sorted by score within a
+    group.
 
     Pairs are counted in int64, so the result does not depend on the order of tied rows.
     """
@@ -117,7 +119,7 @@ def _auc_of_sorted_groups(scores: np.ndarray, positive: np.ndarray, group_start:
 
 
 def logloss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean binary cross-entropy in nats; exact for extreme logits; nan without rows.
+    """Return the mean binary cross-entropy in nats; exact for extreme logits; nan without rows.
 
     Args:
         logits: ``(N,)``.
@@ -134,7 +136,8 @@ def logloss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def ne(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Normalised entropy: logloss over that of always predicting the fold's own positive rate; below 1 is better.
+    """Return normalised entropy: logloss over that of always predicting the fold's own positive rate; below 1 is
+    better.
 
     He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014. nan when one class is
     missing. Arguments and errors as in ``logloss``.
@@ -147,7 +150,7 @@ def ne(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean predicted probability over the mean label; 1 is calibrated; nan without a positive row.
+    """Return the mean predicted probability over the mean label; 1 is calibrated; nan without a positive row.
 
     Arguments and errors as in ``logloss``.
     """
@@ -159,7 +162,7 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The scores as an array and the labels as booleans, once they are known to be rows of a fold."""
+    """Return the scores as an array and the labels as booleans, once they are known to be rows of a fold."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise UserError(f"scores have shape {scores.shape}, labels {labels.shape}; both must be (N,)")
@@ -172,7 +175,7 @@ def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 def evaluate_predictions(
     logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, label_names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Every measure of every task.
+    """Return every measure of every task.
 
     Args:
         logits: ``(N, T)``.
@@ -246,7 +249,7 @@ def gather_predictions(
 
 
 def gather_rows(rows: torch.Tensor) -> np.ndarray | None:
-    """The rows of every rank in rank order on rank 0, None elsewhere; rows are ``(n, ...)`` with ``n`` per rank."""
+    """Return the rows of every rank in rank order on rank 0, None elsewhere; each rank has ``(n, ...)`` of its own."""
     rows = rows.detach()
     if not (dist.is_available() and dist.is_initialized()):
         return rows.cpu().numpy()

@@ -60,7 +60,7 @@ class GroupSample:
 
     @property
     def share(self) -> float:
-        """Rate at which groups are sampled."""
+        """Return the rate at which groups are sampled."""
         return 2.0**-self.halvings
 
     def update(self, logits: Tensor, labels: Tensor, groups: Tensor) -> None:
@@ -81,7 +81,8 @@ class GroupSample:
             self.num_rows = sum(len(groups) for groups, _, _ in self._pieces)
 
     def gather(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """The sample of all ranks as ``logits (N, T)``, ``labels (N, T)``, ``groups (N,)`` on rank 0. Collective.
+        """Return the sample of all ranks as ``logits (N, T)``, ``labels (N, T)``, ``groups (N,)`` on rank 0.
+        Collective.
 
         Every rank has taken in at least one batch, if only one without rows.
         """
@@ -110,7 +111,7 @@ def sampled_gauc(
     left_out: np.ndarray | None = None,
     fold_rows: int | None = None,
 ) -> SampledGAUC:
-    """GAUC of one task from groups that were sampled at the rate ``share``, and its interval.
+    """Return GAUC of one task from groups that were sampled at the rate ``share``, and its interval.
 
     The estimate is the ratio of sums over the sample. Its error has two parts: of groups like those in the sample,
     three times the usual linearised standard error for independent draws (Cochran, Sampling Techniques, 3rd ed.,
@@ -156,7 +157,7 @@ def _joined(pieces: list[tuple[np.ndarray, Tensor, Tensor]]) -> tuple[np.ndarray
 
 
 def _kept(piece: tuple[np.ndarray, Tensor, Tensor], halvings: int) -> tuple[np.ndarray, Tensor, Tensor]:
-    """The rows of ``piece`` whose group is sampled at the rate 2**-halvings."""
+    """Return the rows of ``piece`` whose group is sampled at the rate 2**-halvings."""
     if not halvings:
         return piece
     groups, logits, labels = piece
@@ -166,7 +167,7 @@ def _kept(piece: tuple[np.ndarray, Tensor, Tensor], halvings: int) -> tuple[np.n
 
 
 def hashes(groups: np.ndarray) -> np.ndarray:
-    """``(N,)`` uint64 hashes of int64 group ids: the finaliser of SplitMix64, a bijection.
+    """Return ``(N,)`` uint64 hashes of int64 group ids: the finaliser of SplitMix64, a bijection.
 
     Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """

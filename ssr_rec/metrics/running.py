@@ -37,14 +37,14 @@ class RunningAUC:
             self._rows -= len(self._batches.popleft()[0])
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The window: ``logits (n, T)`` and ``labels (n, T)``; None before the first batch."""
+        """Return the window: ``logits (n, T)`` and ``labels (n, T)``; None before the first batch."""
         if not self._batches:
             return None
         logits, labels = (torch.cat(part)[-self.window :] for part in zip(*self._batches, strict=True))
         return logits, labels
 
     def compute(self) -> dict[str, float]:
-        """Label -> AUC of the window; nan before both classes were seen."""
+        """Return label -> AUC of the window; nan before both classes were seen."""
         if (rows := self.rows()) is None:
             return dict.fromkeys(self.label_names, math.nan)
         logits, labels = (part.float().cpu().numpy() for part in rows)

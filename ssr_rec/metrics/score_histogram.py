@@ -43,7 +43,7 @@ class BoundedAUC(NamedTuple):
 
 
 def bins_of(scores: Tensor) -> Tensor:
-    """The bin of each score, int64 in [0, ``NUM_BINS``), of the same shape: never falling as the score rises.
+    """Return the bin of each score, int64 in [0, ``NUM_BINS``), of the same shape: never falling as the score rises.
 
     Args:
         scores: float32, infinities included. A nan gets some bin.
@@ -64,7 +64,7 @@ def _centre_bins(scores: Tensor) -> Tensor:
 
 
 def auc_of_histogram(positives: np.ndarray, negatives: np.ndarray) -> BoundedAUC:
-    """AUC from the counts ``(NUM_BINS,)``, or of any other bins in rising order, and its bound.
+    """Return AUC from the counts ``(NUM_BINS,)``, or of any other bins in rising order, and its bound.
 
     Counts are integers below 2**60; pairs are counted in integers of any size.
     """
@@ -80,7 +80,7 @@ def auc_of_histogram(positives: np.ndarray, negatives: np.ndarray) -> BoundedAUC
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> int:
-    """The exact dot product of up to 2**22 integers each in [0, 2**60)."""
+    """Return the exact dot product of up to 2**22 integers each in [0, 2**60)."""
     limbs = range(0, 3 * _LIMB_BITS, _LIMB_BITS)
     mask = (1 << _LIMB_BITS) - 1
     return sum(int(((a >> i) & mask) @ ((b >> j) & mask)) << (i + j) for i in limbs for j in limbs)

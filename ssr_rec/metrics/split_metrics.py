@@ -38,7 +38,8 @@ class FoldMetrics(Protocol):
         """
 
     def compute(self) -> Tasks | None:
-        """Label -> measure -> value on rank 0, None elsewhere. Collective; after at least one update on every rank.
+        """Return label -> measure -> value on rank 0, None elsewhere. Collective; after at least one update on every
+        rank.
 
         Raises:
             UserError: a label is neither 0 nor 1.
@@ -46,7 +47,7 @@ class FoldMetrics(Protocol):
 
 
 def fold_metrics(mode: str, max_rows: int, fold_rows: int, label_names: Sequence[str]) -> FoldMetrics:
-    """What ``train.metrics`` and ``train.metrics_rows`` ask for on a fold of ``fold_rows`` rows."""
+    """Return what ``train.metrics`` and ``train.metrics_rows`` ask for on a fold of ``fold_rows`` rows."""
     if mode == "exact" or (mode == "auto" and fold_rows <= max_rows):
         return ExactMetrics(label_names)
     return BoundedMetrics(label_names, max_rows)
@@ -148,7 +149,7 @@ class BoundedMetrics:
 
 
 def _averages(loss: float, predicted: float, positives: int, negatives: int) -> dict[str, float]:
-    """Logloss, NE and calibration from sums over the rows, as ``metrics`` defines them."""
+    """Return logloss, NE and calibration from sums over the rows, as ``metrics`` defines them."""
     rows = positives + negatives
     mean = loss / rows if rows else math.nan
     rate = positives / rows if rows else 0.0

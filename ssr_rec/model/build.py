@@ -21,7 +21,7 @@ from ssr_rec.over_archs.registry import OVER_ARCHS
 
 
 def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
-    """Over-arch, heads and encoders of sequences of a run.
+    """Return over-arch, heads and encoders of sequences of a run.
 
     Raises:
         UserError: sizes that do not fit, or a sequence that the schema does not have.
@@ -42,7 +42,7 @@ def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
 def build_model(
     config: RunConfig, schema: Schema, device: torch.device, world_size: int, local_world_size: int
 ) -> DistributedModelParallel:
-    """The sharded model, with weights that depend on the seed and not on the world size."""
+    """Return the sharded model, with weights that depend on the seed and not on the world size."""
     torch.manual_seed(config.seed)
     dense = build_dense(config, schema)
     over_arch = dense.over_arch

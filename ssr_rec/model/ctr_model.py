@@ -84,7 +84,7 @@ class DenseArch(nn.Module):
     def forward(
         self, embeddings: KeyedTensor, looked_up: KeyedTensor | None = None, sparse: KeyedJaggedTensor | None = None
     ) -> Tensor:
-        """(B, T) logits of pooled ``embeddings`` and, where there are sequences, un-pooled ones and the ids."""
+        """Return (B, T) logits of pooled ``embeddings`` and, where there are sequences, un-pooled ones and the ids."""
         if self.histories is None:
             return logits_of(self.concat(embeddings), self.over_arch, self.heads, self.bf16)
         unpooled, encoded = self.histories(looked_up, sparse)
@@ -131,7 +131,7 @@ class CTRModel(nn.Module):
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> buffer of every batch norm's running mean and variance."""
+    """Return name -> buffer of every batch norm's running mean and variance."""
     return {name: b for name, b in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
 
 

@@ -138,7 +138,7 @@ class AutoFIS(OverArch):
         return self.deep(x), logits
 
     def _interactions(self, x: Tensor, alpha: Tensor) -> Tensor:
-        """(B, F*D) -> (B, 1), or (B, T) where tasks have scales."""
+        """Map (B, F*D) to (B, 1), or (B, T) where tasks have scales."""
         # BN subtracts a mean that may be much larger than the spread around it: more than bfloat16 can resolve.
         with torch.autocast(x.device.type, enabled=False):
             e = x.to(alpha.dtype).unflatten(1, (-1, self.products.dim))
@@ -154,7 +154,7 @@ class AutoFIS(OverArch):
         return total
 
     def alphas(self) -> list[tuple[int, int, float]]:
-        """(i, j, alpha) of every pair; an alpha of exactly 0 is a closed gate."""
+        """Return (i, j, alpha) of every pair; an alpha of exactly 0 is a closed gate."""
         values = [] if self.alpha is None else self.alpha.tolist()
         return [(i, j, value) for (i, j), value in zip(self.pairs, values, strict=True)]
 

@@ -65,6 +65,6 @@ class AutoFISConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """The stage, and depth x width of the deep part or every width where they differ."""
+        """Return the stage, and depth x width of the deep part or every width where they differ."""
         stage = "search" if self.pairs is None else f"{len(self.pairs)} pairs"
         return f"AutoFIS {stage} {sizes(self.hidden)}"

@@ -45,7 +45,7 @@ class InteractingLayer(nn.Module):
         return y if self.norm is None else self.norm(y)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(B, F, heads * d) -> (B, heads, F, d)."""
+        """Map (B, F, heads * d) to (B, heads, F, d)."""
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def flops(self) -> Flops:

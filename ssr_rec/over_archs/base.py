@@ -44,7 +44,7 @@ class Flops:
 
 
 def dense_flops(fan_in: int, fan_out: int, bias: bool = True) -> Flops:
-    """Cost of ``x W + c`` for one row."""
+    """Return the cost of ``x W + c`` for one row."""
     return Flops(matmul=2 * fan_in * fan_out, elementwise=fan_out if bias else 0)
 
 
@@ -84,24 +84,24 @@ class OverArch(nn.Module, ABC):
 
     @abstractmethod
     def flops(self) -> Flops:
-        """Cost of one forward pass for one sample."""
+        """Return the cost of one forward pass for one sample."""
 
     def statistics(self, x: Tensor, field_names: Sequence[str]) -> dict[str, Any]:
-        """What a report says of the trained over-arch, on the batch x (B, sum of field dims), as JSON values."""
+        """Return what a report says of the trained over-arch, on the batch x (B, sum of field dims), as JSON values."""
         return {}
 
     def following_config(self) -> Any:
-        """The config to train after this one, for an over-arch whose training is a search; None for all others."""
+        """Return the config to train after this one, of an over-arch whose training is a search; None for others."""
         return None
 
     @property
     def flops_per_sample(self) -> int:
-        """FLOPs of one forward pass for ONE sample; see ``Flops`` for what is counted."""
+        """Return FLOPs of one forward pass for ONE sample; see ``Flops`` for what is counted."""
         return self.flops().total
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters of the backbone: no embedding tables, no heads (paper 4.1.2)."""
+        """Return trainable parameters of the backbone: no embedding tables, no heads (paper 4.1.2)."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 

@@ -13,7 +13,7 @@ from ssr_rec.over_archs.settings import DeepFMConfig
 
 
 def factorization_machine(fields: Tensor) -> Tensor:
-    """Sum of the inner products of all pairs of fields (eq. 2): (B, F, D) -> (B, 1).
+    """Return the sum of the inner products of all pairs of fields (eq. 2): (B, F, D) -> (B, 1).
 
     Every pair counted twice and each field with itself is the square of the sum; hence linear in F.
     """

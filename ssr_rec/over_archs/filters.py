@@ -43,11 +43,11 @@ class Filter(nn.Module, ABC):
 
     @abstractmethod
     def flops(self) -> Flops:
-        """Cost for one sample."""
+        """Return the cost for one sample."""
 
     @abstractmethod
     def statistics(self, x: Tensor) -> dict[str, Any]:
-        """What a report says about this filter on the batch x, as JSON values."""
+        """Return what a report says about this filter on the batch x, as JSON values."""
 
 
 class StaticRandomFilter(Filter):
@@ -79,7 +79,7 @@ class StaticRandomFilter(Filter):
 
 
 def random_subset(width: int, count: int, seed: int, layer: int, view: int) -> np.ndarray:
-    """``count`` of ``width`` dims, uniform without replacement, ascending."""
+    """Return ``count`` of ``width`` dims, uniform without replacement, ascending."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(layer, view)))
     return np.sort(rng.permutation(width)[:count])
 
@@ -110,7 +110,7 @@ class IcsFilter(Filter):
         self.gamma = nn.Parameter(torch.ones(self.num_views, self.view_dim)) if config.gamma else None
 
     def sparse(self, x: Tensor) -> Tensor:
-        """ICS of the projection, before any gate: (B, width) -> (B, V, d)."""
+        """Return ICS of the projection, before any gate: (B, width) -> (B, V, d)."""
         return ics(self.proj(x).unflatten(1, (self.num_views, self.view_dim)), self.alpha, self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class InputNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(self.channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F*D) -> (B, F*D)."""
+        """Map (B, F*D) to (B, F*D)."""
         # One row has no variance; the last batch of an epoch may be one.
         use_batch = self.training and x.shape[0] > 1
         shape = (-1, self.channels) if self.across_fields else (self.channels, -1)
@@ -104,7 +104,7 @@ class NoNorm(nn.Identity):
 
 
 def make_input_norm(kind: InputNormKind, field_dims: Sequence[int]) -> InputNorm | NoNorm:
-    """What an over-arch does to its input first: (B, F*D) -> (B, F*D)."""
+    """Return what an over-arch does to its input first: (B, F*D) -> (B, F*D)."""
     return NoNorm() if kind == "none" else InputNorm(kind, field_dims)
 
 
@@ -115,7 +115,7 @@ class Dropout(nn.Dropout):
     """
 
     def draw(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, float]:
-        """Which elements stay, as a bool tensor of this shape, and the probability with which each did."""
+        """Return which elements stay, as a bool tensor of this shape, and the probability with which each did."""
         if torch.compiler.is_compiling():
             return torch.rand(shape, device=device) < 1 - self.p, 1 - self.p
         if device.type != "cpu" or not 1e-3 <= self.p <= 1 - 1e-3:
@@ -126,7 +126,7 @@ class Dropout(nn.Dropout):
         return (draws[:elements] >= dropped - 2**15).view(shape), 1 - dropped / 2**16
 
     def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...)."""
+        """Map (...) to (...)."""
         if not self.training or self.p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         keep, share = self.draw(x.shape, x.device)
@@ -182,7 +182,7 @@ class ViewLinear(nn.Module):
         init_dense_(self.weight, self.bias, fan_in, fan_out, initializer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(V, B, in) -> (V, B, out)."""
+        """Map (V, B, in) to (V, B, out)."""
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
 
     def flops(self) -> Flops:

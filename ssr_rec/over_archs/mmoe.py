@@ -83,7 +83,7 @@ class MMoE(OverArch):
         self.out_features = (config.tower_hidden or config.expert_hidden)[-1]
 
     def gate(self, x: Tensor) -> Tensor:
-        """Each task's weights of the experts: (B, F*D) -> (B, T, num_experts), sums of 1."""
+        """Return each task's weights of the experts: (B, F*D) -> (B, T, num_experts), sums of 1."""
         return self.gates(x).unflatten(1, (self.num_tasks, -1)).softmax(2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Norm = Annotated[
 
 
 def sizes(hidden: Sequence[int]) -> str:
-    """Widths of a stack for a label: depth x width, or every width where they differ."""
+    """Return widths of a stack for a label: depth x width, or every width where they differ."""
     return f"{len(hidden)}x{hidden[0]}" if len(set(hidden)) == 1 else "-".join(map(str, hidden))
 
 
@@ -55,7 +55,7 @@ class MLPConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """Depth x width, or every width where they differ."""
+        """Return depth x width, or every width where they differ."""
         return f"Dense MLP {sizes(self.hidden)}"
 
 
@@ -75,7 +75,7 @@ class DeepFMConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """The deep branch's depth x width, or every width where they differ."""
+        """Return the deep branch's depth x width, or every width where they differ."""
         return f"DeepFM {sizes(self.hidden)}"
 
 
@@ -112,7 +112,7 @@ class DCNv2Config(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """Cross layers with their rank, if any, and the deep network's widths."""
+        """Return cross layers with their rank, if any, and the deep network's widths."""
         name = "DCN v2" if self.num_experts == 1 else "DCN-Mix"
         experts = "" if self.num_experts == 1 else f"{self.num_experts}x"
         cross = f"{name} {self.num_cross_layers} cross" + (f" {experts}r{self.rank}" if self.rank else "")
@@ -138,7 +138,7 @@ class MMoEConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """Experts x their widths, then the towers' widths."""
+        """Return experts x their widths, then the towers' widths."""
         towers = f" + {'-'.join(map(str, self.tower_hidden))}" if self.tower_hidden else ""
         return f"MMoE {self.num_experts}x{'-'.join(map(str, self.expert_hidden))}{towers}"
 
@@ -168,7 +168,7 @@ class AutoIntConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """Layers x heads x dims of a head, and the deep network's widths."""
+        """Return layers x heads x dims of a head, and the deep network's widths."""
         attention = f"{self.num_layers}x{self.num_heads}x{self.attention_dim}"
         if not self.deep_hidden:
             return f"AutoInt {attention}"
@@ -212,7 +212,7 @@ class AFNConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """Logarithmic neurons and the widths above them, then those of the deep network."""
+        """Return logarithmic neurons and the widths above them, then those of the deep network."""
         afn = f"{self.num_neurons} neurons {sizes(self.hidden)}"
         return f"AFN+ {afn} + {sizes(self.deep_hidden)}" if self.plus else f"AFN {afn}"
 
@@ -244,7 +244,7 @@ class WukongConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """Layers x embeddings of both blocks, and the rank."""
+        """Return layers x embeddings of both blocks, and the rank."""
         return f"Wukong {self.num_layers}x({self.fmb_embeddings}+{self.lcb_embeddings}) k={self.fm_rank}"
 
 
@@ -274,5 +274,5 @@ class RankMixerConfig(OverArchSettings):
 
     @property
     def label(self) -> str:
-        """Tokens x dims x layers."""
+        """Return tokens x dims x layers."""
         return f"RankMixer {self.num_tokens}x{self.dim}x{self.num_layers}"

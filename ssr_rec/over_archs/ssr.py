@@ -33,7 +33,7 @@ class ViewFusion(nn.Module):
         self.residual = config.residual
 
     def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
-        """(B, V, fan_in), or (B, width) with the dims (V, fan_in) that the views see, to (B, V, d)."""
+        """Map (B, V, fan_in), or (B, width) with the dims (V, fan_in) that the views see, to (B, V, d)."""
         residual = None
         if self.residual:
             residual = x = x if indices is None else gather_views(x, indices)
@@ -96,11 +96,11 @@ class SSR(OverArch):
             self.out_features = config.output_mlp[-1]
 
     def blocks(self) -> list[SSRLayer]:
-        """The layers, first to last."""
+        """Return the layers, first to last."""
         return [cast(SSRLayer, layer) for layer in self.layers]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What the first layer sees of the input: (B, F*D) -> (B, F*D)."""
+        """Return what the first layer sees of the input: (B, F*D) -> (B, F*D)."""
         x = self.input_norm(x)
         return self.input_dropout(x)
 
@@ -125,7 +125,7 @@ class SSR(OverArch):
 
 @torch.no_grad()
 def ssr_statistics(ssr: SSR, x: Tensor) -> dict[str, Any]:
-    """What each layer's filter does on the batch x (B, F*D), as JSON values; the model is left as it was.
+    """Return what each layer's filter does on the batch x (B, F*D), as JSON values; the model is left as it was.
 
     SSR-D: the share of exact zeros after ICS, overall and per view, and the (V, T) alphas with the
     number of negative ones. SSR-S: the share of the layer's input dims that any view sees.

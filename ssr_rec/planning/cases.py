@@ -120,7 +120,7 @@ class Case:
 
     @cached_property
     def reading(self) -> Reading:
-        """How the model reads each feature; kept, as the search asks for every shard of every option."""
+        """Return how the model reads each feature; kept, as the search asks for every shard of every option."""
         return reading_of(self.schema, self.config.sequences)
 
     @property
@@ -170,7 +170,7 @@ def make_world(nodes: int, per_node: int, hardware: Hardware) -> World:
 
 
 def parse_world(text: str, hardware: Hardware) -> World:
-    """``2x8``: two nodes of eight ranks.
+    """Parse ``2x8``: two nodes of eight ranks.
 
     Raises:
         UserError: not of that form.
@@ -182,7 +182,7 @@ def parse_world(text: str, hardware: Hardware) -> World:
 
 
 def read_tables(path: str | Path, config: RunConfig) -> tuple[RunConfig, Schema, dict[str, float]]:
-    """A tables file as (config with the file's dims, schema, mean lengths); configs/plan has examples.
+    """Return a tables file as (config with the file's dims, schema, mean lengths); configs/plan has examples.
 
     Raises:
         UserError: unreadable or not such a file; the message names the entry.
@@ -241,7 +241,7 @@ def mean_lengths(folder: str | Path, schema: Schema) -> dict[str, float]:
 
 
 def override_rows(schema: Schema, rows: Mapping[str, int], scale: float = 1.0) -> Schema:
-    """The schema with other numbers of rows: all times ``scale``, then those named.
+    """Return the schema with other numbers of rows: all times ``scale``, then those named.
 
     Raises:
         UserError: an unknown feature (the nearest is named), or a number of rows that no table has.
@@ -262,7 +262,7 @@ def override_rows(schema: Schema, rows: Mapping[str, int], scale: float = 1.0) -
 
 
 def parse_rows(texts: Sequence[str]) -> dict[str, int]:
-    """``user_id=2_000_000_000`` and so on.
+    """Parse ``user_id=2_000_000_000`` and so on.
 
     Raises:
         UserError: not of that form, or a feature given twice.

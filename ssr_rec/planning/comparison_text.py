@@ -17,7 +17,7 @@ WHAT_IF_TIMES = (1, 10, 1000)
 
 
 def remedy_values(remedy: Remedy) -> dict[str, Any]:
-    """What came of a remedy, as JSON values."""
+    """Return what came of a remedy, as JSON values."""
     planned = remedy.planned
     if planned is None:
         return {"name": remedy.name, "settings": remedy.settings, "fits": False, "problem": remedy.problem}
@@ -36,7 +36,7 @@ def remedy_values(remedy: Remedy) -> dict[str, Any]:
 
 
 def remedies_text(remedies: Sequence[Remedy], aim: str = "fit") -> str:
-    """What was tried to make a plan fit, or, for the aim ``balance``, to make it even."""
+    """Return what was tried to make a plan fit, or, for the aim ``balance``, to make it even."""
     rows = []
     for remedy in remedies:
         values = remedy_values(remedy)

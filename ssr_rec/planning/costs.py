@@ -52,7 +52,7 @@ class DenseCost:
 
 
 def extra_tables(case: Case) -> ExtraTables:
-    """Further tables that the over-arch wants for itself."""
+    """Return further tables that the over-arch wants for itself."""
     with FakeTensorMode():  # takes no memory whatever its size
         return build_dense(case.config, case.schema).over_arch.extra_tables
 
@@ -75,7 +75,7 @@ def dense_cost(case: Case) -> DenseCost:
 
 
 def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of one forward pass, parameters and buffers apart."""
+    """Return bytes that autograd keeps of one forward pass, parameters and buffers apart."""
     own = {t.untyped_storage()._cdata for t in [*dense.parameters(), *dense.buffers()]}
     kept: dict[int, Tensor] = {}
 
@@ -96,7 +96,7 @@ def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
 
 
 def state_bytes(optimizer: str, rows: int, columns: int) -> int:
-    """Fused optimizer state of a shard; fp32 whatever the weights are, and a row-wise one per shard of columns."""
+    """Return the fused optimizer's state of a shard; always fp32, and a row-wise one per shard of columns."""
     adam = 2 * rows * columns
     floats = {"sgd": 0, "rowwise_adagrad": rows, "adagrad": rows * columns, "lazy_adam": adam, "adam": adam}
     return floats[optimizer] * FLOAT_BYTES

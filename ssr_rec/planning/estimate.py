@@ -44,7 +44,7 @@ class RankMemory:
 
     @property
     def headroom(self) -> int:
-        """Negative when the rank has too little."""
+        """Return the bytes to spare, negative when the rank has too little."""
         return self.capacity - self.used
 
 
@@ -91,7 +91,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What a step's time goes to, more than to anything else."""
+        """Return what a step's time goes to, more than to anything else."""
         parts = {
             "lookup": self.lookup,
             "all-to-all": self.all_to_all,
@@ -121,7 +121,7 @@ class Estimate:
 
     @property
     def imbalance(self) -> float:
-        """Time of the slowest rank's tables over the mean rank's."""
+        """Return the time of the slowest rank's tables over the mean rank's."""
         times = [rank.total for rank in self.time]
         return max(times) * len(times) / sum(times)
 
@@ -204,7 +204,7 @@ def rank_memory(case: Case, options: list[ShardingOption], fixed: FixedBytes) ->
 
 
 def rank_time(case: Case, options: list[ShardingOption]) -> list[RankTime]:
-    """Sums of TorchRec's estimates over the shards of each rank."""
+    """Return sums of TorchRec's estimates over the shards of each rank."""
     sums = [RankTime(0.0, 0.0, 0.0) for _ in range(case.world.size)]
     for option in options:
         for shard in option.shards:
@@ -248,5 +248,5 @@ def step_time(case: Case, dense: DenseCost, ranks: list[RankTime]) -> StepTime:
 
 
 def memory_fields() -> list[str]:
-    """The parts that add up to ``RankMemory.used``."""
+    """Return the parts that add up to ``RankMemory.used``."""
     return [field.name for field in fields(RankMemory) if field.name not in ("capacity", "host")]

@@ -45,7 +45,7 @@ class TablePlan:
 
 
 def table_plans(case: Case, found: Found) -> list[TablePlan]:
-    """Every table, the largest first."""
+    """Return every table, the largest first."""
     lines = []
     for option in found.options:
         sizes = [option_bytes(case, option, shard.size) for shard in option.shards]
@@ -69,7 +69,7 @@ def table_plans(case: Case, found: Found) -> list[TablePlan]:
 
 
 def why(chosen: ShardingOption, alternatives: Sequence[ShardingOption], table_bytes: int) -> str:
-    """The reason for a choice, by the estimates of what was rejected."""
+    """Return the reason for a choice, by the estimates of what was rejected."""
     others = [option for option in alternatives if _way(option) != _way(chosen)]
     if not others:
         return "the only way open to it"
@@ -137,7 +137,7 @@ class Overflow:
 
 
 def overflows(case: Case, found: Found, estimate: Estimate) -> list[Overflow]:
-    """Every rank with too little memory, the worst first."""
+    """Return every rank with too little memory, the worst first."""
     world = case.world
     host_bytes = world.hardware.host_bytes(world.per_node) if world.hardware.device == "cuda" else None
     over = []

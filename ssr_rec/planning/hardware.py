@@ -62,21 +62,21 @@ class Hardware(Settings):
     sources: dict[str, str] = Field(min_length=1, description="key -> where its figure is from")
 
     def share(self, ranks_per_node: int) -> float:
-        """The part of the per-host compute and memory figures that is one rank's: a GPU has its own."""
+        """Return the part of the per-host compute and memory figures that is one rank's: a GPU has its own."""
         return 1.0 if self.device == "cuda" else 1.0 / ranks_per_node
 
     def rank_bytes(self, ranks_per_node: int) -> int:
-        """Memory of one rank that tables, weights, activations and buffers may fill."""
+        """Return the memory of one rank that tables, weights, activations and buffers may fill."""
         whole = self.memory_gib * self.share(ranks_per_node)
         usable = whole * (1 - self.assumptions.fragmentation) - self.assumptions.reserved_gib
         return max(0, int(usable * 2**30))
 
     def host_bytes(self, ranks_per_node: int) -> int:
-        """Host memory beside a GPU rank that tables may fill; half the host's, as the readers need memory too."""
+        """Return the host memory beside a GPU rank that tables may fill: half, as the readers need memory too."""
         return int(self.host_memory_gib / 2 / ranks_per_node * 2**30)
 
     def gemm_flops(self, precision: Precision, ranks_per_node: int) -> float:
-        """Floating-point operations a second that one rank's matrix products reach, by assumption.
+        """Return floating-point operations a second that one rank's matrix products reach, by assumption.
 
         Raises:
             UserError: the device has no such precision.
@@ -93,7 +93,7 @@ def preset_names() -> list[str]:
 
 
 def load_hardware(name: str) -> Hardware:
-    """The preset of that name, or the YAML file at that path.
+    """Return the preset of that name, or the YAML file at that path.
 
     Raises:
         UserError: neither; the nearest preset is named. Or a file with a bad value.
@@ -122,7 +122,7 @@ def load_hardware(name: str) -> Hardware:
 
 
 def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the keys of ``values`` put over it, section by section."""
+    """Return ``base`` with the keys of ``values`` put over it, section by section."""
     merged = {key: value for key, value in base.items() if key != "name"}
     for key, value in values.items():
         inner = merged.get(key)

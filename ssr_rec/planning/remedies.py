@@ -97,7 +97,7 @@ def try_balancing(planned: Planned) -> Iterator[Remedy]:
 
 
 def _more_nodes(planned: Planned) -> Remedy:
-    """The smallest number of nodes, by doubling, that is enough; no further where doubling does not help."""
+    """Return the smallest number of nodes, by doubling, that is enough; no further where doubling does not help."""
     case, world = planned.case, planned.case.world
     nodes, last, missing = world.nodes, planned, math.inf
     while not last.fits and nodes * 2 <= MOST_NODES and _missing(last) < SHRINKS * missing:
@@ -109,7 +109,7 @@ def _more_nodes(planned: Planned) -> Remedy:
 
 
 def _missing(planned: Planned) -> int:
-    """Bytes that the fullest rank has too little of."""
+    """Return bytes that the fullest rank has too little of."""
     return overflows(planned.case, planned.found, planned.estimate)[0].missing_bytes
 
 
@@ -117,7 +117,7 @@ Change = Callable[[RunConfig], RunConfig]
 
 
 def _changes(config: RunConfig, device: str) -> Iterator[tuple[str, str, Change]]:
-    """Name, settings and effect of every change of the config that this one does not have yet."""
+    """Yield name, settings and effect of every change of the config that this one does not have yet."""
     sharding, embeddings = config.sharding, config.embeddings
     allowed = sharding.types or SUPPORTED[device]
     rows_missing = [kind for kind in ROW_TYPES if kind in SUPPORTED[device] and kind not in allowed]
@@ -157,7 +157,7 @@ def _dims(config: RunConfig) -> RunConfig:
 
 
 def _half(dim: int) -> int:
-    """Half of a dim, rounded up to what FBGEMM can store."""
+    """Return half a dim, rounded up to what FBGEMM can store."""
     return max(DIM_MULTIPLE, -(-dim // 2 // DIM_MULTIPLE) * DIM_MULTIPLE)
 
 

@@ -20,7 +20,7 @@ MOST_RANKS = 16
 
 
 def report(planned: Planned, tables: list[TablePlan], total_rows: float, all_tables: bool = False) -> str:
-    """The whole report of a plan that fits."""
+    """Return the whole report of a plan that fits."""
     estimate = planned.estimate
     parts = [
         headline(planned),
@@ -50,7 +50,7 @@ def headline(planned: Planned) -> str:
 
 
 def tables_text(tables: Sequence[TablePlan], most: int) -> str:
-    """The largest tables one by one, the others by how they are sharded."""
+    """Return the largest tables one by one, the others by how they are sharded."""
     shown, rest = tables[:most], tables[most:]
     rows = [
         [
@@ -78,7 +78,7 @@ def tables_text(tables: Sequence[TablePlan], most: int) -> str:
 
 
 def memory_text(estimate: Estimate) -> str:
-    """GiB of every rank; of many ranks, those with the least room."""
+    """Return GiB of every rank; of many ranks, those with the least room."""
     names = memory_fields()
     has_host = any(memory.host for memory in estimate.memory)
     rows = []
@@ -93,7 +93,7 @@ def memory_text(estimate: Estimate) -> str:
 
 
 def time_text(estimate: Estimate) -> str:
-    """Milliseconds of every rank's tables; of many ranks, the slowest."""
+    """Return milliseconds of every rank's tables; of many ranks, the slowest."""
     rows = [
         [rank, *(f"{value:.3f}" for value in (time.lookup, time.exchange, time.total, time.ids))]
         for rank, time in ((rank, estimate.time[rank]) for rank in _shown([-t.total for t in estimate.time]))
@@ -119,7 +119,7 @@ def step_text(estimate: Estimate, total_rows: float) -> str:
 
 
 def unbalanced_text(found: Found, estimate: Estimate) -> str:
-    """Which table makes the slowest rank slow."""
+    """Return which table makes the slowest rank slow."""
     slowest = max(range(len(estimate.time)), key=lambda rank: estimate.time[rank].total)
     loads = sorted(
         ((shard.perf.total, option) for option in found.options for shard in option.shards if shard.rank == slowest),
@@ -136,7 +136,7 @@ def unbalanced_text(found: Found, estimate: Estimate) -> str:
 
 
 def overflow_text(case: Case, over: Sequence[Overflow], estimate: Estimate) -> str:
-    """What is too much where, for a plan that does not fit."""
+    """Return what is too much where, for a plan that does not fit."""
     lines = [str(overflow) for overflow in over[:4]]
     if len(over) > 4:
         lines.append(f"... and {len(over) - 4} more of {case.world.size} ranks are over")
@@ -151,7 +151,7 @@ def overflow_text(case: Case, over: Sequence[Overflow], estimate: Estimate) -> s
 
 
 def days(count: float) -> str:
-    """``3.2 days``, ``5.1 hours``, ``12 minutes``, ``40 s``."""
+    """Write a time as ``3.2 days``, ``5.1 hours``, ``12 minutes``, ``40 s``."""
     for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -159,7 +159,7 @@ def days(count: float) -> str:
 
 
 def rank_list(ranks: Sequence[int]) -> str:
-    """``0-7,12``: runs of neighbours are joined."""
+    """Write ranks as ``0-7,12``: runs of neighbours are joined."""
     runs: list[list[int]] = []
     for rank in sorted(set(ranks)):
         if runs and rank == runs[-1][1] + 1:
@@ -171,7 +171,7 @@ def rank_list(ranks: Sequence[int]) -> str:
 
 
 def _shown(keys: Sequence[float]) -> list[int]:
-    """The ranks to show: all, in order, or the few with the smallest key."""
+    """Return the ranks to show: all, in order, or the few with the smallest key."""
     ranks = range(len(keys))
     return list(ranks) if len(keys) <= MOST_RANKS else sorted(ranks, key=lambda rank: keys[rank])[:8]
 

@@ -143,7 +143,7 @@ def _in_float32(sharders: SharderDataMap) -> SharderDataMap:
 
 
 def option_bytes(case: Case, option: ShardingOption, size: Sequence[int]) -> ShardBytes:
-    """Bytes of one shard of that size under that way of sharding."""
+    """Return bytes of one shard of that size under that way of sharding."""
     world, batch = case.world, case.rows_per_rank * case.world.size
     parts = {"row_wise": world.size, "table_row_wise": world.per_node, "data_parallel": world.size}
     bags = case.bags(option.name)
@@ -190,7 +190,7 @@ def fixed_bytes(case: Case, dense: DenseCost, columns: float) -> FixedBytes:
 
 
 def make_topology(case: Case, table_bytes: int) -> Topology:
-    """The case's ranks for TorchRec; ``table_bytes`` is what one of them has for tables."""
+    """Return the case's ranks for TorchRec; ``table_bytes`` is what one of them has for tables."""
     world, hardware = case.world, case.world.hardware
     share, on_gpu = hardware.share(world.per_node), hardware.device == "cuda"
     host = hardware.host_bytes(world.per_node) if table_bytes < UNLIMITED else UNLIMITED
@@ -213,7 +213,7 @@ def make_topology(case: Case, table_bytes: int) -> Topology:
 
 
 def find_plan(case: Case, dense: DenseCost) -> Found:
-    """TorchRec's plan for the case: the fastest by its estimates, else the one with the most even memory.
+    """Return TorchRec's plan for the case: the fastest by its estimates, else the one with the most even memory.
 
     Raises:
         UserError: a setting of the config without effect or not for this device.
@@ -294,7 +294,7 @@ def _search(
     constraints: Mapping[str, ParameterConstraints],
     enumerator: EmbeddingEnumerator,
 ) -> list[ShardingOption] | None:
-    """The best plan's options, or None when no proposal can be placed."""
+    """Return the best plan's options, or None when no proposal can be placed."""
     best: list[ShardingOption] = []
 
     def keep(plan: list[ShardingOption]) -> list[ShardingOption]:
@@ -325,7 +325,7 @@ def _search(
 
 
 def _distinct_types(case: Case, constraint: ParameterConstraints, rows: int, columns: int, left: int) -> list[str]:
-    """The allowed sharding types without those that would cut this table as another one does.
+    """Return the allowed sharding types without those that would cut this table as another one does.
 
     With very many shards to look at, tables too small to matter are not cut by rows: on 1,024 ranks every table would
     otherwise bring 1,024 shards of next to nothing.

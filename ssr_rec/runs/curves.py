@@ -152,7 +152,7 @@ def _draw_histories(ax: Axes, ranked: Sequence[Run], task: str) -> None:
 
 
 def _draw_test_auc(ax: Axes, ranked: Sequence[Run], names: Sequence[str], task: str) -> None:
-    """Points with numbers, best on top; the markers are those of the curves, so this panel is also their legend."""
+    """Draw points with numbers, best on top; with the markers of the curves, this panel is also their legend."""
     aucs = [run.report.measure("test", task, "auc") for run in ranked]
     ceiling = ranked[0].report.measure("ceiling", task, "auc")
     for index, value in enumerate(aucs):
@@ -183,7 +183,7 @@ def _draw_test_auc(ax: Axes, ranked: Sequence[Run], names: Sequence[str], task: 
 def _series(
     rows: Sequence[Mapping[str, Any]], split: str, name: str, task: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``(samples (P,), values (P,))`` of one measure of a split, without the rows that lack it."""
+    """Return ``(samples (P,), values (P,))`` of one measure of a split, without the rows that lack it."""
     points = []
     for row in rows:
         source = row if task is None else (row.get("tasks") or {}).get(task, {})
@@ -194,13 +194,13 @@ def _series(
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over a twentieth of the points; shorter at the ends, so that nothing is padded in."""
+    """Return centred moving mean over a twentieth of the points; shorter at the ends, so that nothing is padded in."""
     window = np.ones(max(1, len(values) // 20))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _headline(report: Report) -> str:
-    """What ran on what: name, over-arch, dataset, ranks."""
+    """Return what ran on what: name, over-arch, dataset, ranks."""
     kind, parameters, ranks = report.over_arch.kind, report.over_arch.num_parameters, report.world_size
     if kind and parameters is not None:
         kind += f" ({short_number(parameters)} parameters)"
@@ -219,13 +219,13 @@ def _dataset(report: Report) -> str:
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and marker of the run at ``index``; both differ between neighbours, and the pair among 64 runs."""
+    """Return colour and marker of the run at ``index``; both differ between neighbours, and the pair among 64 runs."""
     color, marker = COLORS[index % len(COLORS)], MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
     return {"color": color, "marker": marker}
 
 
 def _dress(ax: Axes, title: str, ylabel: str, has_data: bool) -> None:
-    """The look every panel shares; says so when there is nothing to show."""
+    """Give a panel the look that all share; say so when there is nothing to show."""
     ax.set_title(title, fontsize=11, loc="left", fontweight="bold")
     ax.set_xlabel("training samples")
     ax.set_ylabel(ylabel)
@@ -247,6 +247,6 @@ def lay_grid(ax: Axes) -> None:
 
 
 def legend_below(ax: Axes, handles: Sequence[Artist], columns: int = 2, at: float = -0.16) -> None:
-    """A legend under the panel, where it cannot cover a curve; ``at``: its top in heights of the panel."""
+    """Draw a legend under the panel, where it cannot cover a curve; ``at``: its top in heights of the panel."""
     below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, at), "frameon": False, "fontsize": 8.5}
     ax.legend(handles=list(handles), ncols=columns, columnspacing=1.2, handlelength=1.8, **below)

@@ -19,7 +19,8 @@ MEASURES = {"auc": "AUC", "gauc": "GAUC", "ne": "NE", "calibration": "calibratio
 
 
 def days_table(runs: Sequence[Run]) -> str:
-    """A Markdown table of each task: a line per day that any of the runs evaluated, and the mean of each run's days.
+    """Return a Markdown table of each task: a line per day that any of the runs evaluated, and the mean of each run's
+    days.
 
     With two runs a sentence says on how many days the first is ahead, and by how much on average.
     """
@@ -40,7 +41,7 @@ def _task_table(runs: Sequence[Run], task: str) -> str:
 
 
 def _lead(runs: Sequence[Run], values: dict[tuple[str, int], np.ndarray], days: int) -> str:
-    """The first run's AUC against the second's; days differ more among each other than the runs on one day."""
+    """Return the first run's AUC against the second's; days differ more among each other than the runs on one day."""
     first, second = display_names(runs)
     ahead = values["auc", 0] - values["auc", 1]
     ahead = ahead[~np.isnan(ahead)]
@@ -84,7 +85,7 @@ def _draw(ax: Axes, runs: Sequence[Run], days: Sequence[str], task: str, name: s
 
 
 def _days(runs: Sequence[Run]) -> list[str]:
-    """The days that any run evaluated, in order of time, as the preparation has it."""
+    """Return the days that any run evaluated, in order of time, as the preparation has it."""
     days = {row.day for run in runs for row in run.report.days}
     return sorted(days, key=int) if all(day.isdecimal() for day in days) else sorted(days)
 

@@ -52,7 +52,7 @@ def create_run_folder(runs: str | Path, name: str | None, stem: str = "run") -> 
 
 
 def _create_timed_folder(runs: Path, stem: str) -> Path:
-    """A fresh folder named by the time; runs started in the same second get a number."""
+    """Return a fresh folder named by the time; runs started in the same second get a number."""
     # A stem is made of dataset and model names, which may hold what a folder name may not.
     base = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
     runs.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON types."""
+    """Return ``value`` as JSON types."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -99,7 +99,7 @@ def plain(value: Any) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order; [] when the file is not there yet.
+    """Return the rows of metrics.jsonl in order; [] when the file is not there yet.
 
     An unfinished last line is left out. A resumed run repeats the steps after its checkpoint: the later rows count.
 
@@ -123,14 +123,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _repeats(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether ``row`` is the first of a resumed run: it goes back in steps, repeats a row, or follows the end."""
+    """Return whether ``row`` is a resumed run's first: it goes back in steps, repeats a row, or follows the end."""
     last = rows[-1]
     same = any(earlier["step"] == row["step"] and earlier["split"] == row["split"] for earlier in rows[-2:])
     return same or row["step"] < last["step"] or last["split"] == "test"
 
 
 def open_tensorboard(folder: str | Path, first_step: int = 0) -> SummaryWriter:
-    """A writer of ``folder/tensorboard``; for rank 0, close it at the end.
+    """Return a writer of ``folder/tensorboard``; for rank 0, close it at the end.
 
     Args:
         first_step: steps done already; what an interrupted run wrote of later ones is not shown.

@@ -43,7 +43,7 @@ class RunLog:
         self.tensorboard: SummaryWriter | None = None
 
     def drawing(self, rows_done: int, rows_total: int) -> None:
-        """Progress of drawing the synthetic log."""
+        """Show the progress of drawing the synthetic log."""
         if self.is_root and rows_done == rows_total:
             self.progress.note(f"drew the synthetic log: {short_number(rows_total)} rows")
 

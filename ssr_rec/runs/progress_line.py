@@ -13,7 +13,7 @@ from ssr_rec.common.formatting import decimal, duration, short_number
 
 
 def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_s: float | None = None) -> str:
-    """The progress line of a ``train`` row of metrics.jsonl.
+    """Return the progress line of a ``train`` row of metrics.jsonl.
 
     ``step 1200/1953  24.1k samples/s  wait 0.4 %  loss .5123  auc .7123  eta 1m32s``
 

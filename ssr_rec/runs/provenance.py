@@ -14,7 +14,7 @@ import torch
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on; None for what is not installed."""
+    """Return versions of what a result depends on; None for what is not installed."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -27,7 +27,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _installed(*names: str) -> str | None:
-    """Version of the first of these distributions that is installed."""
+    """Return the version of the first of these distributions that is installed."""
     for name in names:
         try:
             return metadata.version(name)
@@ -37,7 +37,7 @@ def _installed(*names: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, usable cores, memory in GiB, and the GPUs of this host (an empty list without any)."""
+    """Return CPU model, usable cores, memory in GiB, and the GPUs of this host (an empty list without any)."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -47,7 +47,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """The name in /proc/cpuinfo, else the architecture: ARM and other systems do not have it."""
+    """Return the name in /proc/cpuinfo, else the architecture: ARM and other systems do not have it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -57,7 +57,7 @@ def _cpu_model() -> str:
 
 
 def git_commit(folder: str | Path = Path(__file__).parent) -> str | None:
-    """Commit of the checkout the code runs from, ending in ``-dirty`` when ``git status`` shows changes.
+    """Return the commit of the checkout the code runs from, ending in ``-dirty`` when ``git status`` shows changes.
 
     None without git, outside a checkout, or for a folder that the surrounding checkout does not track, such as a
     package installed in a virtual environment.
@@ -70,7 +70,7 @@ def git_commit(folder: str | Path = Path(__file__).parent) -> str | None:
 
 
 def _git(folder: str | Path, *arguments: str) -> str | None:
-    """What a git command prints; None when it fails or there is no git."""
+    """Return what a git command prints; None when it fails or there is no git."""
     try:
         # No optional locks: status would otherwise rewrite the index under somebody's running git command.
         done = subprocess.run(

@@ -120,7 +120,7 @@ def _drawn(path: Path, draw: Callable[[Path], None]) -> bool:
 
 
 def _interactions(found: Mapping[str, Any], most: int = 8) -> str:
-    """Which pairs of fields an AutoFIS search left, or how it weighs them in the end, the strongest first."""
+    """Return which pairs of fields an AutoFIS search left, or how it weighs them in the end, the strongest first."""
     open_gates = sorted((row for row in found["alphas"] if row[2]), key=lambda row: -abs(row[2]))
     strongest = ", ".join(f"{i} x {j} {decimal(alpha, 3)}" for i, j, alpha in open_gates[:most])
     return f"{found['stage']}: {len(open_gates)} of {found['pairs']} pairs of fields; strongest: {strongest or 'none'}"
@@ -137,7 +137,7 @@ def _figures(values: Mapping[str, float | None], ceiling: Mapping[str, float | N
 
 
 def _plus_minus(values: Mapping[str, float | None], key: str) -> str:
-    """What a measure of a bounded evaluation may be off by."""
+    """Return what a measure of a bounded evaluation may be off by."""
     bound = values.get(f"{key}_bound")
     return "" if bound is None else f" +-{bound:.1e}"
 

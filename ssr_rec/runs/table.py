@@ -11,7 +11,7 @@ from ssr_rec.runs.report import Report, Run
 
 
 def best_first(runs: Sequence[Run]) -> list[Run]:
-    """The runs by test AUC of the first task, best first; a run without one comes last.
+    """Return the runs by test AUC of the first task, best first; a run without one comes last.
 
     Raises:
         UserError: no run, or runs on different datasets.
@@ -30,7 +30,7 @@ def best_first(runs: Sequence[Run]) -> list[Run]:
 
 
 def display_names(runs: Sequence[Run]) -> list[str]:
-    """The over-arch's display label of each run, with the run's name where two have the same label."""
+    """Return the over-arch's display label of each run, with the run's name where two have the same label."""
     kinds = [run.report.over_arch.kind for run in runs]
     return [
         kind if kinds.count(kind) == 1 else f"{kind} ({run.report.name})" for kind, run in zip(kinds, runs, strict=True)
@@ -38,7 +38,7 @@ def display_names(runs: Sequence[Run]) -> list[str]:
 
 
 def runs_table(runs: Sequence[Run]) -> str:
-    """A Markdown table, aligned for the terminal: best run first, the dataset's ceiling (if any) on top.
+    """Return a Markdown table, aligned for the terminal: best run first, the dataset's ceiling (if any) on top.
 
     Parameters are the over-arch's, without embedding tables. Errors as in ``best_first``.
     """
@@ -64,7 +64,7 @@ def runs_table(runs: Sequence[Run]) -> str:
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """First column to the left, the others to the right, every column as wide as its widest cell."""
+    """Align the first column to the left, the others to the right, each as wide as its widest cell."""
     cells = [[cell.replace("|", "\\|") for cell in line] for line in [header, *lines]]
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(header))]
 
@@ -77,7 +77,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """A sentence per task: what the best run reaches, its lead, and its share of the way from .5 to the ceiling.
+    """Return a sentence per task: what the best run reaches, its lead, and its share of the way from .5 to the ceiling.
 
     Errors as in ``best_first``.
     """

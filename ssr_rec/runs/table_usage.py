@@ -32,7 +32,7 @@ HEADER = (
 
 
 def use_table(uses: Sequence[Use]) -> str:
-    """One line per feature; a dash is what does not apply to it or is not known."""
+    """Return one line per feature; a dash is what does not apply to it or is not known."""
     lines = [f"| {' | '.join(HEADER)} |", "|---|---|" + "--:|" * (len(HEADER) - 2)]
     for use in uses:
         cells = [
@@ -64,7 +64,7 @@ def _shares(found: Lookups | None) -> str:
 
 
 def unknown(uses: Sequence[Use]) -> str | None:
-    """What the report cannot say for want of the raw values, or None."""
+    """Return what the report cannot say for want of the raw values, or None."""
     names = [use.name for use in uses if use.buckets is not None and use.values is None]
     if not names:
         return None

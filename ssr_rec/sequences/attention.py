@@ -60,7 +60,7 @@ class Block:
     valid: Tensor
 
     def pad(self, tokens: Tensor) -> Tensor:
-        """(N + B + 1, C), the last of them zeros -> (b, S, C)."""
+        """Map (N + B + 1, C), the last of them zeros, to (b, S, C)."""
         return tokens.index_select(0, self.index.flatten()).view(*self.index.shape, tokens.shape[1])
 
 

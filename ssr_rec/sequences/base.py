@@ -65,7 +65,7 @@ class SequenceEncoder(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, length: int) -> Flops:
-        """Cost of one forward pass for one row with ``length`` events."""
+        """Return the cost of one forward pass for one row with ``length`` events."""
 
     def weights(
         self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
@@ -80,7 +80,7 @@ class SequenceEncoder(nn.Module, ABC):
     def forward(
         self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
     ) -> Tensor:
-        """(N, E), (B,), (B, Q), (N,) -> (B, m * D).
+        """Map (N, E), (B,), (B, Q), (N,) to (B, m * D).
 
         Args:
             events: all rows' events, the oldest of a row first.
@@ -117,14 +117,14 @@ class SequenceEncoder(nn.Module, ABC):
             self.out = nn.Identity()
 
     def out_flops(self) -> Flops:
-        """Cost of the linear layer of ``set_output``."""
+        """Return the cost of the linear layer of ``set_output``."""
         if isinstance(self.out, nn.Linear):
             return dense_flops(self.out.in_features, self.out.out_features, bias=False)
         return Flops()
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters, without tables."""
+        """Return trainable parameters, without tables."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def check(

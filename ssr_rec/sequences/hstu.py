@@ -136,7 +136,7 @@ class HSTULayer(nn.Module):
         return tokens + self.mix(self.dropout(normal * gates))
 
     def flops(self, alone: bool, tokens: int) -> Flops:
-        """Cost for one row of ``tokens`` tokens; ``alone``: only the last attends."""
+        """Return the cost for one row of ``tokens`` tokens; ``alone``: only the last attends."""
         queries = 1 if alone else tokens
         pairs = queries * tokens
         products = 2 * pairs * (self.key_width + self.value_width)

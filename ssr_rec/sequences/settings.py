@@ -33,7 +33,7 @@ class PoolConfig(EncoderSettings):
 
     @property
     def label(self) -> str:
-        """The name that a table shows."""
+        """Return the name that a table shows."""
         return f"{self.mode} pooling"
 
 
@@ -55,7 +55,7 @@ class DINConfig(EncoderSettings):
 
     @property
     def label(self) -> str:
-        """The name that a table shows, with the unit's widths."""
+        """Return the name that a table shows, with the unit's widths."""
         return f"DIN {sizes(self.hidden)}"
 
 
@@ -72,7 +72,7 @@ class TargetAttentionConfig(EncoderSettings):
 
     @property
     def label(self) -> str:
-        """The name that a table shows, with heads and their dims."""
+        """Return the name that a table shows, with heads and their dims."""
         return f"target attention {self.num_heads}x{self.attention_dim or 'E'}"
 
 
@@ -112,7 +112,7 @@ class TransformerConfig(EncoderSettings):
 
     @property
     def label(self) -> str:
-        """The name that a table shows, with layers and heads."""
+        """Return the name that a table shows, with layers and heads."""
         return f"transformer {self.num_layers}x{self.num_heads} heads"
 
 
@@ -147,7 +147,7 @@ class HSTUConfig(EncoderSettings):
 
     @property
     def label(self) -> str:
-        """The name that a table shows, with layers and heads."""
+        """Return the name that a table shows, with layers and heads."""
         return f"HSTU {self.num_layers}x{self.num_heads} heads"
 
 
@@ -164,7 +164,7 @@ class CustomEncoderConfig(EncoderSettings):
 
     @property
     def label(self) -> str:
-        """The class, which is the name that a table shows."""
+        """Return the class, which is the name that a table shows."""
         return self.path.rpartition(":")[2]
 
 

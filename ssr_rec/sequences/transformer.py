@@ -65,7 +65,7 @@ class TransformerLayer(nn.Module):
         return weights, cast(Tensor, own), values, own_value
 
     def _attend(self, x: Tensor, block: Block) -> Tensor:
-        """(b, S, 3 C) -> (b, S, C)."""
+        """Map (b, S, 3 C) to (b, S, C)."""
         queries, keys, values = x.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mask = block.valid[:, None, None, :]
         y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
@@ -76,7 +76,9 @@ class TransformerLayer(nn.Module):
         return self.output_norm(y + self.dropout(self.feed_forward(y)))
 
     def flops(self, queries: int, tokens: int) -> Flops:
-        """Cost for one row of ``tokens`` tokens, ``queries`` of which attend; one alone needs no matrix product."""
+        """Return the cost for one row of ``tokens`` tokens, ``queries`` of which attend; one alone needs no matrix
+        product.
+        """
         width, pairs = self.width, queries * tokens
         attention = Flops(matmul=4 * pairs * width) if queries > 1 else Flops(elementwise=4 * pairs * width)
         attention += Flops(elementwise=SOFTMAX_FLOPS * pairs * self.num_heads)

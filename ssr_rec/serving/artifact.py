@@ -85,7 +85,7 @@ class Manifest(Settings):
 
 
 def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
-    """The manifest of an artifact.
+    """Return the manifest of an artifact.
 
     Args:
         check_files: read every file and compare its checksum.
@@ -161,7 +161,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def new_artifact(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes ``out`` when the block ends well, and vanishes when it does not.
+    """Yield a folder to write to, which becomes ``out`` when the block ends well, and vanishes when it does not.
 
     An older artifact stays at ``out`` until then, and comes back if the exchange of the two is interrupted.
 

@@ -83,7 +83,9 @@ def export_restored(
     compared: Compared | None = None,
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
-    """``export_run`` of a model in memory, trained or not; the artifact says that it comes from the run ``name``."""
+    """Return ``export_run`` of a model in memory, trained or not; the artifact says that it comes from the run
+    ``name``.
+    """
     if managed := list(restored.config.embeddings.managed):
         raise UserError(
             f"{name}: embeddings.managed: the ids of {', '.join(managed)} have the rows that training gave them, and "
@@ -161,7 +163,7 @@ def _copy_vocabularies(schema: Schema, data: Path, folder: Path) -> None:
 
 
 def compile_model(model: ServingModel, tables: list[Tensor], path: Path) -> None:
-    """``torch.export`` for any number of rows, then AOTInductor to ``path``.
+    """Run ``torch.export`` for any number of rows, then AOTInductor to ``path``.
 
     SSR's own operators stay calls of the C++ library: faster than what the compiler makes of their plain forms.
     """

@@ -88,7 +88,7 @@ def make_layout(schema: Schema, dense: DenseArch, pooling: str, precision: Preci
 
 
 def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str, Tensor]:
-    """Name of each stack -> its packed table, of a model with plain tables."""
+    """Return name of each stack -> its packed table, of a model with plain tables."""
     trained = dict(model.tables.embedding_bags.items())
     if model.event_tables is not None:
         trained.update(model.event_tables.embedding_bags.items())
@@ -209,7 +209,7 @@ class ScoringLayer(nn.Module):
 
 
 def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
-    """A copy whose layers have their form for scoring, where there is one."""
+    """Return a copy whose layers have their form for scoring, where there is one."""
     copied = copy.deepcopy(over_arch)
     if isinstance(copied, SSR):
         for place, layer in enumerate(copied.blocks()):

@@ -42,12 +42,12 @@ class Requests:
 
     @property
     def latency(self) -> np.ndarray:
-        """What whoever sent it waited for: line and service."""
+        """Return what whoever sent it waited for: line and service."""
         return self.ended - self.due
 
     @property
     def service(self) -> np.ndarray:
-        """What the scorer took."""
+        """Return what the scorer took."""
         return self.ended - self.started
 
     @property
@@ -119,14 +119,14 @@ def drive(
 
 
 def percentile(seconds: np.ndarray, quantile: float) -> float | None:
-    """The quantile of (N,) seconds, linear between neighbours; None with fewer than ``TAIL`` beyond it."""
+    """Return the quantile of (N,) seconds, linear between neighbours; None with fewer than ``TAIL`` beyond it."""
     # Rounded: 10,000 requests have ten beyond .999 whatever 1 - .999 is in binary.
     beyond = round(len(seconds) * (1 - quantile), 6)
     return float(np.quantile(seconds, quantile)) if beyond >= TAIL else None
 
 
 def summary(turns: Sequence[Requests]) -> dict[str, float | int | dict[str, float | None] | None]:
-    """What several turns of the same load say together; times in seconds.
+    """Return what several turns of the same load say together; times in seconds.
 
     Returns:
         ``latency``: percentiles over the requests of all turns, None where they are too few, by ``QUANTILES``;

@@ -22,14 +22,14 @@ LEAST_COLUMNS = 4
 
 
 def stored_as(precision: Precision, columns: int) -> Precision:
-    """The precision of a table of so many columns."""
+    """Return the precision of a table of so many columns."""
     if columns < LEAST_COLUMNS:
         return "fp32"
     return "int8" if precision == "int4" and columns % 2 else precision
 
 
 def pack(table: Tensor, precision: Precision) -> Tensor:
-    """``table`` (R, D) float32 as it is stored."""
+    """Return ``table`` (R, D) float32 as it is stored."""
     table = table.detach().float().contiguous()
     kind = stored_as(precision, table.shape[1])
     if kind == "int8":
@@ -40,7 +40,7 @@ def pack(table: Tensor, precision: Precision) -> Tensor:
 
 
 def pooled(packed: Tensor, kind: Precision, ids: Tensor, offsets: Tensor, mode: str = "sum") -> Tensor:
-    """Sum or mean of the rows of each bag, zeros for an empty one: (B, D) float32.
+    """Return the sum or mean of the rows of each bag, zeros for an empty one: (B, D) float32.
 
     Args:
         kind: what ``stored_as`` says of the table.

@@ -58,7 +58,7 @@ class Encoder:
         }
 
     def encode(self, rows: Rows, first_row: int = 0) -> Encoded:
-        """The ids of all rows.
+        """Return the ids of all rows.
 
         Args:
             first_row: what messages call the first row.
@@ -137,7 +137,7 @@ class Encoder:
 
 
 def columns_of(rows: Rows, names: Sequence[str]) -> tuple[list[Column], int]:
-    """The columns of ``names``, and how many rows there are.
+    """Return the columns of ``names``, and how many rows there are.
 
     A mapping may lack a key, which is missing there; a table must have every column. What else is there is ignored.
 
@@ -208,7 +208,7 @@ def _of_series(series: pd.Series) -> Column:
 
 
 def _number(item: Any) -> Any:
-    """A number cut out of a text; what is none stays, to be refused."""
+    """Return a number cut out of a text; what is none stays, to be refused."""
     if not isinstance(item, str):
         return item
     try:

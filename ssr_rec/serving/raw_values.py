@@ -38,7 +38,7 @@ Raises:
 
 
 def make_to_id(feature: Feature, folder: Path, is_canonical: bool = True) -> ToId:
-    """The encoding of a feature, or of the items of a list feature.
+    """Return the encoding of a feature, or of the items of a list feature.
 
     Args:
         folder: of the artifact, or of the prepared dataset, for its vocabulary.
@@ -51,7 +51,7 @@ def make_to_id(feature: Feature, folder: Path, is_canonical: bool = True) -> ToI
 
 
 def canonical_text(text: str) -> str | None:
-    """The one form of a text: what ``preparation/sources.py`` makes of it; None for missing."""
+    """Return the one form of a text: what ``preparation/sources.py`` makes of it; None for missing."""
     if text in ("True", "TRUE"):
         return "true"
     if text in ("False", "FALSE"):
@@ -103,7 +103,7 @@ def _raw_hash_id(value: Any) -> int:
 
 
 def _md5(value: Any) -> str | None:
-    """Hexadecimal digits of the md5 of a value's text; None for missing."""
+    """Return hexadecimal digits of the md5 of a value's text; None for missing."""
     text = text_of(value)
     if text is None:
         return None
@@ -139,7 +139,7 @@ def _drawn_id(encoding: Drawn, size: int) -> ToId:
 
 
 def text_of(value: Any) -> str | None:
-    """The text that a vocabulary or hash knows a value by; None for missing.
+    """Return the text that a vocabulary or hash knows a value by; None for missing.
 
     Raises:
         UserError: a value with no one text form.
@@ -169,7 +169,7 @@ def text_of(value: Any) -> str | None:
 
 
 def number_of(value: Any) -> float | None:
-    """A number as float64; None for missing.
+    """Return a number as float64; None for missing.
 
     Raises:
         UserError: no number, or one that is not finite.
@@ -197,7 +197,7 @@ def is_missing(value: Any) -> bool:
 
 
 def items_of(value: Any, separator: str | None) -> Sequence[Any]:
-    """The items of a list feature's value; missing is empty.
+    """Return the items of a list feature's value; missing is empty.
 
     Raises:
         UserError: not a list, nor text that the preparation would cut into one.
@@ -215,7 +215,7 @@ def items_of(value: Any, separator: str | None) -> Sequence[Any]:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, shortened; its type where it is none that people write."""
+    """Return a value for a message, shortened; its type where it is none that people write."""
     if isinstance(value, (str, bytes)):
         return f"the {type(value).__name__} {value[:40]!r}{'...' if len(value) > 40 else ''}"
     if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
@@ -226,7 +226,7 @@ def shown(value: Any) -> str:
 
 
 def id_column(values: Sequence[Any] | pa.Array, to_id: ToId) -> np.ndarray:
-    """The ids (n,) int64 of a column.
+    """Return the ids (n,) int64 of a column.
 
     Raises:
         UserError: a value of the wrong type, with ``row`` its place.
@@ -247,7 +247,7 @@ def id_column(values: Sequence[Any] | pa.Array, to_id: ToId) -> np.ndarray:
 
 
 def _has_few_forms(kind: pa.DataType) -> bool:
-    """Whether Arrow finds the distinct values of a column; of string_view (26.0) it finds wrong ones."""
+    """Return whether Arrow finds the distinct values of a column; of string_view (26.0) it finds wrong ones."""
     types = pa.types
     return bool(
         types.is_string(kind)

@@ -77,7 +77,7 @@ def score_file(
 
 
 def _pieces(source: Path, schema: Schema, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The columns of ``names``, at least one piece, an empty one of an empty file."""
+    """Yield the columns of ``names``, at least one piece, an empty one of an empty file."""
     if not source.is_file():
         raise UserError("no such file")
     suffix = suffix_of(source)
@@ -105,7 +105,7 @@ def _or_an_empty_one(
 
 @contextmanager
 def _text(source: Path, schema: Schema, names: Sequence[str]) -> Iterator[pa.RecordBatchReader]:
-    """The rows of a text file as the preparation reads them, with its own reader."""
+    """Yield the rows of a text file as the preparation reads them, with its own reader."""
     form = TextFormat.model_validate(schema.preparation.get("text", {}))
     numbers = {f.encoding.column for f in schema.features if isinstance(f.encoding, LogBuckets)}
     with TemporaryDirectory(prefix="ssr_rec.") as spill:

@@ -70,7 +70,7 @@ class Scorer:
         self._run = torch._C._aoti.AOTIModelPackageLoader(str(folder / MODEL_FILE), "model", False, runners, -1).run
 
     def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
-        """Label -> probabilities (B,) float32 of raw rows, in their order.
+        """Return label -> probabilities (B,) float32 of raw rows, in their order.
 
         Args:
             rows: mappings, in which a key that is not there is missing; or a pandas DataFrame, an Arrow table, or the
@@ -94,7 +94,7 @@ class Scorer:
                 logger.warning("%s; are these the columns that the model was trained on?", sentence)
 
     def score(self, sparse: Tensor | KeyedJaggedTensor | Batch, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, T) of prepared ids.
+        """Return logits (B, T) of prepared ids.
 
         Args:
             sparse: a batch, or the ids of every feature one after another in schema order.
@@ -114,7 +114,7 @@ class Scorer:
         return self.score_arrays(*self._split(sparse.numpy(), lengths.numpy()))
 
     def _split(self, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-        """The single-valued ids (S, B), and ids (n,) and offsets (B + 1,) of each list."""
+        """Return the single-valued ids (S, B), and ids (n,) and offsets (B + 1,) of each list."""
         fields = len(self._is_list)
         if lengths.size % fields:
             raise UserError(f"{lengths.size} lengths for {fields} features: give one per feature and row")
@@ -144,7 +144,7 @@ class Scorer:
         return joined.reshape(fields - len(lists), rows), lists
 
     def score_arrays(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
-        """Logits (B, T).
+        """Return logits (B, T).
 
         Args:
             ids: (S, B) int64, of the single-valued features.
@@ -203,13 +203,13 @@ def check_not_forked() -> None:
 
 
 def _cut(values: np.ndarray, offsets: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lists of ``MAX_ROWS`` rows from ``start`` on."""
+    """Return the lists of ``MAX_ROWS`` rows from ``start`` on."""
     inner = offsets[start : start + MAX_ROWS + 1]
     return values[inner[0] : inner[-1]], inner - inner[0]
 
 
 def _mapped(path: Path) -> Tensor:
-    """An array on disk, of which only the pages in use take memory."""
+    """Return an array on disk, of which only the pages in use take memory."""
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError) as error:

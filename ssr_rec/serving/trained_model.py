@@ -39,7 +39,7 @@ class Restored(NamedTuple):
 
 
 def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
-    """The best weights of a run, finished or not, trained by any number of ranks. Needs no process group.
+    """Return the best weights of a run, finished or not, trained by any number of ranks. Needs no process group.
 
     Args:
         run: the run folder.
@@ -69,7 +69,7 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The folder of a run's best weights.
+    """Return the folder of a run's best weights.
 
     Raises:
         UserError: there is none.
@@ -86,7 +86,7 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def build_plain_model(config: RunConfig, schema: Schema) -> CTRModel:
-    """The unsharded model of a config in eval mode, on the CPU, with fresh over-arch weights by its seed.
+    """Return the unsharded model of a config in eval mode, on the CPU, with fresh over-arch weights by its seed.
 
     Its tables are drawn by TorchRec, not as a run would begin with, and fp32 whatever those of the run are: unlike
     FBGEMM's kernels, PyTorch's would add up the ids of a list in the precision of the table.

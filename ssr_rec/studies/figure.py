@@ -58,7 +58,7 @@ def draw_costs(frame: pd.DataFrame, title: str, path: str | Path) -> None:
 
 
 def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each group: baselines that stand alone share one, everything else has its own."""
+    """Return colour and marker of each group: baselines that stand alone share one, everything else has its own."""
     ours = cycle(zip(COLORS[:2] + COLORS[4:6], "D*s^", strict=True))
     theirs = cycle(zip(COLORS[2:], "osv^PX", strict=True))
     styles = {}
@@ -75,7 +75,7 @@ def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _groups(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
-    """What is drawn as one: a curve's systems, or a system on its own."""
+    """Yield what is drawn as one: a curve's systems, or a system on its own."""
     for name, rows in frame.groupby(frame["curve"].fillna(frame["system"]), sort=False):
         yield str(name), rows
 
@@ -146,7 +146,7 @@ def _place_labels(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, di
 
 
 def _marks(ax: Axes, known: pd.DataFrame, cost: str, pixels: float) -> list[Bbox]:
-    """Where points, bars and the lines of curves are, in pixels."""
+    """Return where points, bars and the lines of curves are, in pixels."""
     radius = POINT_RADIUS * pixels
     marks = []
     for _, rows in _groups(known):
@@ -166,7 +166,7 @@ def _marks(ax: Axes, known: pd.DataFrame, cost: str, pixels: float) -> list[Bbox
 def _best_box(
     point: np.ndarray, width: float, height: float, taken: Sequence[Bbox], frame: Bbox, pixels: float
 ) -> tuple[Bbox, float]:
-    """The nearest place for a label that covers nothing and lies in the panel, else the one that covers least."""
+    """Return the nearest place in the panel where a label covers nothing, else the one where it covers least."""
     best: tuple[float, Bbox, float] | None = None
     for distance in DISTANCES:
         for dx, dy in DIRECTIONS:
@@ -184,7 +184,7 @@ def _best_box(
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:
-    """Area that two boxes share, in square pixels."""
+    """Return the area that two boxes share, in square pixels."""
     width = min(a.x1, b.x1) - max(a.x0, b.x0)
     height = min(a.y1, b.y1) - max(a.y0, b.y0)
     return max(0.0, width) * max(0.0, height)

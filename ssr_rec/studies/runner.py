@@ -53,7 +53,7 @@ class Comparison:
     failed: set[Job] = field(default_factory=set)
 
     def todo(self) -> list[Job]:
-        """The jobs known to be missing, in the order to run them."""
+        """Return the jobs known to be missing, in the order to run them."""
         wanted = self.plan.wanted(self.reports, self.failed)
         return [job for job in wanted if job not in self.reports and job not in self.failed]
 
@@ -71,7 +71,7 @@ class Process:
 
 
 def open_comparison(plan: Plan, out: str | Path) -> Comparison:
-    """What a comparison's folder has of the plan; a folder that is not there yet has nothing.
+    """Return what a comparison's folder has of the plan; a folder that is not there yet has nothing.
 
     Raises:
         UserError: a finished run has another config, or is on another dataset.
@@ -125,7 +125,7 @@ def run_comparison(
 
 
 def finished_report(folder: Path, config: RunConfig, plan: Plan) -> Report | None:
-    """The report of a finished run; None where there is none.
+    """Return the report of a finished run; None where there is none.
 
     A run of two stages keeps the config that was asked for in its first stage's folder, ``<name>-search``; that of the
     second has what the first one found.
@@ -152,12 +152,12 @@ def finished_report(folder: Path, config: RunConfig, plan: Plan) -> Report | Non
 
 
 def search_folder(folder: Path) -> Path:
-    """Where a run of two stages leaves the first."""
+    """Return where a run of two stages leaves the first."""
     return folder.with_name(f"{folder.name}-search")
 
 
 def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    """``key=saved, not wanted`` of every key that differs, but for where the run and its data lie."""
+    """Return ``key=saved, not wanted`` of every key that differs, but for where the run and its data lie."""
     flat_saved, flat_wanted = _flat(saved.model_dump()), _flat(wanted.model_dump())
     return [
         f"{key}={flat_saved.get(key)!r}, not {flat_wanted.get(key)!r}"
@@ -193,7 +193,7 @@ class Clock:
         self.workers, self.seconds, self.runs = workers, 0.0, 0
 
     def eta(self, seconds: float, jobs_left: int) -> float:
-        """Seconds until ``jobs_left`` more runs have ended, after one of ``seconds``."""
+        """Return seconds until ``jobs_left`` more runs have ended, after one of ``seconds``."""
         self.seconds += seconds
         self.runs += 1
         return self.seconds / self.runs * jobs_left / min(self.workers, max(1, jobs_left))
@@ -201,7 +201,7 @@ class Clock:
 
 @contextmanager
 def on_core(core: int) -> Iterator[None]:
-    """Processes started inside run on this core, from their first instruction on."""
+    """Let processes that are started inside run on this core, from their first instruction on."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -273,7 +273,7 @@ def _stop(running: Sequence[Process]) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a.b": value}`` of a nested dict."""
+    """Return ``{"a.b": value}`` of a nested dict."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -112,22 +112,22 @@ class Plan:
     seeds: int
 
     def all_jobs(self) -> Iterator[Job]:
-        """Every run there can be, whatever wins."""
+        """Yield every run there can be, whatever wins."""
         for system, trials in self.trials.items():
             for index in range(len(trials)):
                 yield from (Job(system, index, seed) for seed in range(self.seeds))
 
     def num_jobs(self) -> int:
-        """Runs of the finished comparison."""
+        """Return runs of the finished comparison."""
         return sum(len(trials) + self.seeds - 1 for trials in self.trials.values())
 
     def config(self, job: Job, runs: Path) -> RunConfig:
-        """The run of a job, in ``runs/<name of the job>``."""
+        """Return the run of a job, in ``runs/<name of the job>``."""
         own = {"name": job.name, "runs": str(runs), "seed": job.seed}
         return self.trials[job.system][job.trial].config.model_copy(update=own)
 
     def wanted(self, reports: Reports, failed: Collection[Job] = ()) -> list[Job]:
-        """Every run known to be needed so far, in the order to run them: seed by seed, trial by trial.
+        """Return every run known to be needed so far, in the order to run them: seed by seed, trial by trial.
 
         The other seeds of a system are known once each of its trials has a report or has failed.
         """
@@ -144,7 +144,7 @@ class Plan:
         return [Job(system, index, 0) for index in range(len(self.trials[system]))]
 
     def final_jobs(self, system: str, reports: Reports) -> list[Job]:
-        """The S runs of the best of the system's finished trials; [] without any."""
+        """Return the S runs of the best of the system's finished trials; [] without any."""
         found = {job.trial: reports[job].validation for job in self.trial_jobs(system) if job in reports}
         if not found:
             return []
@@ -153,7 +153,7 @@ class Plan:
 
 
 def best_trial(validation: Mapping[int, Measures], config: TrainConfig) -> int:
-    """The trial with the best ``train.monitor`` on validation, the earliest of equals.
+    """Return the trial with the best ``train.monitor`` on validation, the earliest of equals.
 
     Args:
         validation: trial -> label -> metric -> value, null where it is not defined.
@@ -179,7 +179,7 @@ def best_trial(validation: Mapping[int, Measures], config: TrainConfig) -> int:
 
 
 def read_study(path: str | Path) -> Study:
-    """The study of a YAML file, its variants crossed with its systems.
+    """Return the study of a YAML file, its variants crossed with its systems.
 
     Raises:
         UserError: unreadable, not YAML, an unknown key or a wrong value; the message names file and key.
@@ -201,7 +201,7 @@ def make_plan(
     overrides: Sequence[str] = (),
     where: str | Path = "study",
 ) -> Plan:
-    """Every run of a comparison, checked before the first one starts.
+    """Return every run of a comparison, checked before the first one starts.
 
     Args:
         data: the prepared dataset's folder, as the runs will name it.
@@ -229,7 +229,8 @@ def make_plan(
 
 
 def draw_trials(system: str, search: Mapping[str, Sequence[Any]], budget: int) -> list[dict[str, Any]]:
-    """``budget`` different points of the grid, or all there are: first values first, the others drawn by the name.
+    """Return ``budget`` different points of the grid, or all there are: first values first, the others drawn by the
+    name.
 
     A larger budget only adds points at the end; other systems do not matter.
     """
@@ -244,7 +245,7 @@ def draw_trials(system: str, search: Mapping[str, Sequence[Any]], budget: int) -
 
 
 def slug(name: str) -> str:
-    """A name as part of a folder's."""
+    """Return a name as part of a folder's."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
@@ -270,13 +271,13 @@ def choose(study: Study, over_archs: Sequence[str], where: str | Path = "study")
 
 
 def _is_free(key: str, overrides: Sequence[str]) -> bool:
-    """Whether no override sets ``key``, a section around it or a key in it."""
+    """Return whether no override sets ``key``, a section around it or a key in it."""
     given = [override.removeprefix("--").split("=")[0] for override in overrides]
     return not any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in given)
 
 
 def _shareable(config: RunConfig) -> dict[str, Any]:
-    """A config as the base of a study: without the keys that no study sets."""
+    """Return a config as the base of a study: without the keys that no study sets."""
     values = config.model_dump(mode="json")
     for key in OWN_KEYS:
         *sections, last = key.split(".")
@@ -299,7 +300,9 @@ def _point(search: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
 def _resolve(
     where: str, bases: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], overrides: Sequence[str], data: str
 ) -> RunConfig:
-    """The run on seed 0 of one point of a grid: bases, then the point, then the overrides, the later the stronger."""
+    """Return the run on seed 0 of one point of a grid: bases, then the point, then the overrides, the later the
+    stronger.
+    """
     values: dict[str, Any] = {}
     for base in bases:
         merge(values, base)

@@ -25,7 +25,7 @@ METRICS = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss"}
 
 
 def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Two-sided p of Welch's t-test; nan with fewer than two values on a side, or without any spread on both."""
+    """Return two-sided p of Welch's t-test; nan with fewer than two values on a side, or without any spread on both."""
     if min(len(ours), len(theirs)) < 2 or len({*ours}) == len({*theirs}) == 1:
         return math.nan
     with warnings.catch_warnings():
@@ -35,7 +35,7 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.DataFrame:
-    """One row per task and system, full precision; what table.csv holds.
+    """Return one row per task and system, full precision; what table.csv holds.
 
     ``<metric>_mean`` and ``_sd`` (n - 1) are over the winner's finished seeds, ``<metric>_seed<s>`` are their values.
     ``best_baseline`` is the baseline with the best mean test AUC of the task; ``p`` is against it.
@@ -54,7 +54,7 @@ def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.Da
 
 
 def runs_frame(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.DataFrame:
-    """One row per run that the comparison needs, whether it is there or not; what runs.csv holds."""
+    """Return one row per run that the comparison needs, whether it is there or not; what runs.csv holds."""
     missing = {job for job in plan.all_jobs() if job.seed == 0 and job not in reports}
     rows = []
     for job in plan.wanted(reports, missing):
@@ -71,7 +71,7 @@ def runs_frame(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.D
 
 
 def comparison_text(plan: Plan, frame: pd.DataFrame) -> str:
-    """Caption, a Markdown table and a sentence per task, the settings that were chosen, and what is missing."""
+    """Return caption, a Markdown table and a sentence per task, the settings that were chosen, and what is missing."""
     parts = [_caption(plan, frame)]
     for task, rows in frame.groupby("task", sort=False):
         parts += [f"### {task}", _task_table(plan, rows), task_sentence(rows)]
@@ -146,7 +146,7 @@ def _row(plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, 
 
 
 def _sparsity(report: Report) -> float:
-    """Mean over the layers of the share of exact zeros after the filters; nan for an over-arch without any."""
+    """Return the share of exact zeros after the filters, the mean over the layers; nan without any filter."""
     layers = report.over_arch.filters.get("layers", [])
     shares = [layer["sparsity"] for layer in layers if "sparsity" in layer]
     return float(np.mean(shares)) if shares else math.nan
@@ -205,7 +205,7 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
 
 
 def _note(plan: Plan, row: Mapping[str, Any]) -> str:
-    """What a system lacks, '' for nothing."""
+    """Return what a system lacks, '' for nothing."""
     planned, budget, missing, parts = len(plan.trials[row["system"]]), plan.study.trials, [], []
     if planned < budget:
         parts.append(f"{row['system']}: its grid has only {planned} of the budget's {budget} trials.")
@@ -219,7 +219,7 @@ def _note(plan: Plan, row: Mapping[str, Any]) -> str:
 
 
 def _chosen(plan: Plan, job: Job) -> str:
-    """The winner's search values, by the last part of their keys where that is enough."""
+    """Return the winner's search values, by the last part of their keys where that is enough."""
     searched = {key for system in plan.study.systems.values() for key in system.search}
     last = Counter(key.rpartition(".")[2] for key in searched)
     settings = plan.trials[job.system][job.trial].settings
@@ -228,7 +228,7 @@ def _chosen(plan: Plan, job: Job) -> str:
 
 
 def _labels(plan: Plan) -> list[str] | None:
-    """The labels of all runs, which make_plan has checked to be the same."""
+    """Return the labels of all runs, which make_plan has checked to be the same."""
     return next(iter(plan.trials.values()))[0].config.data.labels
 
 

@@ -20,7 +20,7 @@ from ssr_rec.data.synthetic.write import ensure_synthetic
 
 
 def draw_synthetic(config: RunConfig, progress: Callable[[int, int], None]) -> Path:
-    """The folder of the synthetic log, drawn by whoever comes first."""
+    """Return the folder of the synthetic log, drawn by whoever comes first."""
     folder = ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root), progress)
     dist.barrier()
     return folder
@@ -35,7 +35,7 @@ def open_reader(
     world_size: int,
     to_train: bool | None = None,
 ) -> Reader:
-    """A split for this rank, shuffled ``to_train`` or in order to evaluate; None: as its name says."""
+    """Return a split for this rank, shuffled ``to_train`` or in order to evaluate; None: as its name says."""
     is_train = split == "train" if to_train is None else to_train
     shares = oov_shares(config.data.oov_dropout, schema) if is_train else {}
     return Reader(
@@ -125,7 +125,7 @@ def open_rows(config: RunConfig, folder: Path, schema: Schema, rank: int = 0, wo
 
 
 def choose_days(wanted: str, days: Sequence[str]) -> list[str]:
-    """``all``, ``FIRST..LAST``, ``FIRST..`` or ``..LAST`` of ``days``.
+    """Return ``all``, ``FIRST..LAST``, ``FIRST..`` or ``..LAST`` of ``days``.
 
     Raises:
         UserError: not of that form, or no such days.
@@ -143,7 +143,7 @@ def choose_days(wanted: str, days: Sequence[str]) -> list[str]:
 
 
 def mean_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Label -> measure -> mean over the days where it is defined, all days alike; nan where it never is."""
+    """Return label -> measure -> mean over the days where it is defined, all days alike; nan where it never is."""
     means: dict[str, dict[str, float]] = {}
     for task, measures in rows[0]["tasks"].items():
         means[task] = {}

@@ -31,7 +31,7 @@ def run_steps(
     batches: Iterator[Any],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Any]:
-    """The outputs of the pipeline until ``batches`` ends; the pipeline is empty afterwards.
+    """Yield the outputs of the pipeline until ``batches`` ends; the pipeline is empty afterwards.
 
     Args:
         around: makes the context of each batch.

@@ -109,7 +109,7 @@ class StallWatch:
 
 
 def _in_time(function: Callable[[], Any], seconds: float) -> Any:
-    """What ``function`` returns; the store's own time limit does not cover a server that has stopped.
+    """Return what ``function`` returns; the store's own time limit does not cover a server that has stopped.
 
     Raises:
         TimeoutError: it has not returned in time.

@@ -116,7 +116,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _spec_of(schema: Schema, folder: Path, preset: str) -> tuple[TableSpec, dict[str, Any]]:
-    """The spec that the dataset was made with, and how its columns were read."""
+    """Return the spec that the dataset was made with, and how its columns were read."""
     made = schema.preparation
     if "preset" not in made:
         raise UserError(f"--add-to {folder}: not made from a log by tools/prepare_data.py")
@@ -162,7 +162,7 @@ def _check_text(schema: Schema, folder: Path, staged: dict[str, Any]) -> None:
 
 
 def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> Plan:
-    """Where the new rows go: after the old ones, by the rules of the old ones.
+    """Return where the new rows go: after the old ones, by the rules of the old ones.
 
     Raises:
         UserError: columns of another kind, or days that do not come after those of the dataset.
@@ -193,7 +193,7 @@ def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> 
 
 
 def _lookups(plan: Plan, schema: Schema, folder: Path, extend: bool) -> tuple[dict[str, Lookup], dict[str, Growth]]:
-    """The ids of every column's values, and by how much the vocabularies of features have grown."""
+    """Return the ids of every column's values, and by how much the vocabularies of features have grown."""
     engine = plan.log.engine
     rows = engine.create_view("keyed", plan.rows(plan.spec.used))
     lookups, grown = {}, {}
@@ -220,7 +220,7 @@ def _lookups(plan: Plan, schema: Schema, folder: Path, extend: bool) -> tuple[di
 def _grown_schema(
     schema: Schema, plan: Plan, counts: dict[str, dict[str, int]], grown: dict[str, Growth], folder: Path, work: Path
 ) -> Schema:
-    """The schema, its splits the new days alone, without shards; writes the vocabularies that have grown."""
+    """Return the schema, its splits the new days alone, without shards; writes the vocabularies that have grown."""
     assert schema.days is not None
     digest = hashlib.sha256(canonical_json([schema.dataset_id, counts]))
     for name, found in grown.items():

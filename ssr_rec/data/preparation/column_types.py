@@ -24,7 +24,7 @@ def as_type(column: Column, kind: dt.DataType | None) -> Column:
 
 
 def common_types(files: Sequence[Path], open_source: OpenSource, spec: TableSpec) -> dict[str, dt.DataType]:
-    """The type of every column whose type differs between files: what keeps the text of every value.
+    """Return the type of every column whose type differs between files: what keeps the text of every value.
 
     Raises:
         UserError: a column of times has several types, which have no order; or what opening a file raises.
@@ -54,7 +54,7 @@ def common_types(files: Sequence[Path], open_source: OpenSource, spec: TableSpec
 
 
 def _common(kinds: Sequence[dt.DataType]) -> dt.DataType:
-    """The narrowest type that holds every value of several types with its text."""
+    """Return the narrowest type that holds every value of several types with its text."""
     if all(isinstance(kind, dt.Array) for kind in kinds):
         inner = list(dict.fromkeys(kind.value_type.copy(nullable=True) for kind in kinds))
         return dt.Array(inner[0] if len(inner) == 1 else _common(inner))
@@ -66,7 +66,7 @@ def _common(kinds: Sequence[dt.DataType]) -> dt.DataType:
 
 
 def selected(source: Source, spec: TableSpec) -> Source:
-    """The columns that ``spec`` uses, typed.
+    """Return the columns that ``spec`` uses, typed.
 
     Raises:
         UserError: a column without a role, a role without a column, or a type that does not fit the role.
@@ -80,7 +80,8 @@ def selected(source: Source, spec: TableSpec) -> Source:
 
 
 def typed(column: Column, name: str, spec: TableSpec) -> Column:
-    """The column as its role wants it: float64 labels and numbers (NaN is null), text or whole-number ids, cut lists.
+    """Return the column as its role wants it: float64 labels and numbers (NaN is null), text or whole-number ids, cut
+    lists.
 
     Raises:
         UserError: the type in the file does not fit the role.
@@ -112,7 +113,7 @@ def typed(column: Column, name: str, spec: TableSpec) -> Column:
 
 
 def _is_nothing(kind: dt.DataType) -> bool:
-    """Whether a parquet column, or every list of it, holds no value at all: pandas then writes the type null."""
+    """Return whether a parquet column, or every list of it, holds no value at all: pandas then writes the type null."""
     return kind.is_null() or (kind.is_unknown() and 'kind="NULL"' in str(kind))
 
 
@@ -127,7 +128,7 @@ def _nan_is_null(number: Column) -> Column:
 
 
 def _whole_text(column: Column, name: str) -> Column:
-    """The text of whole numbers that pandas has made floats because some are missing.
+    """Return the text of whole numbers that pandas has made floats because some are missing.
 
     Raises:
         UserError: not whole numbers, or so large that a float does not say which.
@@ -144,7 +145,7 @@ def _whole_text(column: Column, name: str) -> Column:
 
 
 def canonical(column: Column) -> Column:
-    """A column of ids with one text for what several containers write differently (docs/data.md).
+    """Return a column of ids with one text for what several containers write differently (docs/data.md).
 
     Empty text is missing; pandas writes booleans as ``True`` and integers with gaps as ``24.0``; unsigned integers may
     be beyond any engine's signed ones, so that their text stands for them.
@@ -191,7 +192,7 @@ def _typed_numbers(column: Column, name: str, settings: ListColumn) -> Column:
 
 
 def cut_list(column: ArrayColumn, settings: ListColumn) -> ArrayColumn:
-    """The first, or last, ``max_length`` items."""
+    """Return the first, or last, ``max_length`` items."""
     if settings.keep == "first":
         return column[: settings.max_length]
     return column[ibis.greatest(column.length() - settings.max_length, 0) :]

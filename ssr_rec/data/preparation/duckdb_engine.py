@@ -35,7 +35,7 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 @contextmanager
 def connect(spill: Path, memory_limit: str, threads: int | None, files: Sequence[Path]) -> Iterator[DuckEngine]:
-    """An engine that keeps at most ``memory_limit`` (such as ``4GB``) and spills the rest to ``spill``.
+    """Yield an engine that keeps at most ``memory_limit`` (such as ``4GB``) and spills the rest to ``spill``.
 
     Args:
         files: what it will read; their size decides whether they are staged in memory or on disk.
@@ -65,7 +65,7 @@ def connect(spill: Path, memory_limit: str, threads: int | None, files: Sequence
 
 
 def open_duckdb(spill: Path, memory_limit: str, threads: int | None) -> Backend:
-    """A connection to a database in memory.
+    """Return a connection to a database in memory.
 
     Raises:
         UserError: the limit is not a size.
@@ -182,7 +182,7 @@ class DuckEngine:
 
 
 def _stream(connection: Backend, rows: Table, columns: pa.Schema) -> Generator[pa.RecordBatch, None, None]:
-    """The rows in order, cast to ``columns``, never all in memory; a batch is prepared while another is used."""
+    """Yield the rows in order, cast to ``columns``, never all in memory; a batch is prepared while another is used."""
     # Not `to_pyarrow_batches`: Ibis 12 calls what DuckDB 2.0 no longer has, and the cursor would hold all rows.
     reader = connection.con.sql(connection.compile(rows)).to_arrow_reader(STREAM_ROWS)
 
@@ -199,7 +199,7 @@ def _but_row(table: Table) -> list[str]:
 
 
 def limit_bytes(connection: Backend) -> float:
-    """The memory limit of a connection."""
+    """Return the memory limit of a connection."""
     # Written as ``3.7 GiB``.
     number, unit = connection.con.execute("select current_setting('memory_limit')").fetchall()[0][0].split()
     return float(number) * _UNITS[unit]

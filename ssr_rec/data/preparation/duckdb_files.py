@@ -18,7 +18,7 @@ _SQL_TYPES = {"float64": "DOUBLE", "string": "VARCHAR"}
 
 
 def read_text(connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str) -> Table:
-    """A CSV or TSV file, plain or gzip, as a lazy table; empty means null.
+    """Return a CSV or TSV file, plain or gzip, as a lazy table; empty means null.
 
     Args:
         types: float64 or string for every column, in file order.
@@ -39,7 +39,7 @@ def read_text(connection: Backend, path: Path, types: dict[str, str], form: Text
 
 
 def read_parquet(connection: Backend, path: Path) -> Table:
-    """A parquet file as a lazy table.
+    """Return a parquet file as a lazy table.
 
     Raises:
         UserError: not a complete parquet file.
@@ -52,7 +52,7 @@ def read_parquet(connection: Backend, path: Path) -> Table:
 
 
 def literally(path: Path) -> str:
-    """The path for DuckDB, which would take ``[``, ``*`` and ``?`` in it for a pattern and read other files."""
+    """Return the path for DuckDB, which would take ``[``, ``*`` and ``?`` in it for a pattern and read other files."""
     return re.sub(r"[\[*?]", r"[\g<0>]", str(path))
 
 
@@ -65,7 +65,8 @@ def _reach(connection: Backend, path: Path) -> None:
 def first_rejected(
     connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str
 ) -> tuple[int, str | None, str, str] | None:
-    """The first row of a text file that does not parse: (row from 1, column, what is wrong, the line); None if all do.
+    """Return the first row of a text file that does not parse: (row from 1, column, what is wrong, the line); None if
+    all do.
 
     Read in a second pass, only after the first failed.
     """
@@ -86,7 +87,7 @@ def first_rejected(
 
 
 def unreadable(source: Source, error: duckdb.Error) -> UserError:
-    """What to say of a file whose reading ended with ``error``: its first bad row, if that can be found."""
+    """Return what to say of a file whose reading ended with ``error``: its first bad row, if that can be found."""
     reason = source.explain()
     return UserError(f"{source.path}: {reason or f'cannot be read, is it complete? {first_line(error)}'}")
 

@@ -33,7 +33,7 @@ class Lookup:
 
 
 def hash_lookup(values: Table, encoding: Hashing | AdmittedHashing) -> Table:
-    """Distinct ``values`` with their ``id``, ``first_id + int(md5(text), 16) % num_buckets``.
+    """Return distinct ``values`` with their ``id``, ``first_id + int(md5(text), 16) % num_buckets``.
 
     Only distinct values are hashed; rows look them up.
     """
@@ -46,12 +46,12 @@ def hash_lookup(values: Table, encoding: Hashing | AdmittedHashing) -> Table:
 
 
 def distinct_values(rows: Table, columns: Sequence[str]) -> Table:
-    """(value) of the non-null values of columns of one type, or of the items of lists, each once."""
+    """Return (value) of the non-null values of columns of one type, or of the items of lists, each once."""
     return _values(rows, columns).distinct()
 
 
 def value_counts(rows: Table, columns: Sequence[str], min_count: int) -> Table:
-    """(value, count) of the non-null values, of the items for a list, that occur at least ``min_count`` times.
+    """Return (value, count) of the non-null values, of the items for a list, that occur at least ``min_count`` times.
 
     Args:
         columns: counted together, of one type.
@@ -68,24 +68,24 @@ def _values(rows: Table, columns: Sequence[str]) -> Table:
 
 
 def log_transform(number: float) -> float:
-    """``sign(v) * ln(1 + |v|)``, the same double arithmetic as the expression in ``bucket``."""
+    """Return ``sign(v) * ln(1 + |v|)``, the same double arithmetic as the expression in ``bucket``."""
     return math.copysign(math.log(1.0 + abs(number)), number)
 
 
 def transformed(number: Column) -> Column:
-    """``log_transform`` of a numeric column, or of an item."""
+    """Return ``log_transform`` of a numeric column, or of an item."""
     return (number.abs() + 1.0).ln() * number.sign()
 
 
 def bucket(column: Column, encoding: LogBuckets) -> IntegerValue:
-    """Bucket ids of a numeric column."""
+    """Return bucket ids of a numeric column."""
     if _is_one(encoding):
         return _only_bucket(column, encoding)
     return _clipped(_position(transformed(column), encoding), encoding)
 
 
 def bucket_items(numbers: ArrayValue, encoding: LogBuckets) -> ArrayValue:
-    """Bucket ids (int64) of the items of lists of float64, none of which is null."""
+    """Return bucket ids (int64) of the items of lists of float64, none of which is null."""
     if _is_one(encoding):
         return numbers.map(lambda number: _only_bucket(number, encoding).cast("int64"))
     # Step by step: engines compute a part of a function of items as often as its text has it.
@@ -94,7 +94,7 @@ def bucket_items(numbers: ArrayValue, encoding: LogBuckets) -> ArrayValue:
 
 
 def _is_one(encoding: LogBuckets) -> bool:
-    """Whether one bucket was trained: a constant column, or no training value at all."""
+    """Return whether one bucket was trained: a constant column, or no training value at all."""
     return encoding.high <= encoding.low
 
 
@@ -114,7 +114,9 @@ def _clipped(position: Column, encoding: LogBuckets) -> IntegerValue:
 
 
 def cut_sequences(rows: Table, spec: TableSpec) -> Table:
-    """``rows`` with the last events of every given sequence; staged they are whole, to see that they are aligned."""
+    """Return ``rows`` with the last events of every given sequence; staged they are whole, to see that they are
+    aligned.
+    """
     cut = {name: cut_list(rows[name], one) for name, one in spec.list_columns.items() if name not in spec.lists}
     return rows.mutate(**cut) if cut else rows
 
@@ -126,7 +128,9 @@ def encode(
     buckets: dict[str, LogBuckets],
     kept: Sequence[str] = (),
 ) -> Table:
-    """Ids, labels, group id, ``SPLIT``, ``ORDER`` and the ``kept`` of ``rows``, which has those last four already."""
+    """Return ids, labels, group id, ``SPLIT``, ``ORDER`` and the ``kept`` of ``rows``, which has those last four
+    already.
+    """
     rows = rows.mutate(**{_digest(name): rows[name].cast("string").hexdigest("md5") for name in spec.raw_hash})
     joined = rows
     for position, name in enumerate(spec.categorical):
@@ -165,7 +169,7 @@ def _digest(name: str) -> str:
 
 
 def list_ids(rows: Table, column: str, lookup: Lookup) -> Table:
-    """(``ROW``, ids) of the rows whose list is not empty, the items in their order."""
+    """Return (``ROW``, ids) of the rows whose list is not empty, the items in their order."""
     pairs = rows.select(ROW, pair=rows[column].zip(ibis.range(rows[column].length())).unnest())
     items = pairs.select(ROW, item=pairs["pair"]["f1"], position=pairs["pair"]["f2"])
     joined = items.left_join(lookup.table, items["item"] == lookup.table["value"])

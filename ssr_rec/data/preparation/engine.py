@@ -43,7 +43,7 @@ class Engine(Protocol):
     def stage(
         self, name: str, files: Sequence[Path], open_source: OpenSource, progress: Progress
     ) -> tuple[Table, list[tuple[Path, int]]]:
-        """The rows of all files, in order, as a table; and each file with the rows up to and including it.
+        """Return the rows of all files, in order, as a table; and each file with the rows up to and including it.
 
         The first file decides the types: a column that is whole in one file and float in the next is still one column.
 
@@ -52,10 +52,10 @@ class Engine(Protocol):
         """
 
     def numbered(self, table: Table, columns: Sequence[str]) -> Table:
-        """Some columns of a staged table, and ``ROW``."""
+        """Return some columns of a staged table, and ``ROW``."""
 
     def with_column(self, table: Table, name: str, needed: Sequence[str], compute: Callable[[Table], Table]) -> Table:
-        """The staged ``table`` with a further int64 column.
+        """Return the staged ``table`` with a further int64 column.
 
         Args:
             compute: adds ``name`` to rows that have ``ROW``, the ``needed`` columns, and perhaps more.
@@ -65,20 +65,20 @@ class Engine(Protocol):
         """Make a table of the engine from one in memory."""
 
     def create_table(self, name: str, rows: Table) -> Table:
-        """A table that is computed once."""
+        """Return a table that is computed once."""
 
     def in_parts(self, name: str, rows: Table, compute: Callable[[Table], Table], progress: Progress) -> Table:
-        """What ``compute`` makes of ``rows``, whose lists it regroups; perhaps some at a time, into a table.
+        """Return what ``compute`` makes of ``rows``, whose lists it regroups; perhaps some at a time, into a table.
 
         Args:
             rows: they have ``ROW``.
         """
 
     def create_view(self, name: str, rows: Table) -> Table:
-        """A name for an expression, so that it is compiled once."""
+        """Return a name for an expression, so that it is compiled once."""
 
     def results(self, queries: Iterable[Table]) -> Iterator[pa.Table]:
-        """The results of queries in order; one may run while the caller uses the one before."""
+        """Return the results of queries in order; one may run while the caller uses the one before."""
 
     def write(
         self,
@@ -99,7 +99,7 @@ class Engine(Protocol):
 
 
 def ahead(calls: Iterable[Callable[[], T]], most: int = 1) -> Generator[T, None, None]:
-    """The results of ``calls`` in order; up to ``most`` run while the caller uses the result of the one before."""
+    """Yield the results of ``calls`` in order; up to ``most`` run while the caller uses the one before."""
     with ThreadPoolExecutor(max_workers=most) as pool:
         coming: deque[Future[T]] = deque()
         for call in calls:

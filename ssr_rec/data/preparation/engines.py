@@ -42,7 +42,7 @@ class EngineSettings:
 
 @contextmanager
 def connect(spill: Path, files: Sequence[Path], settings: EngineSettings) -> Iterator[Engine]:
-    """An engine: DuckDB, or with ``spark`` that Spark. See ``duck.connect`` and ``spark.connect``.
+    """Yield an engine: DuckDB, or with ``spark`` that Spark. See ``duck.connect`` and ``spark.connect``.
 
     Raises:
         UserError: also pyspark is not installed.

@@ -60,7 +60,7 @@ class Plan:
     """Encodings are fitted on so many of the first splits."""
 
     def rows(self, columns: Sequence[str]) -> Table:
-        """Some columns with ``ORDER`` and ``SPLIT``; only those, since wide expressions are slow to compile."""
+        """Return some columns with ``ORDER`` and ``SPLIT``; only those, since wide expressions are slow to compile."""
         spec = self.spec
         if isinstance(spec.split, DaySplit):
             return self.log.rows([*columns, ORDER, SPLIT])
@@ -92,13 +92,13 @@ def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
 
 
 def shuffled(log: Log, seed: int, first_row: int = 0) -> Log:
-    """The log with ``ORDER``, kept because the split of every row is asked for again with every column."""
+    """Return the log with ``ORDER``, kept because the split of every row is asked for again with every column."""
     table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed, first_row))
     return replace(log, table=table)
 
 
 def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, Numbers]) -> Plan:
-    """The plan of a shuffled log whose days are splits."""
+    """Return the plan of a shuffled log whose days are splits."""
     rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
     days = distinct_days(rows, rule.column)
     numbers = log.engine.store("days", days)
@@ -112,7 +112,7 @@ def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, Numbers]
 
 
 def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
-    """Per split: ``rows``, and the positives of the i-th label as ``label<i>``."""
+    """Return per split: ``rows``, and the positives of the i-th label as ``label<i>``."""
     spec, rows = plan.spec, plan.rows(plan.spec.labels)
     sums = {f"label{i}": rows[label].sum().cast("int64") for i, label in enumerate(spec.labels)}
     found = rows.group_by(SPLIT).agg(rows=lambda t: t.count(), **sums).to_pyarrow().to_pylist()
@@ -234,14 +234,14 @@ def _listed(key: str, name: str, spec: TableSpec) -> Vocabulary | AdmittedHashin
 
 
 def _counted(train: Table, key: str, columns: Sequence[str], spec: TableSpec) -> Table:
-    """(value, count) of the values that a vocabulary knows, or (value, count, id) of those a hash admits."""
+    """Return (value, count) of the values that a vocabulary knows, or (value, count, id) of those a hash admits."""
     encoding = _listed(key, columns[0], spec)
     counted = value_counts(train, columns, encoding.min_count)
     return hash_lookup(counted, encoding) if isinstance(encoding, AdmittedHashing) else counted
 
 
 def hashed(log: Log, columns: Sequence[str], hashing: Hashing, table: str) -> Lookup:
-    """The hashes of all values of columns, staged as ``table``."""
+    """Return the hashes of all values of columns, staged as ``table``."""
     hashes = hash_lookup(distinct_values(log.rows(columns), columns), hashing)
     return Lookup(log.engine.create_table(table, hashes), hashing)
 

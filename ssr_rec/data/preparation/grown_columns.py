@@ -18,7 +18,7 @@ from ssr_rec.data.schema import Schema
 
 
 def staged_as(log: Log, spec: TableSpec, whole: dict[str, Numbers]) -> dict[str, Any]:
-    """How the columns whose text or order counts were read, as JSON values: ``kinds`` and ``whole``.
+    """Return how the columns whose text or order counts were read, as JSON values: ``kinds`` and ``whole``.
 
     The same value must have the same text in every later row: 007 as text is another value than 7.
     """
@@ -28,7 +28,7 @@ def staged_as(log: Log, spec: TableSpec, whole: dict[str, Numbers]) -> dict[str,
 
 
 def kind_of(kind: dt.DataType) -> str:
-    """A type up to what changes no text: all integers are ``integer``, of lists ``integer items``."""
+    """Return a type up to what changes no text: all integers are ``integer``, of lists ``integer items``."""
     if isinstance(kind, dt.Array):
         return f"{kind_of(kind.value_type)} items"
     if kind.is_integer():
@@ -37,7 +37,7 @@ def kind_of(kind: dt.DataType) -> str:
 
 
 def without_later_ids(encoded: Table, engine: Engine, schema: Schema, after: Mapping[str, Sequence[int]]) -> Table:
-    """Encoded rows in which ids that only a later split gave are out of vocabulary.
+    """Return encoded rows in which ids that only a later split gave are out of vocabulary.
 
     Args:
         after: feature -> rows of its table after each split.

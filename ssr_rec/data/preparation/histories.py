@@ -38,7 +38,7 @@ def check_histories(rows: Table, spec: TableSpec) -> None:
 
 
 def with_keys(rows: Table, spec: TableSpec, whole: dict[str, Numbers]) -> Table:
-    """``rows`` with what histories go by: whose a row is, its time, and whether it is an event."""
+    """Return ``rows`` with what histories go by: whose a row is, its time, and whether it is an event."""
     for at, settings in enumerate(spec.histories.values()):
         timed = with_time(rows, settings.order, whole[settings.order])
         # Text sorts as it is. Moments become microseconds, since an engine may keep finer ones and the other not.
@@ -60,7 +60,7 @@ def age_units(rows: Table, spec: TableSpec, whole: dict[str, Numbers]) -> dict[s
 
 
 def number_of_time(time: Column, name: str) -> tuple[Column, float]:
-    """A time as an exact number, int64 or float64, and how many of its units make one of an age.
+    """Return a time as an exact number, int64 or float64, and how many of its units make one of an age.
 
     Microseconds of moments and dates, a million of which are a second; numbers as they are.
 
@@ -83,7 +83,7 @@ def number_of_time(time: Column, name: str) -> tuple[Column, float]:
 def add_histories(
     engine: Engine, encoded: Table, spec: TableSpec, ages: dict[str, LogBuckets], units: dict[str, float]
 ) -> Table:
-    """The encoded rows, which have ``helpers``, with the features of every history that is made from the log.
+    """Return the encoded rows, which have ``helpers``, with the features of every history that is made from the log.
 
     Args:
         encoded: a table that is there, not an expression.
@@ -101,13 +101,13 @@ def add_histories(
 
 
 def _since(times: ArrayValue, moment: Column, unit: float) -> ArrayValue:
-    """The ages (float64) at a row's moment of what happened at ``times``."""
+    """Return the ages (float64) at a row's moment of what happened at ``times``."""
     passed = times.map(lambda time: (moment - time).cast("float64"))
     return passed if unit == 1.0 else passed.map(lambda number: number / unit)
 
 
 def _with_history(rows: Table, at: int, name: str, sequence: SequenceSpec) -> Table:
-    """``rows`` with the columns of one history; that of the age holds the events' times."""
+    """Return ``rows`` with the columns of one history; that of the age holds the events' times."""
     by, moment, is_event, most = f"__by{at}__", f"__at{at}__", f"__is{at}__", sequence.max_length
     of_user = ibis.range_window(group_by=by, order_by=moment, preceding=None, following=0)
     of_moment = ibis.window(group_by=[by, moment])

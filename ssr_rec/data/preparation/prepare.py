@@ -141,7 +141,7 @@ def _check_aligned(log: Log, rows: Table, name: str, columns: Sequence[str]) -> 
 
 
 def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
-    """The rows as they are stored, with ``SPLIT`` and ``ORDER``."""
+    """Return the rows as they are stored, with ``SPLIT`` and ``ORDER``."""
     spec = plan.spec
     keyed = with_keys(cut_sequences(plan.rows(spec.used), spec), spec, plan.whole)
     if spec.group_id:
@@ -165,7 +165,7 @@ def _schema(
     counts: dict[str, dict[str, int]],
     preparation: dict[str, Any],
 ) -> Schema:
-    """The schema, the shards of its splits still missing."""
+    """Return the schema, the shards of its splits still missing."""
     spec = plan.spec
     preparation = {**preparation, VALUES_KEY: VALUES, **spec.model_dump(mode="json", exclude={"name"})}
     for key in ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences"):
@@ -197,7 +197,7 @@ def _schema(
 
 
 def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> dict[str, Split]:
-    """The splits of ``count_splits``, their shards still missing."""
+    """Return the splits of ``count_splits``, their shards still missing."""
     return {
         split: Split(
             num_rows=0,

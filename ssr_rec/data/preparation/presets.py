@@ -55,7 +55,7 @@ AVAZU = TableSpec(
 
 
 def read_avazu(engine: Engine, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
-    """Avazu's CSV with ``hour_of_day`` (00 to 23) and ``weekday`` (0 Monday) made of ``hour`` (YYMMDDHH)."""
+    """Return Avazu's CSV with ``hour_of_day`` (00 to 23) and ``weekday`` (0 Monday) made of ``hour`` (YYMMDDHH)."""
     return stage_all(engine, files, partial(_open_avazu, spec=spec), progress)
 
 

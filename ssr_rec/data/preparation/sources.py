@@ -39,7 +39,7 @@ class Log:
     """Each file, in order, and the rows up to and including it."""
 
     def rows(self, columns: Sequence[str]) -> Table:
-        """Some of the columns, and ``ROW``."""
+        """Return some of the columns, and ``ROW``."""
         return self.engine.numbered(self.table, columns)
 
     @property
@@ -47,7 +47,7 @@ class Log:
         return self.files[-1][1]
 
     def where(self, row: int) -> str:
-        """``file: row n``, n from 1 in that file, its header not counted."""
+        """Return ``file: row n``, n from 1 in that file, its header not counted."""
         before = 0
         for path, upto in self.files:
             if row < upto:
@@ -60,7 +60,7 @@ Read = Callable[[Engine, list[Path], TableSpec, Progress], Log]
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
-    """Files named directly, by glob, or by folder (every text and parquet file in it), in the order given.
+    """Return files named directly, by glob, or by folder (every text and parquet file in it), in the order given.
 
     Within a glob or folder the order is by name. It matters: the split is drawn from the row number.
 
@@ -87,7 +87,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 
 def _glob(pattern: Path) -> Iterator[Path]:
-    """The files that match the URL ``pattern``."""
+    """Return the files that match the URL ``pattern``."""
     root = pattern
     while any(letter in root.name for letter in "*?["):
         root = root.parent
@@ -103,7 +103,7 @@ def read_table(engine: Engine, files: list[Path], spec: TableSpec, progress: Pro
 def open_table(
     connection: Backend, path: Path, spec: TableSpec, types: Mapping[str, dt.DataType] | None = None
 ) -> Source:
-    """The columns of one file that ``spec`` uses, typed; as ``types`` says, where it does."""
+    """Return the columns of one file that ``spec`` uses, typed; as ``types`` says, where it does."""
     source = selected(open_source(connection, path, spec.text, [*spec.labels, *spec.numeric]), spec)
     if not types:
         return source
@@ -159,7 +159,7 @@ def _explain_text(
 
 
 def _explain_line_ends(path: Path) -> str | None:
-    """What to say of a file whose lines end in several ways, as files joined on Windows and Linux do."""
+    """Return what to say of a file whose lines end in several ways, as files joined on Windows and Linux do."""
     with path.open("rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as whole:
         first, number = None, 0
         for number, line in enumerate(whole, start=1):

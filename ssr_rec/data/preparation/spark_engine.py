@@ -100,7 +100,7 @@ class _Backend(SparkBackend):
 
 @contextmanager
 def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) -> Iterator[SparkEngine]:
-    """An engine on the Spark at ``master`` (None: what spark-submit says, else this machine).
+    """Yield an engine on the Spark at ``master`` (None: what spark-submit says, else this machine).
 
     A Spark session that this process has already is used, and left running.
 
@@ -136,7 +136,7 @@ def connect(master: str | None, settings: Mapping[str, str], memory_limit: str) 
 
 
 def start(master: str | None, settings: Mapping[str, str], memory_limit: str) -> SparkSession:
-    """A Spark session, see ``connect``."""
+    """Return a Spark session, see ``connect``."""
     builder = SparkSession.builder.appName("ssr_rec prepare_data")
     if master is None and "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit
         master = "local[*]"
@@ -248,7 +248,7 @@ class SparkEngine:
         return schema.model_copy(update={"splits": splits})
 
     def _first_orders(self, keys: Table, splits: list[str], planned: list[PlannedShard]) -> list[tuple[int, int]]:
-        """(SPLIT, ORDER) of the first row of each shard; of the first shard of a split, (SPLIT, 0).
+        """Return (SPLIT, ORDER) of the first row of each shard; of the first shard of a split, (SPLIT, 0).
 
         A row's place in the shuffle is how many lie before it. Counts of coarse steps say in which step the wanted
         place is, and only the rows of those steps come to the driver.
@@ -306,7 +306,7 @@ def _planned(schema: Schema, split: str, rows: int) -> list[PlannedShard]:
 
 
 def _at_most(order: IntegerValue, split: IntegerValue, firsts: Sequence[tuple[int, int]], base: int = 0) -> Any:
-    """The number of the last of ``firsts``, which rise, that is not beyond (``split``, ``order``)."""
+    """Return the number of the last of ``firsts``, which rise, that is not beyond (``split``, ``order``)."""
     if len(firsts) == 1:
         return ibis.literal(base, "int32")
     middle = len(firsts) // 2
@@ -318,7 +318,7 @@ def _at_most(order: IntegerValue, split: IntegerValue, firsts: Sequence[tuple[in
 
 
 def _spark_type(name: str, kind: dt.DataType) -> dt.DataType:
-    """The nearest type that Spark has; values have the same text in it."""
+    """Return the nearest type that Spark has; values have the same text in it."""
     if isinstance(kind, dt.Array):
         return dt.Array(_spark_type(name, kind.value_type))
     if kind.is_unsigned_integer() and not kind.is_uint64():

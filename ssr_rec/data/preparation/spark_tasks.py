@@ -122,13 +122,13 @@ def c_ln(numbers: pa.Array) -> pa.Array:
 
 
 def c_transformed(lists: pa.Array) -> pa.Array:
-    """``encode.transformed`` of every item of lists of float64, none of which is null."""
+    """Return ``encode.transformed`` of every item of lists of float64, none of which is null."""
     items = lists.values
     logs = pc.multiply(pc.ln(pc.add(pc.abs(items), 1.0)), pc.sign(items))
     return type(lists).from_arrays(lists.offsets, logs)
 
 
 def refusal(error: Exception) -> str | None:
-    """What a task refused, found in the error that Spark makes of it."""
+    """Return what a task refused, found in the error that Spark makes of it."""
     found = re.search(rf'{_MARK}("(?:[^"\\]|\\.)*")', str(error))
     return json.loads(found.group(1)) if found else None

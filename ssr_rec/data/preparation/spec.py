@@ -157,22 +157,22 @@ class TableSpec(Settings):
 
     @property
     def features(self) -> list[str]:
-        """Categorical, numeric, list features, then histories made from the log, each in the order of the spec."""
+        """Return categorical, numeric, list features, then histories made from the log, each in the spec's order."""
         return [*self.categorical, *self.numeric, *self.list_columns, *self.made]
 
     @property
     def made(self) -> list[str]:
-        """The features of histories made from the log."""
+        """Return the features of histories made from the log."""
         return [feature for name, sequence in self.sequences.items() for feature in sequence.made(name)]
 
     @property
     def histories(self) -> dict[str, FromLog]:
-        """The sequences that are made from the log, and how."""
+        """Return the sequences that are made from the log, and how."""
         return {name: one.from_log for name, one in self.sequences.items() if one.from_log is not None}
 
     @property
     def list_columns(self) -> dict[str, ListColumn]:
-        """The columns of the log that hold lists: those of ``lists``, then those of sequences."""
+        """Return the columns of the log that hold lists: those of ``lists``, then those of sequences."""
         found = dict(self.lists)
         for sequence in self.sequences.values():
             settings = ListColumn(max_length=sequence.max_length, keep="last", separator=sequence.separator)
@@ -181,12 +181,12 @@ class TableSpec(Settings):
 
     @property
     def number_lists(self) -> list[str]:
-        """Those of them that hold numbers."""
+        """Return those of them that hold numbers."""
         return [column for sequence in self.sequences.values() for column in sequence.numbers]
 
     @property
     def used(self) -> list[str]:
-        """The columns that are read, each once: labels, features, group id, time, what histories go by."""
+        """Return the columns that are read, each once: labels, features, group id, time, what histories go by."""
         extra = [self.group_id, self.time_column]
         for history in self.histories.values():
             extra += [history.by, history.order, *history.conditions]
@@ -195,12 +195,12 @@ class TableSpec(Settings):
 
     @property
     def time_column(self) -> str | None:
-        """What the split goes by; None: it is random."""
+        """Return what the split goes by; None: it is random."""
         return None if isinstance(self.split, RandomSplit) else self.split.column
 
     @property
     def looked_up(self) -> list[str]:
-        """The columns whose values get ids from a table of them: categorical and lists, but for raw hashes."""
+        """Return the columns whose values get ids from a table of them: categorical and lists, but for raw hashes."""
         without = {*self.number_lists, *self.raw_hash}
         return [name for name in (*self.categorical, *self.list_columns) if name not in without]
 
@@ -266,7 +266,7 @@ def _check_names(spec: TableSpec) -> None:
 
 
 def _problem(name: str, is_module: bool) -> str | None:
-    """What is wrong with a name, of a part of the model or not."""
+    """Return what is wrong with a name, of a part of the model or not."""
     if name.startswith("__"):
         return f"names beginning with __ (as {GROUP_COLUMN}) are reserved"
     if not name or "\0" in name:
@@ -279,12 +279,12 @@ def _problem(name: str, is_module: bool) -> str | None:
 
 
 def is_no_module(name: str) -> bool:
-    """Whether PyTorch refuses a module of that name, as it does for dots and what its modules have already."""
+    """Return whether PyTorch refuses a module of that name, as it does for dots and what its modules have already."""
     return "." in name or name in MODULE_NAMES
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` or nothing."""
+    """Return ``", did you mean 'x'?"`` or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 

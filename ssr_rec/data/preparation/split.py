@@ -44,7 +44,7 @@ _SHIFTS = (16, 15, 13)
 
 
 def with_order(rows: Table, seed: int, first_row: int = 0) -> Table:
-    """``rows`` with ``ORDER``: 31 pseudo-random bits of row number and seed, then the row number's high bits.
+    """Return ``rows`` with ``ORDER``: 31 pseudo-random bits of row number and seed, then the row number's high bits.
 
     The bits are a bijection of the row number modulo 2**31 (xor, shift and multiply, every product below 2**62), so
     there are no ties; rows 2**31 apart start from different salts.
@@ -63,7 +63,7 @@ def with_order(rows: Table, seed: int, first_row: int = 0) -> Table:
 
 
 def with_split(rows: Table, spec: TableSpec) -> Table:
-    """``rows``, which have ``ORDER`` (random split) or ``TIME`` (time split), with ``SPLIT``; not for days.
+    """Return ``rows``, which have ``ORDER`` (random split) or ``TIME`` (time split), with ``SPLIT``; not for days.
 
     A random split cuts the shuffled order at its ratios: each row falls to a split with its ratio as probability,
     and the order within a split is still shuffled.
@@ -102,7 +102,7 @@ def _moments(rows: Table, rule: TimeSplit) -> list[Any]:
 
 
 def whole_numbers(rows: Table, name: str) -> Numbers:
-    """Whether a column without nulls holds numbers, as such or as text throughout."""
+    """Return whether a column without nulls holds numbers, as such or as text throughout."""
     column = rows[name]
     if not column.type().is_string():
         return bool(column.type().is_integer())
@@ -115,21 +115,21 @@ def whole_numbers(rows: Table, name: str) -> Numbers:
 
 
 def with_time(rows: Table, name: str, whole: Numbers) -> Table:
-    """``rows`` with ``TIME``: text that is numbers throughout compares as numbers, all else as it is."""
+    """Return ``rows`` with ``TIME``: text that is numbers throughout compares as numbers, all else as it is."""
     if whole == "decimal":
         return rows.mutate(**{TIME: rows[name].cast("float64")})
     return rows.mutate(**{TIME: rows[name].cast("int64") if whole else rows[name]})
 
 
 def with_day(rows: Table, name: str, whole: Numbers) -> Table:
-    """``rows`` with ``TIME`` as in ``with_time``, moments cut to their dates."""
+    """Return ``rows`` with ``TIME`` as in ``with_time``, moments cut to their dates."""
     if rows[name].type().is_timestamp():
         return rows.mutate(**{TIME: rows[name].date()})
     return with_time(rows, name, whole)
 
 
 def distinct_days(rows: Table, column: str) -> pa.Table:
-    """(day, index, name) of the values of ``TIME`` in rising order.
+    """Return (day, index, name) of the values of ``TIME`` in rising order.
 
     Raises:
         UserError: a value that does not name a day, or too many of them.
@@ -145,7 +145,7 @@ def distinct_days(rows: Table, column: str) -> pa.Table:
 
 
 def resolved(rows: Table, rule: TimeSplit) -> TimeSplit:
-    """The rule with the boundaries that its ratios come to: a moment is never divided between two splits."""
+    """Return the rule with the boundaries that its ratios come to: a moment is never divided between two splits."""
     if rule.ratios is None:
         return rule
     counted = rows.group_by(TIME).agg(count=lambda t: t.count()).to_pyarrow().sort_by(TIME)
@@ -165,13 +165,13 @@ def hex_number(digits: str) -> int:  # type: ignore[empty-body]
 
 
 def digits_of(digest: StringColumn, first: int, count: int) -> IntegerValue:
-    """``count`` (at most 15) hexadecimal digits of a digest from position ``first`` as a number."""
+    """Return ``count`` (at most 15) hexadecimal digits of a digest from position ``first`` as a number."""
     number: IntegerValue = hex_number(digest.substr(first, count))
     return number
 
 
 def with_group(rows: Table, name: str, whole: Numbers) -> Table:
-    """``rows`` with ``GROUP_COLUMN``: the number itself, else the first 60 bits of the md5 of its text."""
+    """Return ``rows`` with ``GROUP_COLUMN``: the number itself, else the first 60 bits of the md5 of its text."""
     if whole is True:
         return rows.mutate(**{GROUP_COLUMN: rows[name].cast("int64")})
     rows = rows.mutate(**{GROUP_COLUMN: rows[name].cast("string").hexdigest("md5")})

@@ -28,7 +28,7 @@ class Growth:
 
 
 def known_values(folder: Path, encoding: Vocabulary | AdmittedHashing, column: Column) -> pa.Table:
-    """(value as in ``column``, id) of a values file."""
+    """Return (value as in ``column``, id) of a values file."""
     table = pq.read_table(folder / encoding.file, columns=["value", "id"])
     kind = column.type().value_type if column.type().is_array() else column.type()
     # Later files may hold the same numbers in a narrower type.
@@ -37,7 +37,8 @@ def known_values(folder: Path, encoding: Vocabulary | AdmittedHashing, column: C
 
 
 def growth(rows: Table, column: str, known: Table, size: int, min_count: int, days: int) -> Growth:
-    """The values without id that occur at least ``min_count`` times on one of ``days`` days, with ids from ``size`` on.
+    """Return the values without id that occur at least ``min_count`` times on one of ``days`` days, with ids from
+    ``size`` on.
 
     Days come one after the other, as if each had been added by itself; within a day ids are given by descending
     count, ties by the bytes of the value's text.

@@ -43,7 +43,7 @@ NUM_PLANTED = len(PLANTED) + 1
 
 
 def products(order: int) -> list[tuple[str, ...]]:
-    """All sets of ``order`` planted features that come from different groups.
+    """Return all sets of ``order`` planted features that come from different groups.
 
     Within a group one feature nearly determines another, so a product there would be a main effect in disguise.
     """

@@ -44,7 +44,7 @@ class Distribution:
         self._at_edge = np.searchsorted(self._cumulative, edges, side="right")
 
     def __call__(self, uniforms: np.ndarray) -> np.ndarray:
-        """(n,) float32 in [0, 1) -> ids (n,) int64."""
+        """Map (n,) float32 in [0, 1) to ids (n,) int64."""
         cell = np.minimum((uniforms * np.float32(self.CELLS)).astype(np.int64), self.CELLS - 1)
         ids = self._at_edge.take(cell)
         unsure = np.flatnonzero(ids != self._at_edge.take(cell + 1))
@@ -70,7 +70,7 @@ class Column:
     crossed: tuple[str, str] | None = None
 
     def draw(self, uniforms: np.ndarray, parent_ids: np.ndarray | None) -> np.ndarray:
-        """(n,) float32 in [0, 1), and the (n,) ids of the parent where there is one -> ids (n,) int64."""
+        """Map (n,) float32 in [0, 1), and the (n,) ids of the parent where there is one to ids (n,) int64."""
         if self.of_parent is None or parent_ids is None:
             return self.own(uniforms)
         ids = self.of_parent.take(parent_ids)
@@ -90,18 +90,18 @@ class Fields:
 
 
 def random_stream(seed: int, *key: int) -> np.random.Generator:
-    """A generator that shares nothing with those of other keys."""
+    """Return a generator that shares nothing with those of other keys."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 def uniforms(seed: int, split: str, index: int, stream: str, count: int) -> np.ndarray:
-    """The first ``count`` numbers of a block's stream, float32 in [0, 1)."""
+    """Return the first ``count`` numbers of a block's stream, float32 in [0, 1)."""
     key = (STREAM_OF_SPLIT[split], index, zlib.crc32(stream.encode()))
     return random_stream(seed, *key).random(count, dtype=np.float32)
 
 
 def draw_fields(columns: tuple[Column, ...], config: SyntheticConfig, split: str, index: int, rows: int) -> Fields:
-    """The features of the first ``rows`` rows of a block; parents come before their columns."""
+    """Return the features of the first ``rows`` rows of a block; parents come before their columns."""
     ids: dict[str, np.ndarray] = {}
     history = offsets = np.zeros(1, np.int64)
     for column in columns:
@@ -125,7 +125,7 @@ def history_lengths(config: SyntheticConfig) -> Distribution:
 
 
 def make_columns(config: SyntheticConfig) -> tuple[Column, ...]:
-    """The planted features, the history, then the noise."""
+    """Return the planted features, the history, then the noise."""
     rng = random_stream(config.seed, PLANTED_STREAM)
     num_of = {"user": config.users, "item": config.items}
     columns: list[Column] = []
@@ -153,7 +153,7 @@ def _attribute(
 
 
 def _noise(config: SyntheticConfig) -> list[Column]:
-    """Fields the truth does not look at, of the same make as those it does, and crosses of two of them."""
+    """Return fields the truth does not look at, of the same make as those it does, and crosses of two of them."""
     rng = random_stream(config.seed, NOISE_STREAM)
     count = config.num_fields - len(PLANTED) - 1
     largest = max(config.users, config.items)
@@ -175,5 +175,5 @@ def _zipf(size: int, exponent: float) -> np.ndarray:
 
 
 def _bell(size: int) -> np.ndarray:
-    """Bucket weights of a numeric value: few rows in the first and last buckets, many in the middle."""
+    """Return bucket weights of a numeric value: few rows in the first and last buckets, many in the middle."""
     return np.exp(-0.5 * np.linspace(-2.5, 2.5, size) ** 2)

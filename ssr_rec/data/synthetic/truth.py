@@ -50,7 +50,7 @@ class Term:
     weight: float = 1.0
 
     def __call__(self, fields: Fields) -> np.ndarray:
-        """(rows,) float32."""
+        """Return (rows,) float32."""
         product, *others = (_latents(fields, name, table) for name, table in zip(self.fields, self.tables, strict=True))
         for other in others:
             product = product * other
@@ -77,7 +77,7 @@ class Truth:
     pay_bias: float
 
     def probabilities(self, fields: Fields) -> dict[str, np.ndarray]:
-        """Label -> (rows,) float64."""
+        """Return label -> (rows,) float64."""
         click_logit = _sum(self.click, fields)
         pay_logit = self.carry * click_logit + _sum(self.conversion, fields)
         p_click = _logistic(click_logit + self.click_bias)
@@ -103,7 +103,7 @@ def build_truth(config: SyntheticConfig) -> Truth:
 
 
 def draw_block(truth: Truth, split: str, index: int, rows: int = BLOCK_ROWS) -> Block:
-    """The first ``rows`` rows of block ``index`` (from 0) of a split.
+    """Return the first ``rows`` rows of block ``index`` (from 0) of a split.
 
     Raises:
         UserError: ``rows`` is not in [1, BLOCK_ROWS], or there is no such split.
@@ -123,7 +123,9 @@ def draw_block(truth: Truth, split: str, index: int, rows: int = BLOCK_ROWS) -> 
 def _draw_terms(
     columns: tuple[Column, ...], config: SyntheticConfig, num_pairs: int, num_triples: int, rng: np.random.Generator
 ) -> list[Term]:
-    """Main effects of all planted features, pairs and triples drawn among all possible ones, the history's terms."""
+    """Draw main effects of all planted features, pairs and triples drawn among all possible ones, the history's
+    terms.
+    """
     column_of = {column.name: column for column in columns}
 
     def term(kind: Kind, names: tuple[str, ...], width: int) -> Term:
@@ -141,7 +143,7 @@ def _draw_terms(
 
 
 def _table(column: Column, width: int, rng: np.random.Generator) -> np.ndarray:
-    """(ids, width) float32: independent normals, or for a numeric column a wave along its buckets."""
+    """Return (ids, width) float32: independent normals, or for a numeric column a wave along its buckets."""
     if column.kind != "numeric":
         return rng.standard_normal((column.own.size, width), dtype=np.float32)
     position = np.linspace(0, 1, column.own.size)[:, None]
@@ -150,7 +152,7 @@ def _table(column: Column, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _weighted(terms: list[Term], config: SyntheticConfig, sample: Fields, deviation: float) -> tuple[Term, ...]:
-    """Weights that give each kind its share of the variance, its terms equal parts, and the sum ``deviation``."""
+    """Return weights that give each kind its share of variance, its terms equal parts, and the sum ``deviation``."""
     share = {
         "main": config.main_share,
         "pair": config.pair_share,
@@ -167,7 +169,7 @@ def _weighted(terms: list[Term], config: SyntheticConfig, sample: Fields, deviat
 
 
 def _latents(fields: Fields, name: str, table: np.ndarray) -> np.ndarray:
-    """(rows, latent width) float32."""
+    """Return (rows, latent width) float32."""
     if name != HISTORY:
         return table.take(fields.ids[name], axis=0)
     lengths = np.diff(fields.offsets)
@@ -181,7 +183,7 @@ def _latents(fields: Fields, name: str, table: np.ndarray) -> np.ndarray:
 
 
 def _sum(terms: Sequence[Term], fields: Fields) -> np.ndarray:
-    """(rows,) float64."""
+    """Return (rows,) float64."""
     total = terms[0](fields).astype(np.float64)
     for term in terms[1:]:
         total += term(fields)
@@ -193,7 +195,7 @@ def _logistic(logit: np.ndarray) -> np.ndarray:
 
 
 def _solve(probabilities_at: Callable[[float], np.ndarray], rate: float) -> float:
-    """The bias at which the mean probability, which grows with the bias, is ``rate``: by bisection."""
+    """Return the bias at which the mean probability, which grows with the bias, is ``rate``: by bisection."""
     low, high = -40.0, 40.0
     for _ in range(50):
         middle = (low + high) / 2

@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 
 def ensure_synthetic(config: SyntheticConfig, root: Path, progress: Progress | None = None) -> Path:
-    """The folder ``root/synthetic-<digest of the config>``, drawn at the first call and reused afterwards.
+    """Return the folder ``root/synthetic-<digest of the config>``, drawn at the first call and reused afterwards.
 
     Processes of one host that call it together draw once: the others wait. ``progress`` is as in `write_synthetic`.
 
@@ -99,7 +99,7 @@ class Tally:
         self._nats = 0.0
 
     def add(self, probabilities: np.ndarray, outcomes: np.ndarray) -> None:
-        """(rows,) float64 in (0, 1) and (rows,) of 0 and 1."""
+        """Take in (rows,) float64 in (0, 1) and (rows,) of 0 and 1."""
         bins = np.minimum((probabilities * self.BINS).astype(np.int64), self.BINS - 1)
         self._counts[1] += (positive := np.bincount(bins[outcomes == 1], minlength=self.BINS))
         self._counts[0] += np.bincount(bins, minlength=self.BINS) - positive
@@ -111,7 +111,7 @@ class Tally:
 
     @property
     def has_both_classes(self) -> bool:
-        """Whether there is an AUC."""
+        """Return whether there is an AUC."""
         return bool(self._counts.any(axis=1).all())
 
     @property
@@ -140,7 +140,9 @@ def _batches(truth: Truth, split: str, rows: int, tallies: dict[str, Tally]) -> 
 
 
 def _in_order(draw: Callable[[int], Block], count: int) -> Iterator[Block]:
-    """``draw(0) ... draw(count - 1)``, drawn ahead in threads (numpy releases the GIL) but not further than needed."""
+    """Yield ``draw(0) ... draw(count - 1)``, drawn ahead in threads (numpy releases the GIL) but not further than
+    needed.
+    """
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[Future[Block]] = deque()
