@@ -68,7 +68,7 @@ def write_checkpoint(
         if dist.get_rank(process_group) == 0:
             shutil.rmtree(writer.path, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
-        raise OSError(f"{folder}: not saved: {first_line(error)} ({free / 2**20:.1f} MiB free there)") from None
+        raise OSError(f"{folder}: not saved: {last_line(error)} ({free / 2**20:.1f} MiB free there)") from None
 
 
 def staged(tensors: Tensors) -> dict[str, Tensor | ShardedTensor]:
@@ -100,7 +100,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     try:
         info = parse_json(text, nan=True)  # a measure that is not defined
     except ValueError as error:
-        raise UserError(f"{path}: damaged: {first_line(error)}") from None
+        raise UserError(f"{path}: damaged: {last_line(error)}") from None
     if not isinstance(info, dict) or info.pop("crc32", None) != _crc_of(info):
         raise UserError(f"{path}: damaged: its contents do not have its checksum")
     if (version := info.get("format_version")) != FORMAT_VERSION:
@@ -203,7 +203,7 @@ def read_checkpoint(tensors: Tensors, folder: Path, alone: bool = False) -> None
             planner = _TensorPlanner(flatten_state_dict=False)
             dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=planner, no_dist=alone)
     except (dcp.CheckpointException, Exception) as error:  # a damaged file may raise anything in DCP and torch.load
-        raise UserError(f"{folder}: damaged: {first_line(error)}") from None
+        raise UserError(f"{folder}: damaged: {last_line(error)}") from None
 
 
 class _Writer(FileSystemWriter):
@@ -281,6 +281,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def first_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """Return the last line of a library's message, where they say what went wrong, shortened."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

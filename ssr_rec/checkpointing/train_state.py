@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ssr_rec.checkpointing.format import INFO_FILE, first_line, read_checkpoint, stored_tensors
+from ssr_rec.checkpointing.format import INFO_FILE, last_line, read_checkpoint, stored_tensors
 from ssr_rec.checkpointing.manager import Contents
 from ssr_rec.checkpointing.progress import Fitted
 from ssr_rec.common.errors import UserError
@@ -150,7 +150,7 @@ def restore(
         try:
             _restore_own({name.removeprefix(f"rank{rank}/"): value for name, value in own.items()}, model, running)
         except Exception as error:  # torch raises what it likes about a state that is none
-            raise UserError(f"{folder}: damaged: the state of rank {rank}: {first_line(error)}") from None
+            raise UserError(f"{folder}: damaged: the state of rank {rank}: {last_line(error)}") from None
     else:
         # Other ranks than those that drew before: any draws do, as long as no two ranks' are the same.
         torch.manual_seed(seed * 1_000_003 + rank + 7919 * info["step"])

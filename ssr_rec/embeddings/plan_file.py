@@ -128,7 +128,7 @@ def read_plan(path: str | Path) -> PlanFile:
     return plan
 
 
-def differences(plan: PlanFile, job: PlanFile) -> list[str]:
+def plan_differences(plan: PlanFile, job: PlanFile) -> list[str]:
     """Return everything in which a job is not what the plan is for, equal ones of several tables together.
 
     Args:

@@ -28,7 +28,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.sharding import Kernel, ShardingConfig, ShardingType, TableConstraint
-from ssr_rec.embeddings.plan_file import PlanFile, differences, job_tables, read_plan, sharding_plan
+from ssr_rec.embeddings.plan_file import PlanFile, job_tables, plan_differences, read_plan, sharding_plan
 
 SUPPORTED: dict[str, list[ShardingType]] = {
     # Row-wise needs a reduce-scatter of pooled sums that TorchRec does not have for EmbeddingBagCollection on CPU.
@@ -264,7 +264,7 @@ def _planned(model: nn.Module, path: str, topology: Topology, fused: bool, prefe
         local_world_size=topology.local_world_size,
         tables=job_tables([table for tables in collections.values() for table in tables], fused),
     )
-    found = differences(plan, job)
+    found = plan_differences(plan, job)
     if plan.device == device:
         for name, table in plan.tables.items():
             if table.sharding_type not in [*SUPPORTED[device], "data_parallel"]:

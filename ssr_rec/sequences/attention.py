@@ -48,7 +48,7 @@ class Tokens(nn.Module):
 
 
 @dataclass(frozen=True)
-class Block:
+class PaddedRows:
     """Some rows of the batch, padded on the left to one length; their last position is the target.
 
     Attributes:
@@ -64,17 +64,17 @@ class Block:
         return tokens.index_select(0, self.index.flatten()).view(*self.index.shape, tokens.shape[1])
 
 
-def block_of(jagged: Jagged, rows: Tensor, size: int) -> Block:
+def block_of(jagged: Jagged, rows: Tensor, size: int) -> PaddedRows:
     """Pad these rows to ``size`` events and the target; of a longer history the oldest events are left out."""
     num_events, num_rows = jagged.rows.shape[0], jagged.lengths.shape[0]
     steps = torch.arange(size, 0, -1, device=rows.device)
     valid = steps <= jagged.lengths[rows].unsqueeze(1)
     events = torch.where(valid, jagged.offsets[rows + 1].unsqueeze(1) - steps, num_events + num_rows)
     target = (num_events + rows).unsqueeze(1)
-    return Block(torch.cat([events, target], 1), F.pad(valid, (0, 1), value=True))
+    return PaddedRows(torch.cat([events, target], 1), F.pad(valid, (0, 1), value=True))
 
 
-def blocks_of(jagged: Jagged, max_length: int) -> list[Block]:
+def blocks_of(jagged: Jagged, max_length: int) -> list[PaddedRows]:
     """Cut the batch into rows of similar length; into one block of L where sizes must not depend on the numbers."""
     num_rows = jagged.lengths.shape[0]
     if torch.compiler.is_compiling() or jagged.lengths.device.type != "cpu" or num_rows == 0:
@@ -83,7 +83,7 @@ def blocks_of(jagged: Jagged, max_length: int) -> list[Block]:
     return [block_of(jagged, rows, int(jagged.lengths[rows[-1]])) for rows in parts]
 
 
-def self_attention(tokens: Tensor, blocks: list[Block], attend: Callable[[Tensor, Block], Tensor]) -> Tensor:
+def self_attention(tokens: Tensor, blocks: list[PaddedRows], attend: Callable[[Tensor, PaddedRows], Tensor]) -> Tensor:
     """Run ``attend``, (b, S, C) -> (b, S, A), on the padded rows of every block: (N + B, C) -> (N + B, A)."""
     padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
     outputs = torch.cat([attend(block.pad(padded), block).flatten(0, 1) for block in blocks])
@@ -94,6 +94,6 @@ def self_attention(tokens: Tensor, blocks: list[Block], attend: Callable[[Tensor
     return outputs.index_select(0, place)
 
 
-def full_block(jagged: Jagged, max_length: int) -> Block:
+def full_block(jagged: Jagged, max_length: int) -> PaddedRows:
     """Pad all rows to L events."""
     return block_of(jagged, torch.arange(jagged.lengths.shape[0], device=jagged.lengths.device), max_length)

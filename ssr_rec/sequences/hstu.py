@@ -12,7 +12,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, Flops, dense_flops
 from ssr_rec.over_archs.layers import Dropout
 from ssr_rec.over_archs.settings import LAYER_NORM_EPS
-from ssr_rec.sequences.attention import Block, Tokens, blocks_of, self_attention
+from ssr_rec.sequences.attention import PaddedRows, Tokens, blocks_of, self_attention
 from ssr_rec.sequences.base import SIGMOID_FLOPS, SequenceEncoder, linear
 from ssr_rec.sequences.jagged import Jagged, age_bucket
 from ssr_rec.sequences.settings import HSTUConfig
@@ -54,7 +54,7 @@ class RelativeBias(nn.Module):
             bias = bias if table is None else bias + table[0]
         return bias
 
-    def of_pairs(self, ages: Tensor, num_rows: int, block: Block) -> Tensor | float:
+    def of_pairs(self, ages: Tensor, num_rows: int, block: PaddedRows) -> Tensor | float:
         """Return the bias between a query and each key not after it, (b or 1, 1, S, S), and 0 where there is none."""
         bias: Tensor | float = 0.0
         size = block.index.shape[1]
@@ -92,12 +92,12 @@ class HSTULayer(nn.Module):
         self.dropout = Dropout(settings.dropout)
         self.mix = linear(self.value_width, width, settings.initializer, bias=True)
 
-    def forward(self, tokens: Tensor, ages: Tensor, jagged: Jagged, blocks: list[Block]) -> Tensor:
+    def forward(self, tokens: Tensor, ages: Tensor, jagged: Jagged, blocks: list[PaddedRows]) -> Tensor:
         """Every token attends to those of its row up to itself."""
         gates, others = self._project(tokens).split([self.value_width, sum(self.sizes[1:])], 1)
         num_rows = jagged.lengths.shape[0]
 
-        def attend(x: Tensor, block: Block) -> Tensor:
+        def attend(x: Tensor, block: PaddedRows) -> Tensor:
             values, queries, keys = (
                 part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in x.split(self.sizes[1:], 2)
             )

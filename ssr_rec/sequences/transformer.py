@@ -12,7 +12,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, SOFTMAX_FLOPS, Flops, dense_flops
 from ssr_rec.over_archs.layers import Dropout
 from ssr_rec.over_archs.settings import LAYER_NORM_EPS
-from ssr_rec.sequences.attention import Block, Tokens, blocks_of, full_block, self_attention
+from ssr_rec.sequences.attention import PaddedRows, Tokens, blocks_of, full_block, self_attention
 from ssr_rec.sequences.base import SequenceEncoder, linear
 from ssr_rec.sequences.jagged import Jagged, age_bucket
 from ssr_rec.sequences.settings import TransformerConfig
@@ -40,7 +40,7 @@ class TransformerLayer(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.dropout = Dropout(settings.dropout)
 
-    def forward(self, tokens: Tensor, blocks: list[Block]) -> Tensor:
+    def forward(self, tokens: Tensor, blocks: list[PaddedRows]) -> Tensor:
         """Every token attends to every token of its row."""
         return self._after(tokens, self_attention(self.query_key_value(tokens), blocks, self._attend))
 
@@ -64,7 +64,7 @@ class TransformerLayer(nn.Module):
         weights, own = jagged.softmax(scores, own_score)
         return weights, cast(Tensor, own), values, own_value
 
-    def _attend(self, x: Tensor, block: Block) -> Tensor:
+    def _attend(self, x: Tensor, block: PaddedRows) -> Tensor:
         """Map (b, S, 3 C) to (b, S, C)."""
         queries, keys, values = x.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mask = block.valid[:, None, None, :]

@@ -79,7 +79,7 @@ def open_comparison(plan: Plan, out: str | Path) -> Comparison:
     out = Path(out)
     reports = {}
     for job in plan.all_jobs():
-        report = finished_report(out / RUNS_FOLDER / job.name, plan.config(job, out / RUNS_FOLDER), plan)
+        report = report_of_job(out / RUNS_FOLDER / job.name, plan.config(job, out / RUNS_FOLDER), plan)
         if report is not None:
             reports[job] = report
     workers_file = out / WORKERS_FILE
@@ -124,7 +124,7 @@ def run_comparison(
             _stop(running)
 
 
-def finished_report(folder: Path, config: RunConfig, plan: Plan) -> Report | None:
+def report_of_job(folder: Path, config: RunConfig, plan: Plan) -> Report | None:
     """Return the report of a finished run; None where there is none.
 
     A run of two stages keeps the config that was asked for in its first stage's folder, ``<name>-search``; that of the
@@ -235,7 +235,7 @@ def _finish(comparison: Comparison, process: Process, workers: int, clock: Clock
     job, plan, runs = process.job, comparison.plan, comparison.out / RUNS_FOLDER
     report = None
     if process.popen.returncode == 0:
-        report = finished_report(runs / job.name, plan.config(job, runs), plan)
+        report = report_of_job(runs / job.name, plan.config(job, runs), plan)
     if report is None:
         comparison.failed.add(job)
     else:

@@ -8,7 +8,7 @@ import pytest
 
 from ssr_rec.data.synthetic.config import NUM_PLANTED, SyntheticConfig
 from ssr_rec.data.synthetic.fields import Distribution
-from ssr_rec.data.synthetic.truth import BLOCK_ROWS, Block, Truth, build_truth, draw_block
+from ssr_rec.data.synthetic.truth import BLOCK_ROWS, DrawnRows, Truth, build_truth, draw_block
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def truth() -> Truth:
 
 
 @pytest.fixture(scope="module")
-def block(truth: Truth) -> Block:
+def block(truth: Truth) -> DrawnRows:
     return draw_block(truth, "train", 2)
 
 
@@ -66,7 +66,7 @@ def test_distribution_inverts_the_cumulative_sum() -> None:
         np.testing.assert_array_equal(Distribution(weights)(u), np.searchsorted(inner, u, side="right"))
 
 
-def test_attributes_follow_their_user_and_item(block: Block) -> None:
+def test_attributes_follow_their_user_and_item(block: DrawnRows) -> None:
     ids = block.fields.ids
     for parent, attribute in (("user_id", "user_city"), ("item_id", "item_shop"), ("item_id", "item_price")):
         rows = ids[parent] == np.bincount(ids[parent]).argmax()
@@ -81,7 +81,7 @@ def test_noise_attributes_share_nothing_with_the_planted_ones(truth: Truth) -> N
         assert abs(np.corrcoef(np.log1p(tables[planted]), np.log1p(tables[noise]))[0, 1]) < 0.03
 
 
-def test_histories_have_geometric_lengths_and_a_favourite(truth: Truth, block: Block) -> None:
+def test_histories_have_geometric_lengths_and_a_favourite(truth: Truth, block: DrawnRows) -> None:
     lengths = np.diff(block.fields.offsets)
     expected = 0.85 ** np.arange(21)
     np.testing.assert_allclose(np.bincount(lengths) / BLOCK_ROWS, expected / expected.sum(), atol=0.006)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ssr_rec.data.synthetic.config import PLANTED, SyntheticConfig
-from ssr_rec.data.synthetic.truth import BLOCK_ROWS, Block, Term, Truth, build_truth, draw_block
+from ssr_rec.data.synthetic.truth import BLOCK_ROWS, DrawnRows, Term, Truth, build_truth, draw_block
 
 GROUPS = {feature.name: feature.group for feature in PLANTED}
 
@@ -17,11 +17,11 @@ def truth() -> Truth:
 
 
 @pytest.fixture(scope="module")
-def block(truth: Truth) -> Block:
+def block(truth: Truth) -> DrawnRows:
     return draw_block(truth, "train", 2)
 
 
-def assert_same_rows(block: Block, longer: Block, rows: int) -> None:
+def assert_same_rows(block: DrawnRows, longer: DrawnRows, rows: int) -> None:
     for name, ids in block.fields.ids.items():
         np.testing.assert_array_equal(ids, longer.fields.ids[name][:rows], err_msg=name)
     np.testing.assert_array_equal(block.fields.offsets, longer.fields.offsets[: rows + 1])
@@ -31,7 +31,7 @@ def assert_same_rows(block: Block, longer: Block, rows: int) -> None:
         np.testing.assert_array_equal(block.probabilities[label], longer.probabilities[label][:rows])
 
 
-def test_a_block_is_the_same_alone_in_another_order_and_in_part(truth: Truth, block: Block) -> None:
+def test_a_block_is_the_same_alone_in_another_order_and_in_part(truth: Truth, block: DrawnRows) -> None:
     other = build_truth(truth.config)
     draw_block(other, "test", 7, 10)
     assert_same_rows(draw_block(other, "train", 2), block, BLOCK_ROWS)
@@ -39,8 +39,8 @@ def test_a_block_is_the_same_alone_in_another_order_and_in_part(truth: Truth, bl
         assert_same_rows(draw_block(other, "train", 2, rows), block, rows)
 
 
-def test_blocks_splits_seeds_and_columns_differ(truth: Truth, block: Block) -> None:
-    def shown(one: Block) -> np.ndarray:
+def test_blocks_splits_seeds_and_columns_differ(truth: Truth, block: DrawnRows) -> None:
+    def shown(one: DrawnRows) -> np.ndarray:
         return one.fields.ids["user_id"][:1_000]
 
     others = [draw_block(truth, "train", 3, 1_000), draw_block(truth, "test", 2, 1_000)]
@@ -51,14 +51,14 @@ def test_blocks_splits_seeds_and_columns_differ(truth: Truth, block: Block) -> N
     assert abs(np.corrcoef(*noise)[0, 1]) < 0.02
 
 
-def test_more_noise_fields_leave_the_rows_alone(truth: Truth, block: Block) -> None:
+def test_more_noise_fields_leave_the_rows_alone(truth: Truth, block: DrawnRows) -> None:
     wider = draw_block(build_truth(SyntheticConfig(num_fields=60)), "train", 2, 500)
     for name in GROUPS:
         np.testing.assert_array_equal(wider.fields.ids[name], block.fields.ids[name][:500])
     np.testing.assert_array_equal(wider.labels["pay"], block.labels["pay"][:500])
 
 
-def term_by_hand(term: Term, block: Block, row: int) -> float:
+def term_by_hand(term: Term, block: DrawnRows, row: int) -> float:
     total = 0.0
     for d in range(term.tables[0].shape[1]):
         product = 1.0
@@ -73,7 +73,7 @@ def term_by_hand(term: Term, block: Block, row: int) -> float:
     return term.weight * total
 
 
-def test_probabilities_equal_the_formula_row_by_row(truth: Truth, block: Block) -> None:
+def test_probabilities_equal_the_formula_row_by_row(truth: Truth, block: DrawnRows) -> None:
     lengths = np.diff(block.fields.offsets)
     rows = [*range(150), *np.flatnonzero(lengths == 0)[:5], *np.flatnonzero(lengths == 20)[:5], BLOCK_ROWS - 1]
     for row in rows:

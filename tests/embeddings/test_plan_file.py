@@ -11,8 +11,8 @@ from torchrec.distributed.types import ShardingPlan
 from ssr_rec.config.sharding import ShardingConfig
 from ssr_rec.embeddings.plan_file import (
     PlanFile,
-    differences,
     fingerprint,
+    plan_differences,
     plan_of,
     read_plan,
     sharding_plan,
@@ -116,7 +116,7 @@ def test_every_difference_is_named(plan: PlanFile) -> None:
     del other.tables["c"]
     other.tables["e"] = other.tables["d"]
     del other.tables["d"]
-    assert differences(plan, other) == [
+    assert plan_differences(plan, other) == [
         "device: planned cuda, here cpu",
         "ranks: planned 4, here 2",
         "table c: planned, not in this model",
@@ -124,9 +124,9 @@ def test_every_difference_is_named(plan: PlanFile) -> None:
         "table b: columns planned 16, here 8",
         "table e: in this model, not planned",
     ]
-    assert differences(plan, plan) == []
+    assert plan_differences(plan, plan) == []
     half = make_plan(overrides=("--embeddings.dtypes={c: fp16}",))
-    assert differences(plan, half) == ["table c: dtype planned fp32, here fp16"]
+    assert plan_differences(plan, half) == ["table c: dtype planned fp32, here fp16"]
 
 
 def follow(path: Path, overrides: tuple[str, ...] = (), world_size: int = 2, **sharding: Any) -> ShardingPlan:

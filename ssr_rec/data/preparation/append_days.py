@@ -27,7 +27,7 @@ from ssr_rec.common.plain_values import canonical_json
 from ssr_rec.data.features import LISTED, Hashing, LogBuckets, RawHash, Vocabulary
 from ssr_rec.data.preparation.encode import Lookup
 from ssr_rec.data.preparation.engines import EngineSettings, connect
-from ssr_rec.data.preparation.fit import VOCABULARY_FOLDER, Plan, by_days, count_splits, hashed, shuffled
+from ssr_rec.data.preparation.fit import VOCABULARY_FOLDER, SplitPlan, by_days, count_splits, hashed, shuffled
 from ssr_rec.data.preparation.grown_columns import staged_as, without_later_ids
 from ssr_rec.data.preparation.prepare import check_values, empty_splits, encoded, progress_lines
 from ssr_rec.data.preparation.presets import PRESETS
@@ -161,7 +161,7 @@ def _check_text(schema: Schema, folder: Path, staged: dict[str, Any]) -> None:
             )
 
 
-def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> Plan:
+def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> SplitPlan:
     """Return where the new rows go: after the old ones, by the rules of the old ones.
 
     Raises:
@@ -192,7 +192,9 @@ def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> 
     return replace(plan, fitted=0)
 
 
-def _lookups(plan: Plan, schema: Schema, folder: Path, extend: bool) -> tuple[dict[str, Lookup], dict[str, Growth]]:
+def _lookups(
+    plan: SplitPlan, schema: Schema, folder: Path, extend: bool
+) -> tuple[dict[str, Lookup], dict[str, Growth]]:
     """Return the ids of every column's values, and by how much the vocabularies of features have grown."""
     engine = plan.log.engine
     rows = engine.create_view("keyed", plan.rows(plan.spec.used))
@@ -218,7 +220,12 @@ def _lookups(plan: Plan, schema: Schema, folder: Path, extend: bool) -> tuple[di
 
 
 def _grown_schema(
-    schema: Schema, plan: Plan, counts: dict[str, dict[str, int]], grown: dict[str, Growth], folder: Path, work: Path
+    schema: Schema,
+    plan: SplitPlan,
+    counts: dict[str, dict[str, int]],
+    grown: dict[str, Growth],
+    folder: Path,
+    work: Path,
 ) -> Schema:
     """Return the schema, its splits the new days alone, without shards; writes the vocabularies that have grown."""
     assert schema.days is not None

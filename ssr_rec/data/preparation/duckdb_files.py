@@ -17,7 +17,7 @@ from ssr_rec.data.preparation.spec import TextFormat
 _SQL_TYPES = {"float64": "DOUBLE", "string": "VARCHAR"}
 
 
-def read_text(connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str) -> Table:
+def text_table(connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str) -> Table:
     """Return a CSV or TSV file, plain or gzip, as a lazy table; empty means null.
 
     Args:
@@ -38,7 +38,7 @@ def read_text(connection: Backend, path: Path, types: dict[str, str], form: Text
     )
 
 
-def read_parquet(connection: Backend, path: Path) -> Table:
+def parquet_table(connection: Backend, path: Path) -> Table:
     """Return a parquet file as a lazy table.
 
     Raises:

@@ -46,7 +46,7 @@ VOCABULARY_FOLDER = "vocabularies"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """A log and what decides where its rows go."""
 
     log: Log
@@ -71,7 +71,7 @@ class Plan:
         return with_split(with_time(rows, time_column, self.whole[time_column]), spec)
 
 
-def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
+def plan_splits(log: Log, spec: TableSpec, seed: int) -> SplitPlan:
     """Draw the shuffle, and settle what only the data says: whether text ids are numbers, what time ratios come to."""
     orders = [history.order for history in spec.histories.values()]
     names = dict.fromkeys(name for name in (spec.group_id, spec.time_column, *orders) if name)
@@ -81,7 +81,7 @@ def make_plan(log: Log, spec: TableSpec, seed: int) -> Plan:
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
     log = shuffled(log, seed)
     if not isinstance(spec.split, DaySplit):
-        return Plan(log, spec, whole)
+        return SplitPlan(log, spec, whole)
     plan = by_days(log, spec, spec.split, whole)
     if len(plan.splits) <= plan.fitted:
         raise UserError(
@@ -97,7 +97,7 @@ def shuffled(log: Log, seed: int, first_row: int = 0) -> Log:
     return replace(log, table=table)
 
 
-def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, Numbers]) -> Plan:
+def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, Numbers]) -> SplitPlan:
     """Return the plan of a shuffled log whose days are splits."""
     rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
     days = distinct_days(rows, rule.column)
@@ -108,10 +108,10 @@ def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, Numbers]
         return dated.join(numbers, dated[TIME] == numbers["day"]).select(*rows.columns, **{SPLIT: numbers["index"]})
 
     table = log.engine.with_column(log.table, SPLIT, [rule.column], numbered)
-    return Plan(replace(log, table=table), spec, whole, tuple(days["name"].to_pylist()), rule.fit_days)
+    return SplitPlan(replace(log, table=table), spec, whole, tuple(days["name"].to_pylist()), rule.fit_days)
 
 
-def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
+def count_splits(plan: SplitPlan) -> dict[str, dict[str, int]]:
     """Return per split: ``rows``, and the positives of the i-th label as ``label<i>``."""
     spec, rows = plan.spec, plan.rows(plan.spec.labels)
     sums = {f"label{i}": rows[label].sum().cast("int64") for i, label in enumerate(spec.labels)}
@@ -126,7 +126,7 @@ def count_splits(plan: Plan) -> dict[str, dict[str, int]]:
     return {split: by_split[split] for split in plan.splits}
 
 
-def fit(plan: Plan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
+def fit(plan: SplitPlan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:
     """Fit vocabularies (written under ``folder``) and bucket ranges on the training rows, or the first days, alone."""
     spec, engine = plan.spec, plan.log.engine
     # A view, so that the expression that draws the split is compiled once and not for every column.
@@ -180,7 +180,7 @@ def counted_together(rows: Table, spec: TableSpec) -> dict[str, list[str]]:
     return groups
 
 
-def _ranges(plan: Plan, train: Table) -> dict[str, LogBuckets]:
+def _ranges(plan: SplitPlan, train: Table) -> dict[str, LogBuckets]:
     """Return the bucket ranges of numbers, of lists of numbers and of ages, from the training rows alone."""
     spec, ranges = plan.spec, {}
     if spec.numeric:
@@ -200,7 +200,7 @@ def _ranges(plan: Plan, train: Table) -> dict[str, LogBuckets]:
     return ranges
 
 
-def _longest(plan: Plan, order: str) -> float:
+def _longest(plan: SplitPlan, order: str) -> float:
     """Return the span of the training rows' times: no event is older for a row than the first is for the last.
 
     Raises:

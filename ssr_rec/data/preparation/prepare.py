@@ -27,7 +27,7 @@ from ssr_rec.data.features import LISTED, RAW_HASHES, Feature, LogBuckets, RawHa
 from ssr_rec.data.preparation.encode import Lookup, cut_sequences, encode
 from ssr_rec.data.preparation.engine import ROW, Progress
 from ssr_rec.data.preparation.engines import EngineSettings, connect
-from ssr_rec.data.preparation.fit import Plan, count_splits, fit, make_plan, measured
+from ssr_rec.data.preparation.fit import SplitPlan, count_splits, fit, measured, plan_splits
 from ssr_rec.data.preparation.grown_columns import staged_as
 from ssr_rec.data.preparation.histories import add_histories, age_units, check_histories, helpers, with_keys
 from ssr_rec.data.preparation.sequence_spec import vocabulary_of
@@ -69,7 +69,7 @@ def prepare(
     ):
         log = read(engine, files, spec, progress)
         check_values(log, spec)
-        plan = make_plan(log, spec, seed)
+        plan = plan_splits(log, spec, seed)
         counts = count_splits(plan)
         lookups, buckets = fit(plan, folder)
         progress("fit vocabularies and buckets", log.count)
@@ -140,7 +140,7 @@ def _check_aligned(log: Log, rows: Table, name: str, columns: Sequence[str]) -> 
         raise UserError(f"{log.where(row)}: sequence {name!r}: {shown} items; the columns of an event must be aligned")
 
 
-def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
+def encoded(plan: SplitPlan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
     """Return the rows as they are stored, with ``SPLIT`` and ``ORDER``."""
     spec = plan.spec
     keyed = with_keys(cut_sequences(plan.rows(spec.used), spec), spec, plan.whole)
@@ -159,7 +159,7 @@ def encoded(plan: Plan, lookups: dict[str, Lookup], buckets: dict[str, LogBucket
 
 def _schema(
     folder: Path,
-    plan: Plan,
+    plan: SplitPlan,
     lookups: dict[str, Lookup],
     buckets: dict[str, LogBuckets],
     counts: dict[str, dict[str, int]],

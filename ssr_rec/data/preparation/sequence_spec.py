@@ -95,7 +95,7 @@ def vocabulary_of(spec: TableSpec) -> dict[str, str]:
     return found
 
 
-def check_sequences(spec: TableSpec) -> None:
+def check_sequence_specs(spec: TableSpec) -> None:
     """Refuse sequences and vocabularies that do not fit the spec's columns.
 
     Raises:

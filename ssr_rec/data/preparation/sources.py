@@ -119,13 +119,13 @@ def open_source(connection: Backend, path: Path, form: TextFormat, numbers: Coll
     """
     suffix = suffix_of(path)
     if suffix == ".parquet":
-        return Source(path, duck_files.read_parquet(connection, path))
+        return Source(path, duck_files.parquet_table(connection, path))
     if suffix not in TEXT_SUFFIXES:
         raise UserError(f"{path}: unknown kind of file; give {', '.join(SUFFIXES)}, text also with .gz")
     delimiter = form.delimiter or ("," if suffix == ".csv" else "\t")
     columns = form.columns or _header(path, delimiter, form)
     types = {column: "float64" if column in numbers else "string" for column in columns}
-    rows = duck_files.read_text(connection, path, types, form, delimiter)
+    rows = duck_files.text_table(connection, path, types, form, delimiter)
     return Source(path, rows, partial(_explain_text, connection, path, types, form, delimiter))
 
 

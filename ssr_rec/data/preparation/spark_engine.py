@@ -39,8 +39,8 @@ from ssr_rec.data.preparation.spark_tasks import (
     FILE,
     POSITION,
     SHARD,
-    PlannedShard,
     ReadFiles,
+    ShardTask,
     WriteShard,
     c_ln,
     c_transformed,
@@ -247,7 +247,7 @@ class SparkEngine:
             progress(f"wrote {name}", counts[name]["rows"])
         return schema.model_copy(update={"splits": splits})
 
-    def _first_orders(self, keys: Table, splits: list[str], planned: list[PlannedShard]) -> list[tuple[int, int]]:
+    def _first_orders(self, keys: Table, splits: list[str], planned: list[ShardTask]) -> list[tuple[int, int]]:
         """Return (SPLIT, ORDER) of the first row of each shard; of the first shard of a split, (SPLIT, 0).
 
         A row's place in the shuffle is how many lie before it. Counts of coarse steps say in which step the wanted
@@ -296,11 +296,11 @@ class SparkEngine:
         return self.backend.table(name)
 
 
-def _planned(schema: Schema, split: str, rows: int) -> list[PlannedShard]:
+def _planned(schema: Schema, split: str, rows: int) -> list[ShardTask]:
     in_group = row_group_rows(rows)
     most = rows_in_shard(in_group)
     return [
-        PlannedShard(split, f"{split_folder(schema, split)}/{number:05d}.parquet", min(most, rows - first), in_group)
+        ShardTask(split, f"{split_folder(schema, split)}/{number:05d}.parquet", min(most, rows - first), in_group)
         for number, first in enumerate(range(0, rows, most))
     ]
 

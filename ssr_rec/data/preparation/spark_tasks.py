@@ -85,7 +85,7 @@ class ReadFiles:
 
 
 @dataclass(frozen=True)
-class PlannedShard:
+class ShardTask:
     split: str
     path: str
     num_rows: int
@@ -96,7 +96,7 @@ class PlannedShard:
 class WriteShard:
     """The rows of one shard, in order and with ``SHARD``, to a file and one row about it: ``RESULT``."""
 
-    shards: Sequence[PlannedShard]
+    shards: Sequence[ShardTask]
     columns: pa.Schema
     folder: Path
 

@@ -16,7 +16,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.data.preparation.module_names import MODULE_NAMES
-from ssr_rec.data.preparation.sequence_spec import FromLog, SequenceSpec, check_sequences
+from ssr_rec.data.preparation.sequence_spec import FromLog, SequenceSpec, check_sequence_specs
 from ssr_rec.data.schema import GROUP_COLUMN
 
 MAX_BUCKETS = 2**31 - 1
@@ -137,7 +137,7 @@ class TableSpec(Settings):
         if not self.features:
             raise UserError("no feature is named under categorical, numeric or lists")
         _check_names(self)
-        check_sequences(self)
+        check_sequence_specs(self)
         counts = self.hash_buckets if isinstance(self.hash_buckets, dict) else {"all columns": self.hash_buckets}
         known = {*self.looked_up, *self.raw_hash}
         for column, count in counts.items():

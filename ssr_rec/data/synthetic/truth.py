@@ -29,7 +29,7 @@ Kind = Literal["main", "pair", "triple", "history"]
 
 
 @dataclass(frozen=True)
-class Block:
+class DrawnRows:
     """Drawn rows: features, and per label the true probabilities (rows,) float64 and the outcomes (rows,) int8."""
 
     fields: Fields
@@ -102,7 +102,7 @@ def build_truth(config: SyntheticConfig) -> Truth:
     return Truth(config, columns, click, conversion, carry, click_bias, pay_bias)
 
 
-def draw_block(truth: Truth, split: str, index: int, rows: int = BLOCK_ROWS) -> Block:
+def draw_block(truth: Truth, split: str, index: int, rows: int = BLOCK_ROWS) -> DrawnRows:
     """Return the first ``rows`` rows of block ``index`` (from 0) of a split.
 
     Raises:
@@ -117,7 +117,7 @@ def draw_block(truth: Truth, split: str, index: int, rows: int = BLOCK_ROWS) -> 
     chance = uniforms(truth.config.seed, split, index, "labels", rows)
     # One number decides both labels, so every pay is a click and each has its own probability exactly.
     labels = {label: (chance < probabilities[label]).astype(np.int8) for label in LABELS}
-    return Block(fields, probabilities, labels)
+    return DrawnRows(fields, probabilities, labels)
 
 
 def _draw_terms(

@@ -24,7 +24,7 @@ from ssr_rec.data.schema import GROUP_COLUMN, SPLITS, Ceiling, Schema, Split
 from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
 from ssr_rec.data.synthetic.config import USER, SyntheticConfig
 from ssr_rec.data.synthetic.fields import Column
-from ssr_rec.data.synthetic.truth import BLOCK_ROWS, LABELS, Block, Truth, build_truth, draw_block
+from ssr_rec.data.synthetic.truth import BLOCK_ROWS, LABELS, DrawnRows, Truth, build_truth, draw_block
 
 __all__ = ["SyntheticConfig", "build_truth", "draw_block", "ensure_synthetic", "write_synthetic"]
 
@@ -130,7 +130,7 @@ class Tally:
 def _batches(truth: Truth, split: str, rows: int, tallies: dict[str, Tally]) -> Iterator[pa.RecordBatch]:
     sizes = [min(BLOCK_ROWS, rows - start) for start in range(0, rows, BLOCK_ROWS)]
 
-    def draw(index: int) -> Block:
+    def draw(index: int) -> DrawnRows:
         return draw_block(truth, split, index, sizes[index])
 
     for block in _in_order(draw, len(sizes)):
@@ -139,13 +139,13 @@ def _batches(truth: Truth, split: str, rows: int, tallies: dict[str, Tally]) -> 
         yield _record_batch(truth.columns, block)
 
 
-def _in_order(draw: Callable[[int], Block], count: int) -> Iterator[Block]:
+def _in_order(draw: Callable[[int], DrawnRows], count: int) -> Iterator[DrawnRows]:
     """Yield ``draw(0) ... draw(count - 1)``, drawn ahead in threads (numpy releases the GIL) but not further than
     needed.
     """
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[Block]] = deque()
+        ahead: deque[Future[DrawnRows]] = deque()
         for index in range(count):
             ahead.append(pool.submit(draw, index))
             if len(ahead) > threads:
@@ -154,7 +154,7 @@ def _in_order(draw: Callable[[int], Block], count: int) -> Iterator[Block]:
             yield ahead.popleft().result()
 
 
-def _record_batch(columns: tuple[Column, ...], block: Block) -> pa.RecordBatch:
+def _record_batch(columns: tuple[Column, ...], block: DrawnRows) -> pa.RecordBatch:
     arrays: dict[str, Any] = {name: pa.array(ids) for name, ids in block.fields.ids.items()}
     for column in columns:
         if column.kind == "list":
