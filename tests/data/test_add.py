@@ -58,7 +58,11 @@ def shards(folder: Path) -> dict[str, list]:
 
 
 @pytest.mark.parametrize(
-    ("write", "batches"), [(write_parquet, [NEW[:1], NEW[1:]]), (write_csv, [NEW])], ids=["parquet", "csv"]
+    ("write", "batches"),
+    [
+        pytest.param(write_parquet, [NEW[:1], NEW[1:]], id="parquet"),
+        pytest.param(write_csv, [NEW], id="csv", marks=pytest.mark.slow),
+    ],
 )
 def test_added_days_are_as_if_they_had_been_there(tmp_path, write, batches):
     suffix = "csv" if write is write_csv else "parquet"

@@ -34,7 +34,7 @@ def prepared(log: pd.DataFrame, folder: Path, files: int = 1) -> Path:
     return folder / "data"
 
 
-@pytest.mark.parametrize(("seed", "files"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(("seed", "files"), [pytest.param(0, 1, marks=pytest.mark.slow), (1, 3)])
 def test_histories_are_those_of_a_plain_loop(tmp_path: Path, seed: int, files: int) -> None:
     log = random_log(seed)
     folder = prepared(log, tmp_path, files)

@@ -277,6 +277,7 @@ def test_bfloat16_autocast_leaves_the_interactions_in_float32(pairs: Any) -> Non
     assert of_bfloat16.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_planted_pair() -> None:
     """Labels follow the product of fields 1 and 3; the threshold ends above where every gate starts."""
     torch.manual_seed(0)

@@ -159,7 +159,7 @@ def usually(*few: str) -> pytest.MarkDecorator:
     )
 
 
-@usually("pool last", "din", "hstu")
+@usually("pool last", "din")
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export_with_any_number_of_rows_and_events(case: str, strict: bool) -> None:
     encoder, inputs = build(case), batch(case)

@@ -51,6 +51,7 @@ def arguments(dataset: Path, *more: str, python: str = sys.executable) -> list[s
     return ["--data", str(dataset), "--fuxictr-python", python, "--steps", "2", "--turns", "3", *more]
 
 
+@pytest.mark.slow
 def test_turns_medians_and_auc(bench, child, dataset, capsys):
     before = os.sched_getaffinity(0), torch.get_num_threads()
     more = ["--models", "deepfm", "--label", "like", "--auc", "1", "--seeds", "2"]
