@@ -16,14 +16,15 @@ from ssr_rec.over_archs.ssr import SSR
 
 @torch.no_grad()
 def load_released_weights(ssr: SSR, arrays: Mapping[str, np.ndarray]) -> None:
-    """Copies every array into its place in ``ssr``; nothing is copied when a name or a shape is wrong.
+    """Copy every array into its place in ``ssr``; nothing is copied when a name or a shape is wrong.
 
     Kernels are (in, out) as in Keras, and what a view owns is stacked along a first axis of V views::
 
         input_norm/{gamma,beta,moving_mean,moving_variance}  (F,) per_field, (D,) across_fields, (F*D,) per_dim
         layer{i}/w_proj, layer{i}/w_value                    (V, in, d); w_value with gate
         layer{i}/alpha, layer{i}/gamma                       (V, T), (V, d)
-        layer{i}/indices                                     (V, d) integers, filter='static'
+        layer{i}/indices                                     (V, d) integers, filter='static'; no checkpoint has them:
+                                    np.random.RandomState(1000 * (i + 1) + v).permutation(in)[:d] for view v
         layer{i}/dense/kernel, layer{i}/dense/bias           (V, d, d), (V, d)
         layer{i}/dense2/kernel, layer{i}/dense2/bias         the same, with fusion_layers=2
         layer{i}/layer_norm/gamma, layer{i}/layer_norm/beta  (V, d)
