@@ -163,7 +163,8 @@ def stopped(plan):
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     time.sleep(60)  # another thread of the process may take the signal, so that it comes a little later
 module.count_splits = stopped
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+for number in (signal.SIGINT, signal.SIGTERM):  # what a script starts in the background begins with SIGINT ignored
+    signal.signal(number, signal.default_int_handler)
 sys.exit(tool.main(sys.argv[2:]))
 """
 
