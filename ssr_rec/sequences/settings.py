@@ -67,13 +67,16 @@ class TargetAttentionConfig(EncoderSettings):
     attention_dim: int | None = Field(
         default=None, ge=1, description="dims of all heads together, a multiple of num_heads; null: those of an event"
     )
+    layer_norm: bool = Field(
+        default=False, description="compare events and target by their LayerNorms, so that fresh embeddings differ too"
+    )
     dropout: AttentionDropout = 0.0
     initializer: Start = "glorot"
 
     @property
     def label(self) -> str:
         """Return the name that a table shows, with heads and their dims."""
-        return f"target attention {self.num_heads}x{self.attention_dim or 'E'}"
+        return f"target attention {self.num_heads}x{self.attention_dim or 'E'}{' LN' if self.layer_norm else ''}"
 
 
 class TransformerConfig(EncoderSettings):

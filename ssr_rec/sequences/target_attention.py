@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, dense_flops
+from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, SOFTMAX_FLOPS, Flops, dense_flops
 from ssr_rec.over_archs.layers import Dropout
+from ssr_rec.over_archs.settings import LAYER_NORM_EPS
 from ssr_rec.sequences.base import SequenceEncoder, linear
 from ssr_rec.sequences.jagged import Jagged
 from ssr_rec.sequences.settings import TargetAttentionConfig
@@ -52,11 +53,15 @@ class TargetAttention(SequenceEncoder):
         self.query = linear(target_dim, self.width, settings.initializer)
         self.key_value = linear(event_dim, 2 * self.width, settings.initializer, parts=2)
         self.scale = (self.width // self.num_heads) ** -0.5
+        self.layer_norm = settings.layer_norm
         self.dropout = Dropout(settings.dropout)
         self.set_output(self.width, settings.initializer, own_projection=True)
 
     def encode(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
-        keys, values = self.key_value(events).chunk(2, 1)
+        if self.layer_norm:
+            keys, values = self._keys(events), F.linear(events, self.key_value.weight[self.width :])
+        else:
+            keys, values = self.key_value(events).chunk(2, 1)
         return weighted_sum(self.dropout(self._weights(keys, target, jagged)), values, jagged)
 
     def weights(
@@ -64,10 +69,16 @@ class TargetAttention(SequenceEncoder):
     ) -> Tensor:
         """Return the softmax weights of each event: (N, heads)."""
         events, target, _, jagged = self.check(events, lengths, target, ages)
-        return self._weights(F.linear(events, self.key_value.weight[: self.width]), target, jagged)
+        return self._weights(self._keys(events), target, jagged)
+
+    def _keys(self, events: Tensor) -> Tensor:
+        return F.linear(self._compared(events), self.key_value.weight[: self.width])
+
+    def _compared(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[1:], eps=LAYER_NORM_EPS) if self.layer_norm else x
 
     def _weights(self, keys: Tensor, target: Tensor, jagged: Jagged) -> Tensor:
-        scores = scores_of(self.query(target) * self.scale, keys, self.num_heads, jagged)
+        scores = scores_of(self.query(self._compared(target)) * self.scale, keys, self.num_heads, jagged)
         return jagged.softmax(scores)[0]
 
     def flops(self, length: int) -> Flops:
@@ -75,4 +86,7 @@ class TargetAttention(SequenceEncoder):
         event = dense_flops(self.event_dim, 2 * self.width, bias=False)
         # A key times a query, and a value times a weight, are sums of products that no matrix product makes.
         event += Flops(elementwise=2 * 2 * self.width + SOFTMAX_FLOPS * self.num_heads)
+        if self.layer_norm:
+            row += Flops(elementwise=(LAYER_NORM_FLOPS - 2) * self.target_dim)
+            event += Flops(elementwise=(LAYER_NORM_FLOPS - 2) * self.event_dim)
         return row + Flops(length * event.matmul, length * event.elementwise) + self.out_flops()

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "din relu short target": {"name": "din", "activation": "relu", "initializer": "torch"},
     "target_attention": {"name": "target_attention"},
     "target_attention wide": {"name": "target_attention", "num_heads": 3, "attention_dim": 12, "fields": 3},
+    "target_attention norm": {"name": "target_attention", "layer_norm": True},
     "transformer": {"name": "transformer", "num_heads": 4},
     "transformer mean": {
         "name": "transformer",

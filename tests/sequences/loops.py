@@ -105,10 +105,11 @@ def target_attention(
     dims = width // settings.num_heads
     w_key, w_value = w["key_value.weight"][:width], w["key_value.weight"][width:]
     heads = []
+    compared = [layer_norm(x) if settings.layer_norm else x for x in (target, *events)]
     for h in range(settings.num_heads):
         part = slice(h * dims, (h + 1) * dims)
-        query = w["query.weight"][part] @ target
-        weights = softmax([query.dot(w_key[part] @ e) / math.sqrt(dims) for e in events])
+        query = w["query.weight"][part] @ compared[0]
+        weights = softmax([query.dot(w_key[part] @ e) / math.sqrt(dims) for e in compared[1:]])
         head = torch.zeros(dims, dtype=torch.float64)
         for weight, e in zip(weights, events, strict=True):
             head = head + weight * (w_value[part] @ e)

@@ -35,6 +35,14 @@ def same_gradients(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
+def test_weights_of_normalised_events_do_not_depend_on_how_small_embeddings_are() -> None:
+    events, target, lengths = torch.randn(6, 8), torch.randn(2, 8), torch.tensor([4, 2])
+    for layer_norm in (True, False):
+        encoder = TargetAttention(8, 8, 4, 6, TargetAttentionConfig(layer_norm=layer_norm))
+        large, small = (encoder.weights(events * scale, lengths, target * scale) for scale in (1.0, 0.01))
+        assert torch.allclose(large, small, atol=0.05) == layer_norm
+
+
 def test_target_attention_equals_multihead_attention() -> None:
     encoder = TargetAttention(8, 8, 4, 6, TargetAttentionConfig(num_heads=4)).double()
     module = nn.MultiheadAttention(8, 4, bias=False, batch_first=True).double()

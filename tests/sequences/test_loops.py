@@ -52,7 +52,7 @@ def test_weights_of_self_attention(case: str) -> None:
     torch.testing.assert_close(encoder.weights(*inputs).T, expected)
 
 
-@pytest.mark.parametrize("case", ["target_attention", "target_attention wide"])
+@pytest.mark.parametrize("case", ["target_attention", "target_attention wide", "target_attention norm"])
 def test_weights_of_target_attention_sum_to_one(case: str) -> None:
     encoder, inputs = build(case), batch(case)
     weights = encoder.weights(*inputs)

@@ -158,6 +158,7 @@ def test_who_needs_a_target_says_so() -> None:
         ({"name": "pool", "mode": "last"}, "last pooling"),
         ({"name": "din", "hidden": [80, 40]}, "DIN 80-40"),
         ({"name": "target_attention", "attention_dim": 32}, "target attention 2x32"),
+        ({"name": "target_attention", "layer_norm": True}, "target attention 2xE LN"),
         ({"name": "transformer"}, "transformer 1x8 heads"),
         ({"name": "hstu"}, "HSTU 2x2 heads"),
     ],
