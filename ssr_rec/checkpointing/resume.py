@@ -1,4 +1,4 @@
-"""Where a run starts: in which folder, from which checkpoint, and whether that is a checkpoint of this very run."""
+"""Which checkpoint of a run folder a run starts from, and whether that is one of this very run."""
 
 from __future__ import annotations
 

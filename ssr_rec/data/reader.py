@@ -1,6 +1,6 @@
 """Parquet shards to ``Batch``: sharded over ranks by row group, shuffled, prefetched, with an exact position.
 
-Which rows make up a global batch is decided in lanes.py; this file reads them and lays them out as a
+Which rows make up a global batch is decided in batch_order.py; this file reads them and lays them out as a
 ``KeyedJaggedTensor`` with its keys in schema order.
 """
 

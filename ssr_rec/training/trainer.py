@@ -148,7 +148,7 @@ class Trainer:
                 self.checkpoints.finish()  # one from before a bad step may still be being written
 
     def _fit(self) -> Iterator[dict[str, Any]]:
-        config, fitted, saver = self.config, self.fitted, self.checkpoints
+        config, fitted, checkpoints = self.config, self.fitted, self.checkpoints
         total_steps = self.total_steps
         if fitted.steps < total_steps and not fitted.stopped_early and fitted.steps % config.accumulate:
             raise UserError(
@@ -172,12 +172,12 @@ class Trainer:
                 if self._evaluation_is_due(total_steps):
                     yield from self._validate()
                 if checkpoint_is_due:
-                    saver.save_training(self.state_dict())
+                    checkpoints.save_training(self.state_dict())
         finally:
             if batches is not None:
                 batches.close()
-        if saver.config.is_on and saver.last_step < fitted.steps:
-            saver.save_training(self.state_dict())
+        if checkpoints.config.is_on and checkpoints.last_step < fitted.steps:
+            checkpoints.save_training(self.state_dict())
 
     def evaluate(self, reader: Reader) -> dict[str, Any]:
         """Return the measures of a split with the weights as they are, see ``evaluation.evaluate``."""
@@ -264,7 +264,7 @@ class Trainer:
         Returns:
             whether a checkpoint is due after the last step.
         """
-        fitted, train, saver = self.fitted, self.train, self.checkpoints
+        fitted, train, checkpoints = self.fitted, self.train, self.checkpoints
         self.schedule.set(fitted.steps)
         window = _Window(fitted.steps, batches)
 
@@ -283,18 +283,18 @@ class Trainer:
             fitted.steps += 1
             self.schedule.set(fitted.steps)
             self._beat(f"step {fitted.steps}")
-            is_due = self._is_due(saver.config.every_steps)
+            is_due = self._is_due(checkpoints.config.every_steps)
             if not self._is_due(self.config.log_every) and fitted.steps < until and not is_due:
                 continue
             row, stop, is_time = self._close_window(window, epoch)
             yield row
             window = _Window(fitted.steps, batches)
             if stop:
-                saver.save_training(self.state_dict())
-                saver.finish()
+                checkpoints.save_training(self.state_dict())
+                checkpoints.finish()
                 raise Preempted(f"asked to stop at step {fitted.steps}")
             if (is_due or is_time) and fitted.steps < until:
-                saver.save_training(self.state_dict())
+                checkpoints.save_training(self.state_dict())
         return is_due or is_time
 
     def _updates_dense_at(self, step: int) -> bool:
