@@ -72,8 +72,7 @@ class Case:
 
 
 def over_arch_case(config: OverArchConfig, fields: int, dim: int, batch: int, train: bool, setting: Setting) -> Case:
-    """Return one step of an over-arch on a random batch: forward without gradients in eval mode, or forward and
-    backward.
+    """Return one step of an over-arch on a random batch: forward in eval mode, or forward and backward.
 
     Raises:
         ValueError: the config does not fit the fields, or these sizes.
@@ -103,9 +102,7 @@ def build(config: OverArchConfig, fields: int, dim: int) -> OverArch:
 def make_step(
     forward: Callable[[], Any], wanted: Sequence[Tensor], train: bool, setting: Setting
 ) -> Callable[[], object]:
-    """Return ``forward`` under autocast; with ``train`` also the gradients of ``wanted``, returned instead of
-    accumulated.
-    """
+    """Return ``forward`` under autocast; with ``train`` the gradients of ``wanted`` too, not accumulated."""
     upstream: list[Tensor] = []
 
     def outputs() -> list[Tensor]:

@@ -111,8 +111,7 @@ def one_pass(data: str, schema: Schema, batch_size: int, epoch: int) -> int:
 
 
 def consume(data: str, batch_size: int, turns: int, steps: int) -> dict[str, Any]:
-    """Run the reader alone and a bare Dense MLP 3x320 in turns, both on the 39 single-valued features, on one
-    thread.
+    """Run the reader alone and a bare Dense MLP 3x320 in turns, on the 39 single-valued features and one thread.
 
     ``reader`` and ``model`` are medians of rows per CPU second.
     """

@@ -72,9 +72,7 @@ def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:
 
 
 def weights_now(model: nn.Module, fitted: Fitted, dataset_id: str, config: Mapping[str, Any]) -> Contents:
-    """Return a checkpoint of the weights alone; its tensors are the model's own, ``config`` is the run's as JSON
-    values.
-    """
+    """Return a checkpoint of the weights alone; its tensors are the model's own, ``config`` is JSON values."""
     return model_tensors(model), {
         "kind": "weights",
         "step": fitted.steps,

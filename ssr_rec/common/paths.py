@@ -12,8 +12,7 @@ from ssr_rec.common.errors import UserError
 
 
 def place(name: str | Path) -> Path:
-    """Return ``name`` as a path, or where it is a URL (``s3://bucket/folder``) as an object of universal_pathlib like
-    one.
+    """Return ``name`` as a path, or a URL (``s3://bucket/folder``) as an object of universal_pathlib like one.
 
     Raises:
         UserError: a URL of an unknown kind, of one whose package is not installed, or that cannot be reached.

@@ -223,8 +223,7 @@ def plan_sharding(
 def follow_plan(
     model: nn.Module, config: ShardingConfig, topology: Topology, fused: bool, prefetch: bool
 ) -> ShardingPlan:
-    """Return the plan of the file that ``config`` names, for this model and these ranks. Arguments as
-    ``plan_sharding``.
+    """Return the plan of the file that ``config`` names, for the model and ranks of ``plan_sharding``'s arguments.
 
     Raises:
         UserError: not a plan file, settings that a plan overrules, or a plan for something else; every difference

@@ -109,9 +109,7 @@ def build() -> Path:
 
 
 def cache_folders() -> list[Path]:
-    """Return where a library may be, the best place first: ``TORCH_EXTENSIONS_DIR``, or the home and the temporary
-    folder.
-    """
+    """Return where a library may be, the best place first: ``TORCH_EXTENSIONS_DIR``, or home and temporary folder."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root:
         return [Path(root) / "ssr_rec"]

@@ -19,9 +19,7 @@ PROGRAMS = 2048
 
 
 def ics_forward(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Map (B, V, d), (V, T), (V, d) or None to the result (B, V, d) of z's type, and the mean of each x_t, (B, V,
-    T).
-    """
+    """Map (B, V, d), (V, T), (V, d) or None to the result (B, V, d) of z's type and the means of x_t (B, V, T)."""
     batch, views, dim = z.shape
     accumulate = torch.float64 if z.dtype == torch.float64 else torch.float32
     y = z.new_empty(z.shape)
@@ -205,9 +203,7 @@ def _through(
     A: tl.constexpr,
     LITERAL: tl.constexpr,
 ):
-    """Return the gradient of z from that of y, and the sums for alpha (BLOCK_T,) and gamma (BLOCK,) with this tile in
-    them.
-    """
+    """Return the gradient of z from that of y, and the sums for alpha (BLOCK_T,) and gamma (BLOCK,) so far."""
     sum_gamma += tl.sum(g * _state(z, inside, means, valid, alpha, T, A, LITERAL), 0)
     g *= scale[None, :]
     for t in tl.static_range(T - 1, -1, -1):

@@ -55,9 +55,7 @@ def _finish(
     KEPT: tl.constexpr,
     A: tl.constexpr,
 ):
-    """Return GELU, dropout, residual and LayerNorm of a tile ``u = h W + c``; writes y and, if asked for, the
-    statistics.
-    """
+    """Apply GELU, dropout, residual and LayerNorm to a tile ``u = h W + c``; write y and, if asked for, statistics."""
     valid = row < batch
     inside = valid[:, None] & (column < dim)[None, :]
     at = (row * views + view)[:, None] * dim + column[None, :]

@@ -37,8 +37,7 @@ class GroupAUC(NamedTuple):
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counting
-    half.
+    """Return the area under the ROC curve: the share of (positive, negative) pairs in order, ties counting half.
 
     Args:
         scores: ``(N,)`` any increasing function of the probability, best the logits.
@@ -96,8 +95,7 @@ def auc_of_groups(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) ->
 
 
 def _auc_of_sorted_groups(scores: np.ndarray, positive: np.ndarray, group_start: np.ndarray) -> np.ndarray:
-    """Return ``(G,)`` AUC of each group of rows that start at ``group_start (G,)`` and are sorted by score within a
-    group.
+    """Return ``(G,)`` AUC of the groups of rows that start at ``group_start (G,)``, sorted by score within a group.
 
     Pairs are counted in int64, so the result does not depend on the order of tied rows.
     """
@@ -136,8 +134,7 @@ def logloss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def ne(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return normalised entropy: logloss over that of always predicting the fold's own positive rate; below 1 is
-    better.
+    """Return normalised entropy: logloss over that of always predicting the fold's own rate; below 1 is better.
 
     He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014. nan when one class is
     missing. Arguments and errors as in ``logloss``.

@@ -81,8 +81,7 @@ class GroupSample:
             self.num_rows = sum(len(groups) for groups, _, _ in self._pieces)
 
     def gather(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return the sample of all ranks as ``logits (N, T)``, ``labels (N, T)``, ``groups (N,)`` on rank 0.
-        Collective.
+        """Return all ranks' sample, ``logits (N, T)``, ``labels (N, T)``, ``groups (N,)``, on rank 0. Collective.
 
         Every rank has taken in at least one batch, if only one without rows.
         """

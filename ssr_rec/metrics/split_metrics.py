@@ -38,8 +38,7 @@ class FoldMetrics(Protocol):
         """
 
     def compute(self) -> Tasks | None:
-        """Return label -> measure -> value on rank 0, None elsewhere. Collective; after at least one update on every
-        rank.
+        """Return label -> measure -> value on rank 0, None elsewhere. Collective; after an update on every rank.
 
         Raises:
             UserError: a label is neither 0 nor 1.

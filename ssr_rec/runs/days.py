@@ -19,8 +19,7 @@ MEASURES = {"auc": "AUC", "gauc": "GAUC", "ne": "NE", "calibration": "calibratio
 
 
 def days_table(runs: Sequence[Run]) -> str:
-    """Return a Markdown table of each task: a line per day that any of the runs evaluated, and the mean of each run's
-    days.
+    """Return a Markdown table of each task: a line per day that a run evaluated, and the mean of each run's days.
 
     With two runs a sentence says on how many days the first is ahead, and by how much on average.
     """

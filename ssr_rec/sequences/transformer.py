@@ -76,9 +76,7 @@ class TransformerLayer(nn.Module):
         return self.output_norm(y + self.dropout(self.feed_forward(y)))
 
     def flops(self, queries: int, tokens: int) -> Flops:
-        """Return the cost for one row of ``tokens`` tokens, ``queries`` of which attend; one alone needs no matrix
-        product.
-        """
+        """Return the cost of a row of ``tokens`` tokens, ``queries`` of which attend; one needs no matrix product."""
         width, pairs = self.width, queries * tokens
         attention = Flops(matmul=4 * pairs * width) if queries > 1 else Flops(elementwise=4 * pairs * width)
         attention += Flops(elementwise=SOFTMAX_FLOPS * pairs * self.num_heads)

@@ -83,9 +83,7 @@ def export_restored(
     compared: Compared | None = None,
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
-    """Return ``export_run`` of a model in memory, trained or not; the artifact says that it comes from the run
-    ``name``.
-    """
+    """Export a model in memory, trained or not, as ``export_run``; the artifact says that it is of the run ``name``."""
     if managed := list(restored.config.embeddings.managed):
         raise UserError(
             f"{name}: embeddings.managed: the ids of {', '.join(managed)} have the rows that training gave them, and "

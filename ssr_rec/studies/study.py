@@ -229,8 +229,7 @@ def make_plan(
 
 
 def draw_trials(system: str, search: Mapping[str, Sequence[Any]], budget: int) -> list[dict[str, Any]]:
-    """Return ``budget`` different points of the grid, or all there are: first values first, the others drawn by the
-    name.
+    """Return ``budget`` different points of the grid, or all: first values first, the others drawn by the name.
 
     A larger budget only adds points at the end; other systems do not matter.
     """
@@ -300,9 +299,7 @@ def _point(search: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
 def _resolve(
     where: str, bases: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], overrides: Sequence[str], data: str
 ) -> RunConfig:
-    """Return the run on seed 0 of one point of a grid: bases, then the point, then the overrides, the later the
-    stronger.
-    """
+    """Return the run on seed 0 of a point of a grid: bases, the point, the overrides, the later the stronger."""
     values: dict[str, Any] = {}
     for base in bases:
         merge(values, base)

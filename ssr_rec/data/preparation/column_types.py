@@ -80,8 +80,7 @@ def selected(source: Source, spec: TableSpec) -> Source:
 
 
 def typed(column: Column, name: str, spec: TableSpec) -> Column:
-    """Return the column as its role wants it: float64 labels and numbers (NaN is null), text or whole-number ids, cut
-    lists.
+    """Return the column as its role wants it: float64 labels and numbers (NaN is null), text or whole ids, cut lists.
 
     Raises:
         UserError: the type in the file does not fit the role.

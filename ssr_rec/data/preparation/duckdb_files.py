@@ -65,8 +65,7 @@ def _reach(connection: Backend, path: Path) -> None:
 def first_rejected(
     connection: Backend, path: Path, types: dict[str, str], form: TextFormat, delimiter: str
 ) -> tuple[int, str | None, str, str] | None:
-    """Return the first row of a text file that does not parse: (row from 1, column, what is wrong, the line); None if
-    all do.
+    """Return the first row that does not parse: (row from 1, column, what is wrong, the line); None if all do.
 
     Read in a second pass, only after the first failed.
     """

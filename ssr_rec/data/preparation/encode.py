@@ -114,9 +114,7 @@ def _clipped(position: Column, encoding: LogBuckets) -> IntegerValue:
 
 
 def cut_sequences(rows: Table, spec: TableSpec) -> Table:
-    """Return ``rows`` with the last events of every given sequence; staged they are whole, to see that they are
-    aligned.
-    """
+    """Return ``rows`` with the last events of every given sequence; staged are all, to see that they are aligned."""
     cut = {name: cut_list(rows[name], one) for name, one in spec.list_columns.items() if name not in spec.lists}
     return rows.mutate(**cut) if cut else rows
 
@@ -128,9 +126,7 @@ def encode(
     buckets: dict[str, LogBuckets],
     kept: Sequence[str] = (),
 ) -> Table:
-    """Return ids, labels, group id, ``SPLIT``, ``ORDER`` and the ``kept`` of ``rows``, which has those last four
-    already.
-    """
+    """Return ids, labels, group id, ``SPLIT``, ``ORDER`` and the ``kept`` of ``rows``, which has the last four."""
     rows = rows.mutate(**{_digest(name): rows[name].cast("string").hexdigest("md5") for name in spec.raw_hash})
     joined = rows
     for position, name in enumerate(spec.categorical):

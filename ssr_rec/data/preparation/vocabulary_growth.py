@@ -37,8 +37,7 @@ def known_values(folder: Path, encoding: Vocabulary | AdmittedHashing, column: C
 
 
 def growth(rows: Table, column: str, known: Table, size: int, min_count: int, days: int) -> Growth:
-    """Return the values without id that occur at least ``min_count`` times on one of ``days`` days, with ids from
-    ``size`` on.
+    """Return the values without id that occur ``min_count`` times on one of ``days`` days, with ids from ``size`` on.
 
     Days come one after the other, as if each had been added by itself; within a day ids are given by descending
     count, ties by the bytes of the value's text.

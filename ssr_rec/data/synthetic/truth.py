@@ -123,9 +123,7 @@ def draw_block(truth: Truth, split: str, index: int, rows: int = BLOCK_ROWS) -> 
 def _draw_terms(
     columns: tuple[Column, ...], config: SyntheticConfig, num_pairs: int, num_triples: int, rng: np.random.Generator
 ) -> list[Term]:
-    """Draw main effects of all planted features, pairs and triples drawn among all possible ones, the history's
-    terms.
-    """
+    """Draw main effects of all planted features, some of all pairs and triples, and the history's terms."""
     column_of = {column.name: column for column in columns}
 
     def term(kind: Kind, names: tuple[str, ...], width: int) -> Term:

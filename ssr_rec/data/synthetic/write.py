@@ -140,9 +140,7 @@ def _batches(truth: Truth, split: str, rows: int, tallies: dict[str, Tally]) -> 
 
 
 def _in_order(draw: Callable[[int], DrawnRows], count: int) -> Iterator[DrawnRows]:
-    """Yield ``draw(0) ... draw(count - 1)``, drawn ahead in threads (numpy releases the GIL) but not further than
-    needed.
-    """
+    """Yield ``draw(0) ... draw(count - 1)``, drawn a little ahead in threads (numpy releases the GIL)."""
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[Future[DrawnRows]] = deque()
