@@ -127,7 +127,6 @@ def encode(
     kept: Sequence[str] = (),
 ) -> Table:
     """Return ids, labels, group id, ``SPLIT``, ``ORDER`` and the ``kept`` of ``rows``, which has the last four."""
-    rows = rows.mutate(**{_digest(name): rows[name].cast("string").hexdigest("md5") for name in spec.raw_hash})
     joined = rows
     for position, name in enumerate(spec.categorical):
         if name in spec.raw_hash:
@@ -142,7 +141,8 @@ def encode(
     columns: dict[str, Column] = {}
     for position, name in enumerate(spec.categorical):
         if name in spec.raw_hash:
-            columns[name] = (digits_of(joined[_digest(name)], 0, RAW_DIGITS) + 1).fill_null(0)
+            digest = joined[name].cast("string").hexdigest("md5")
+            columns[name] = (digits_of(digest, 0, RAW_DIGITS) + 1).fill_null(0)
             continue
         columns[name] = _found(joined[f"__id{position}__"], joined[name], lookups[name])
     for name in spec.numeric:
@@ -158,10 +158,6 @@ def encode(
         columns[name] = joined[name].cast("int8")
     group = [GROUP_COLUMN] if spec.group_id else []
     return joined.select(**columns, **{name: joined[name] for name in (*group, SPLIT, ORDER, *kept)})
-
-
-def _digest(name: str) -> str:
-    return f"__digest_{name}__"
 
 
 def list_ids(rows: Table, column: str, lookup: Lookup) -> Table:

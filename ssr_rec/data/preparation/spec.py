@@ -275,12 +275,8 @@ def _problem(name: str, is_module: bool) -> str | None:
         return "DuckDB numbers its rows under that name"
     if len(quote(name, safe="")) > MAX_NAME_BYTES:
         return f"it is longer than {MAX_NAME_BYTES} bytes, as files are named after it"
-    return "PyTorch takes no table of that name" if is_module and is_no_module(name) else None
-
-
-def is_no_module(name: str) -> bool:
-    """Return whether PyTorch refuses a module of that name, as it does for dots and what its modules have already."""
-    return "." in name or name in MODULE_NAMES
+    refused = "." in name or name in MODULE_NAMES
+    return "PyTorch takes no table of that name" if is_module and refused else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -174,5 +174,4 @@ def with_group(rows: Table, name: str, whole: Numbers) -> Table:
     """Return ``rows`` with ``GROUP_COLUMN``: the number itself, else the first 60 bits of the md5 of its text."""
     if whole is True:
         return rows.mutate(**{GROUP_COLUMN: rows[name].cast("int64")})
-    rows = rows.mutate(**{GROUP_COLUMN: rows[name].cast("string").hexdigest("md5")})
-    return rows.mutate(**{GROUP_COLUMN: digits_of(rows[GROUP_COLUMN], 0, 15)})
+    return rows.mutate(**{GROUP_COLUMN: digits_of(rows[name].cast("string").hexdigest("md5"), 0, 15)})
