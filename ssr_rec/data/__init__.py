@@ -1,1 +1,1 @@
-"""From a click log to batches: synthetic.py draws one, prepare.py encodes one, reader.py reads either."""
+"""Turns a click log into batches: synthetic/ draws one, preparation/ encodes one, reader.py reads either."""

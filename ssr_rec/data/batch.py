@@ -1,4 +1,4 @@
-"""One batch of a click log, as this rank sees it."""
+"""Defines one batch of a click log, as this rank sees it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssr_rec.data.schema import Schema
 
 @dataclass
 class Batch(Pipelineable):
-    """This rank's ``B`` rows of a global batch.
+    """Holds this rank's ``B`` rows of a global batch.
 
     Attributes:
         sparse: every feature, single- and multi-valued, int64 ids, keys in schema order.

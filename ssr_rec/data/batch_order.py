@@ -1,4 +1,4 @@
-"""Which rows make up global batch k: a rule that does not know how many ranks there are.
+"""Decides which rows make up global batch k, by a rule that does not know how many ranks there are.
 
 The rows of a split, row group by row group in the epoch's shuffled order, form one line. The line is cut into
 ``num_lanes`` lanes; global batch k takes the next few rows of every lane. A rank owns some of the lanes and reads
@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``start:stop`` of a row group, counted in the group's own shuffled order."""
+    """Names rows ``start:stop`` of a row group, counted in the group's own shuffled order."""
 
     group: int
     start: int
@@ -29,7 +29,7 @@ class Piece:
 
 
 class Lanes:
-    """The cut of ``sum(group_rows)`` rows into global batches of ``batch_size`` rows over ``num_lanes`` lanes.
+    """Cuts ``sum(group_rows)`` rows into global batches of ``batch_size`` rows over ``num_lanes`` lanes.
 
     Args:
         group_rows: rows of each row group, in the epoch's order.

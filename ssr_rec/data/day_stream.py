@@ -1,4 +1,4 @@
-"""The course of a training: epochs of global batches, which are passes over one split or days one after the other."""
+"""Defines the course of a training: epochs of global batches, passes over one split or days one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssr_rec.data.schema import Schema
 
 
 class Course(Protocol):
-    """Global batches by step of the run, on any number of ranks; ``Reader`` and ``DayStream`` are such."""
+    """Gives the global batches by step of the run, on any number of ranks, as ``Reader`` and ``DayStream`` do."""
 
     schema: Schema
     num_rows: int
@@ -44,7 +44,7 @@ class Course(Protocol):
 
 
 class DayStream:
-    """Days in order of time, each an epoch; a day is shuffled and passed ``passes`` times before the next begins.
+    """Gives days in order of time, each an epoch; a day is shuffled and passed ``passes`` times before the next begins.
 
     Args:
         open_day: the reader of a day; called when the day is reached, and the one before is let go.

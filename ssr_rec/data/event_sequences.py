@@ -1,4 +1,4 @@
-"""Which list features of a dataset are columns of one sequence, and which features share a vocabulary."""
+"""Says which list features of a dataset are columns of one sequence, and which features share a vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssr_rec.data.features import Feature
 
 
 class EventSequence(Settings):
-    """A row's events, the oldest first: the k-th item of every feature belongs to the k-th event."""
+    """Names the features of a row's events, the oldest first: the k-th item of each belongs to the k-th event."""
 
     name: str
     features: list[str] = Field(min_length=1, description="list features, of equal lengths in every row")

@@ -1,4 +1,4 @@
-"""A feature of a prepared dataset: its name, kind, table size, and the encoding that made ids of its raw values."""
+"""Describes a feature of a prepared dataset: name, kind, table size, and the encoding that made ids of raw values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Column = Annotated[str, Field(max_length=1000)]
 
 
 class Vocabulary(Settings):
-    """Ids by falling count in training, or spread (``spread_ids``); ``missing_id`` is null, ``oov_id`` all others."""
+    """Gives ids by falling count in training, or spread (``spread_ids``); null is ``missing_id``, others ``oov_id``."""
 
     type: Literal["vocabulary"] = "vocabulary"
     column: str
@@ -37,7 +37,7 @@ class Vocabulary(Settings):
 
 
 class Hashing(Settings):
-    """``id = first_id + md5(value) mod num_buckets``; no vocabulary, collisions possible, servable anywhere."""
+    """Gives ``first_id + md5(value) mod num_buckets`` as id; no vocabulary, collisions possible, servable anywhere."""
 
     type: Literal["hash"] = "hash"
     column: str
@@ -47,7 +47,7 @@ class Hashing(Settings):
 
 
 class AdmittedHashing(Settings):
-    """``first_id + md5(value) mod num_buckets`` for values frequent in training; ``oov_id`` for all others."""
+    """Gives ``first_id + md5(value) mod num_buckets`` to values frequent in training, and ``oov_id`` to all others."""
 
     type: Literal["admitted_hash"] = "admitted_hash"
     column: str
@@ -60,7 +60,7 @@ class AdmittedHashing(Settings):
 
 
 class RawHash(Settings):
-    """``1 + the first 60 bits of md5(value)``: ids without end, for tables that admit and evict them in training."""
+    """Gives ``1 + the first 60 bits of md5(value)``, ids without end for tables that admit and evict in training."""
 
     type: Literal["raw_hash"] = "raw_hash"
     column: str
@@ -68,7 +68,7 @@ class RawHash(Settings):
 
 
 class LogBuckets(Settings):
-    """Equal-width buckets of ``sign(v) * log1p(|v|)`` between the training split's extremes; outside is clipped."""
+    """Cuts ``sign(v) * log1p(|v|)`` into equal-width buckets between the training split's extremes; clips outside."""
 
     type: Literal["log_buckets"] = "log_buckets"
     column: str

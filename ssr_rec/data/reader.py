@@ -1,4 +1,4 @@
-"""Parquet shards to ``Batch``: sharded over ranks by row group, shuffled, prefetched, with an exact position.
+"""Reads parquet shards into ``Batch``: sharded over ranks by row group, shuffled, prefetched, with an exact position.
 
 Which rows make up a global batch is decided in batch_order.py; this file reads them and lays them out as a
 ``KeyedJaggedTensor`` with its keys in schema order.
@@ -27,7 +27,7 @@ from ssr_rec.data.schema import Schema
 
 
 class Reader:
-    """One split of a prepared dataset as global batches, of which each rank gets its share.
+    """Reads one split of a prepared dataset as global batches, of which each rank gets its share.
 
     Args:
         folder: the prepared dataset.

@@ -1,4 +1,4 @@
-"""Parquet row groups to checked numpy arrays: the only place that trusts nothing about the files."""
+"""Reads parquet row groups into checked numpy arrays: the only place that trusts nothing about the files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPEN_FILES = 8
 
 
 class Lists(NamedTuple):
-    """A list feature of ``n`` rows: ids one row after another, int64 (n + 1,) offsets into them and (n,) lengths."""
+    """Holds a list feature of ``n`` rows: ids row after row, int64 (n + 1,) offsets into them and (n,) lengths."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -33,7 +33,7 @@ class Lists(NamedTuple):
 
 @dataclass
 class Block:
-    """``n`` decoded rows; ids are int32 where all tables are small enough, else int64.
+    """Holds ``n`` decoded rows; ids are int32 where all tables are small enough, else int64.
 
     Attributes:
         scalars: (S, n) ids of the single-valued features in schema order.
@@ -53,7 +53,7 @@ class Block:
 
 
 class SplitFiles:
-    """The row groups of one split, checked against the schema when opened and against its id ranges when read.
+    """Reads the row groups of one split, checked against the schema when opened and against its id ranges when read.
 
     At most ``OPEN_FILES`` shards are open. Of a split with more, the footers are compared with their digests at once,
     and what stands in them with the schema when a shard is opened.

@@ -1,4 +1,4 @@
-"""What a prepared dataset is: features, cardinalities, labels, group id, splits; read and written as schema.json.
+"""Describes a prepared dataset: features, cardinalities, labels, group id, splits; read and written as schema.json.
 
 A prepared dataset is a folder: ``schema.json``, parquet shards of each split, and the fitted vocabularies.
 In a shard, a single-valued feature is an int64 column of ids, a list feature a ``list<int64>`` column,
@@ -47,7 +47,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class Lookups(Settings):
-    """How many of a feature's values, list items counted singly, have the id of missing or of unknown values."""
+    """Counts how many of a feature's values, list items counted singly, have the id of missing or of unknown values."""
 
     total: int = Field(ge=0)
     missing: int = Field(ge=0)
@@ -90,7 +90,7 @@ class Split(Settings):
 
 
 class Ceiling(Settings):
-    """What the true probabilities of a synthetic log reach on a split: no model can do better but by luck."""
+    """Says what the true probabilities of a synthetic log reach on a split: no model can do better but by luck."""
 
     auc: float
     logloss: float = Field(description="nats per row")
@@ -104,7 +104,7 @@ class Days(Settings):
 
 
 class Addition(Settings):
-    """Days added to a dataset after it was made (``data/preparation/append_days.py``)."""
+    """Records days added to a dataset after it was made (``data/preparation/append_days.py``)."""
 
     before: str = Field(description="dataset_id until then")
     days: list[str] = Field(min_length=1, description="the added ones, in order of time")

@@ -1,4 +1,4 @@
-"""How a dataset uses the tables it asks for: ids seen in training, their skew, and what hashing makes collide."""
+"""Counts how a dataset uses the tables it asks for: ids seen in training, their skew, what hashing makes collide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssr_rec.data.schema import Lookups, Schema
 
 @dataclass(frozen=True)
 class Use:
-    """One feature's table, over the rows that are trained on.
+    """Says how one feature's table is used, over the rows that are trained on.
 
     Attributes:
         table_rows: of its table; None: a config says (raw hashes).

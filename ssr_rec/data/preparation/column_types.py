@@ -1,4 +1,4 @@
-"""The type of every column: as its role wants it, and the same in every file of a log."""
+"""Gives every column its type: as its role wants it, and the same in every file of a log."""
 
 from __future__ import annotations
 

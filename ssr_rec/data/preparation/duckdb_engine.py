@@ -1,4 +1,4 @@
-"""The engine of one machine: DuckDB, which spills to disk beyond a memory limit."""
+"""Prepares on one machine with DuckDB, which spills to disk beyond a memory limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One input file as a lazy DuckDB table, and what is wrong with its first bad row."""
+"""Opens one input file as a lazy DuckDB table, and finds what is wrong with its first bad row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encodings of paper 4.1.1 as Ibis expressions: vocabulary, hash, log buckets, lists.
+"""Makes the encodings of paper 4.1.1 as Ibis expressions: vocabulary, hash, log buckets, lists.
 
 Nothing here is an engine's own: no UDF, no backend SQL, no window over all rows. Row arithmetic stays within int64.
 """
@@ -26,7 +26,7 @@ RAW_DIGITS = 15
 
 @dataclass(frozen=True)
 class Lookup:
-    """A staged table (``value``, ``id``) of the ids of a column's values; a value it lacks is out of vocabulary."""
+    """Holds a staged table (``value``, ``id``) of a column's ids; a value it lacks is out of vocabulary."""
 
     table: Table
     encoding: Vocabulary | Hashing | AdmittedHashing

@@ -1,4 +1,4 @@
-"""What the preparation asks of an engine. All else is Ibis expressions, the same for every engine."""
+"""Defines what the preparation asks of an engine. All else is Ibis expressions, the same for every engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROW = "__row__"
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: its rows, lazily, and what to say of the row that broke reading it (None: nothing known)."""
+    """Gives one input file's rows, lazily, and what to say of the row that broke reading it (None: nothing known)."""
 
     path: Path
     rows: Table
@@ -38,7 +38,7 @@ Progress = Callable[[str, int], None]
 
 
 class Engine(Protocol):
-    """Where tables are kept and expressions run. Its methods raise ValueError for what the user can mend."""
+    """Keeps tables and runs expressions. Its methods raise ValueError for what the user can mend."""
 
     def stage(
         self, name: str, files: Sequence[Path], open_source: OpenSource, progress: Progress

@@ -1,4 +1,4 @@
-"""The engines of the preparation, and the choice between them."""
+"""Defines the settings of the preparation's engines, and chooses between the engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssr_rec.data.preparation.engine import Engine
 
 @dataclass(frozen=True)
 class SparkSettings:
-    """Which Spark to prepare on.
+    """Says which Spark to prepare on.
 
     Attributes:
         master: as ``--master`` of spark-submit; None: what spark-submit says, else this machine.
@@ -27,7 +27,7 @@ class SparkSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a log is prepared with.
+    """Says what a log is prepared with.
 
     Attributes:
         memory_limit: of the engine, which spills to a temporary folder beside the output beyond it, or of the system.

@@ -47,7 +47,7 @@ VOCABULARY_FOLDER = "vocabularies"
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """A log and what decides where its rows go."""
+    """Holds a log and what decides where its rows go."""
 
     log: Log
     """Staged with ``ORDER``, and ``SPLIT`` where the splits are days."""

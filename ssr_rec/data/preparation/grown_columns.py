@@ -1,4 +1,4 @@
-"""What holds a dataset together that grows: the types its columns had, and ids that a day cannot know yet."""
+"""Holds a growing dataset together: by the types its columns had, and without ids that a day cannot know yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Histories made from the log: for each row the events of the same user that are strictly earlier, the last of them.
+"""Makes histories from the log: for each row the events of the same user that are strictly earlier, the last of them.
 
 A user's events are numbered by time and put into blocks of L, ``max_length``. The last L of a row's earlier events lie
 in two neighbouring blocks, which two joins bring: no row is multiplied by its events, and no user's history is ever

@@ -1,4 +1,4 @@
-"""Names that PyTorch refuses for a part of a model, without PyTorch, which takes seconds to import."""
+"""Lists the names that PyTorch refuses for a part of a model, without PyTorch, which takes seconds to import."""
 
 _NAMES = """
     T_destination _apply _backward_hooks _backward_pre_hooks _buffers _call_impl _compiled_call_impl _forward_hooks

@@ -1,4 +1,4 @@
-"""What each preset of `tools/prepare_data.py` reads and how: built-in specs, with a reading expression where needed.
+"""Says what each preset of `tools/prepare_data.py` reads and how: built-in specs, and a reading expression if needed.
 
 Formats: Criteo Kaggle display advertising (2014), Avazu Kaggle (2014), Ali-CCP (Tianchi dataset 408).
 """

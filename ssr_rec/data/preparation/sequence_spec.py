@@ -1,4 +1,4 @@
-"""The ``sequences`` and ``vocabularies`` of a spec: which columns are events, and which share their ids."""
+"""Defines the ``sequences`` and ``vocabularies`` of a spec: which columns are events, and which share their ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_EVENTS = 4096
 
 
 class FromLog(Settings):
-    """A history made from the log: the rows of the same ``by`` that are strictly earlier."""
+    """Asks for a history made from the log: the rows of the same ``by`` that are strictly earlier."""
 
     by: str = Field(description="whose history it is, such as the user")
     order: str = Field(description="time of a row; rows of the same time are not in each other's histories")
@@ -43,7 +43,7 @@ class FromLog(Settings):
 
 
 class SequenceSpec(Settings):
-    """A row's events, the oldest first: list columns of the log, or a history made from its rows."""
+    """Says what a row's events are, the oldest first: list columns of the log, or a history made from its rows."""
 
     max_length: int = Field(ge=1, le=MAX_EVENTS, description="events kept per row, the last ones")
     columns: list[str] = Field(default_factory=list, description="list columns of ids, aligned")

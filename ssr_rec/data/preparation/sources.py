@@ -31,7 +31,7 @@ MAX_HEADER_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Log:
-    """All input rows, staged, one column per used column of the spec."""
+    """Holds all input rows, staged, one column per used column of the spec."""
 
     engine: Engine
     table: Table

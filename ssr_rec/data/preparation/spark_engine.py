@@ -1,4 +1,4 @@
-"""The engine of many machines: Spark, local or on a cluster. Needs pyspark, the extra ``spark`` of the package.
+"""Prepares on many machines with Spark, local or on a cluster. Needs pyspark, the extra ``spark`` of the package.
 
 Input files are parsed and shards are written by the executors; the driver holds vocabularies and counts, never rows.
 """

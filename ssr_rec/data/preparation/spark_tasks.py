@@ -1,4 +1,4 @@
-"""What the executors of Spark run in Python: parsing input files and writing shards, with the code of one machine.
+"""Parses input files and writes shards in Python on the executors of Spark, with the code of one machine.
 
 Nothing of Spark is imported here: record batches come and go.
 """
@@ -39,7 +39,7 @@ _MARK = "ssr_rec refuses: "
 
 @dataclass(frozen=True)
 class ReadFiles:
-    """Numbers of files to the rows of these files, with ``FILE`` and ``POSITION``.
+    """Turns numbers of files into the rows of these files, with ``FILE`` and ``POSITION``.
 
     Attributes:
         types: of the columns.
@@ -94,7 +94,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class WriteShard:
-    """The rows of one shard, in order and with ``SHARD``, to a file and one row about it: ``RESULT``."""
+    """Writes the rows of one shard, in order and with ``SHARD``, to a file and yields one row about it: ``RESULT``."""
 
     shards: Sequence[ShardTask]
     columns: pa.Schema

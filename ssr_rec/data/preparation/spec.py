@@ -1,4 +1,4 @@
-"""The spec of a table: which column of a log is what, and how it is split and encoded (`tools/prepare_data.py`)."""
+"""Defines a table's spec: which column of a log is what, and how it is split and encoded (`tools/prepare_data.py`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_ITEMS = 2**22
 
 
 class TextFormat(Settings):
-    """How CSV and TSV files are cut into columns; parquet files ignore it."""
+    """Says how CSV and TSV files are cut into columns; parquet files ignore it."""
 
     delimiter: str | None = Field(None, min_length=1, max_length=4, description="None: comma for .csv, tab otherwise")
     header: bool = True
@@ -67,7 +67,7 @@ class RandomSplit(Settings):
 
 
 class TimeSplit(Settings):
-    """``train < boundaries[0] <= validation < boundaries[1] <= test``; ratios take the boundaries from the column."""
+    """Splits ``train < boundaries[0] <= validation < boundaries[1] <= test``; ratios take them from the column."""
 
     type: Literal["time"] = "time"
     column: str

@@ -1,4 +1,4 @@
-"""Which split a row falls to, its place in the shuffle, and its group id, as Ibis expressions.
+"""Decides which split a row falls to, its place in the shuffle, and its group id, as Ibis expressions.
 
 Nothing here is an engine's own but ``hex_number``: no other UDF, no backend SQL, no window over all rows. Row
 arithmetic stays within int64.

@@ -1,4 +1,4 @@
-"""Known vocabularies as lookups again, and further values appended to them; ids that are given never move."""
+"""Reads known vocabularies as lookups again, and appends further values to them; ids that are given never move."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssr_rec.data.preparation.split import SPLIT
 
 @dataclass(frozen=True)
 class Growth:
-    """What days added to a vocabulary."""
+    """Holds what days added to a vocabulary."""
 
     values: pa.Table
     """(value as in the column, id, count on the day that gave the id)."""

@@ -1,4 +1,4 @@
-"""The condition of a history's events: ``click = 1 and kind != 'ad'``, read by us and never by a database."""
+"""Parses the condition of a history's events, ``click = 1 and kind != 'ad'``, so that no database parses it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _AND = re.compile(r"\s+and\s+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Condition:
-    """A column, a comparison and what it is compared with, a number or a text."""
+    """Names a column, a comparison and what it is compared with, a number or a text."""
 
     column: str
     sign: str

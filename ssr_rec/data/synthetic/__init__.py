@@ -1,1 +1,1 @@
-"""The synthetic click log that the repository draws for itself."""
+"""Draws the repository's own synthetic click log."""

@@ -1,4 +1,4 @@
-"""What a synthetic log is made of: its features and the config of its size and difficulty."""
+"""Says what a synthetic log is made of: its features and the config of its size and difficulty."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ USER, ITEM, CATEGORY, HISTORY = "user_id", "item_id", "item_category", "history"
 
 
 class Planted(NamedTuple):
-    """A single-valued feature of the truth; ``most_ids`` None: as many as there are users or items."""
+    """Describes a single-valued feature of the truth; ``most_ids`` None: as many as there are users or items."""
 
     name: str
     group: Literal["user", "item", "context"]
@@ -52,7 +52,7 @@ def products(order: int) -> list[tuple[str, ...]]:
 
 
 class SyntheticConfig(Settings):
-    """A synthetic click log: its size, its fields and how hard it is."""
+    """Configures a synthetic click log: its size, its fields and how hard it is."""
 
     seed: int = Field(0, ge=0, description="of the truth and of the rows")
     train_rows: int = Field(2_000_000, ge=1, description="rows of the training split")

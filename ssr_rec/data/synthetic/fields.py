@@ -1,4 +1,4 @@
-"""How the features of a synthetic log are drawn: Zipf ids, attributes of users and items, histories, noise.
+"""Draws the features of a synthetic log: Zipf ids, attributes of users and items, histories, noise.
 
 Every column has its own random stream keyed by ``(seed, split, block, column)``. So any block can be drawn alone,
 its first rows do not depend on how many are asked, and a column does not move when another is added.
@@ -28,7 +28,7 @@ Kind = Literal["categorical", "numeric", "list"]
 
 
 class Distribution:
-    """A distribution over the ids [0, size), drawn by inverting its cumulative sum.
+    """Draws from a distribution over the ids [0, size) by inverting its cumulative sum.
 
     A table over equal cells of [0, 1) answers most draws; only cells that hold a boundary between ids need the
     binary search, which is several times slower.
@@ -54,7 +54,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Column:
-    """How the ids of a feature are drawn.
+    """Says how the ids of a feature are drawn.
 
     With ``parent`` (the user or item column) an id is ``of_parent[parent's id]`` in a share ``fidelity`` of the
     draws and else drawn from ``own``. With ``crossed`` it is a hash of two other columns and ``own`` only gives
@@ -82,7 +82,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Fields:
-    """Drawn features: ``ids[name]`` (rows,) int64; row i's history is ``history[offsets[i]:offsets[i + 1]]``."""
+    """Holds drawn features: ``ids[name]`` (rows,) int64; row i's history is ``history[offsets[i]:offsets[i + 1]]``."""
 
     ids: dict[str, np.ndarray]
     history: np.ndarray

@@ -1,4 +1,4 @@
-"""The planted truth of a synthetic log: the click and pay probabilities of any row. Formulas: docs/synthetic.md."""
+"""Plants the truth of a synthetic log: the click and pay probabilities of any row. Formulas: docs/synthetic.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Kind = Literal["main", "pair", "triple", "history"]
 
 @dataclass(frozen=True)
 class DrawnRows:
-    """Drawn rows: features, and per label the true probabilities (rows,) float64 and the outcomes (rows,) int8."""
+    """Holds drawn rows: features, and per label the true probabilities (rows,) float64 and outcomes (rows,) int8."""
 
     fields: Fields
     probabilities: dict[str, np.ndarray]
@@ -39,7 +39,7 @@ class DrawnRows:
 
 @dataclass(frozen=True)
 class Term:
-    """``weight * sum_d prod_j tables[j][id of fields[j], d]``; a history enters as the mean of its entries' rows.
+    """Gives ``weight * sum_d prod_j tables[j][id of fields[j], d]``; a history enters as the mean of its entries' rows.
 
     ``tables[j]`` is (ids of fields[j], latent width) float32. An empty history enters as zeros.
     """
@@ -63,7 +63,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Truth:
-    """``p_click = s(click_bias + z)`` and ``p_pay = p_click * s(pay_bias + carry * z + own)``.
+    """Gives ``p_click = s(click_bias + z)`` and ``p_pay = p_click * s(pay_bias + carry * z + own)``.
 
     ``s`` is the logistic function, ``z`` the sum of the ``click`` terms and ``own`` that of the ``conversion`` terms.
     """

@@ -1,4 +1,4 @@
-"""A planted click log of any size, written as a prepared dataset together with the best AUC and logloss possible.
+"""Writes a planted click log of any size as a prepared dataset, together with the best AUC and logloss possible.
 
 Blocks of rows are drawn in threads and written in order, so memory does not depend on the number of rows.
 """
