@@ -1,1 +1,1 @@
-"""Embedding tables: from the schema to sharded ``EmbeddingBagCollection``s."""
+"""Makes embedding tables: from the schema to sharded ``EmbeddingBagCollection``s."""

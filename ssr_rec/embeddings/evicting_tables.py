@@ -1,4 +1,4 @@
-"""Tables of fixed size whose ids come and go with training: TorchRec's managed collision, the same state on every rank.
+"""Lets the ids of fixed-size tables come and go with training: TorchRec's managed collision, equal on every rank.
 
 TorchRec's ``MCHManagedCollisionModule`` decides which ids have a row; this file feeds it, keeps its state complete, and
 clears the rows that change hands. Its sharded form is not used: it has no eviction on the CPU, splits the ids by rank,
@@ -32,7 +32,7 @@ POLICIES = {"lfu": LFU_EvictionPolicy, "lru": LRU_EvictionPolicy, "distance_lfu"
 
 
 class Held(NamedTuple):
-    """What this rank holds of one table: a shard and the optimizer's state of its rows."""
+    """Names what this rank holds of one table: a shard and the optimizer's state of its rows."""
 
     table: str
     weight: Tensor
@@ -44,7 +44,7 @@ class Held(NamedTuple):
 
 
 class ManagedIds(nn.Module):
-    """Ids of the managed features to rows of their tables: ``forward(sparse of B rows) -> sparse``; others stay.
+    """Maps ids of the managed features to rows of their tables: ``forward(sparse of B rows) -> sparse``; others stay.
 
     In training the ids of all ranks, in the order of the global batch, are counted, and every ``interval`` steps the
     most valuable ones get rows; evaluation only looks up. An id without a row has the table's last.
@@ -116,7 +116,7 @@ class ManagedIds(nn.Module):
 
 
 class IdTable(MCHManagedCollisionModule):
-    """TorchRec's module for one table, whose buffers are all of its state.
+    """Keeps all state of TorchRec's module for one table in buffers.
 
     TorchRec keeps the ids counted since the last eviction, and when that was, outside of them, and has room for 1.25
     times those of the first batch.

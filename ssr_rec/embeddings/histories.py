@@ -1,4 +1,4 @@
-"""Sequences of a config, resolved against a schema: what an event is made of, and which tables are read un-pooled.
+"""Resolves a config's sequences against a schema: what an event is made of, and which tables are read un-pooled.
 
 A table that a sequence reads is read un-pooled for every feature of it, since no table can be in two collections
 (pytorch/torchrec#2268). FBGEMM reads un-pooled rows on the CPU many times slower than bags of one id each
@@ -23,7 +23,7 @@ from ssr_rec.data.schema import Schema
 
 @dataclass(frozen=True)
 class History:
-    """A sequence that an encoder reads.
+    """Describes a sequence that an encoder reads.
 
     Attributes:
         columns: the features of an event, those with a target first, in the order of ``targets``.
@@ -106,7 +106,7 @@ def _one_a_table(columns: Sequence[Feature]) -> list[Feature]:
 
 @dataclass(frozen=True)
 class Reading:
-    """Which features are read how.
+    """Says which features are read how.
 
     Attributes:
         fields: features with a field of their own in the input vector, in schema order: all but the events'.
@@ -147,7 +147,7 @@ def reading_of(schema: Schema, sequences: Mapping[str, SequenceConfig]) -> Readi
 
 
 class EventIds(nn.Module):
-    """The ids of the un-pooled tables as bags of one: KeyedJaggedTensor of B rows to one of as many bags as ids.
+    """Puts the ids of the un-pooled tables in bags of one: KeyedJaggedTensor of B rows to one of as many bags as ids.
 
     ``events`` names the features of each table, whose key holds their ids one after another. All keys have as many bags
     as the longest; those beyond a key's ids are empty.

@@ -1,4 +1,4 @@
-"""A sharding plan as a file: plain JSON that a job follows exactly, or refuses with every difference.
+"""Writes and reads a sharding plan as a file: plain JSON that a job follows exactly, or refuses with every difference.
 
 ``tools/plan_sharding.py --save`` writes one; ``sharding.plan`` names it. It holds where every shard of every table
 lies, and nothing that runs.
@@ -38,7 +38,7 @@ class PlannedShard(Settings):
 
 
 class PlannedTable(Settings):
-    """One table; a replicated one (data_parallel) has no shards."""
+    """Describes one table; a replicated one (data_parallel) has no shards."""
 
     rows: int = Field(ge=1)
     columns: int = Field(ge=1)
@@ -50,7 +50,7 @@ class PlannedTable(Settings):
 
 
 class PlanFile(Settings):
-    """A plan and what it is for."""
+    """Holds a plan and what it is for."""
 
     format_version: Literal[1] = 1
     kind: Literal["ssr_rec sharding plan"] = "ssr_rec sharding plan"

@@ -80,7 +80,7 @@ def build_sharder(config: ShardingConfig, device_type: str, batch_size: int = 1)
 
 
 class _ScaledCodec(QuantizedCommCodec):
-    """fp16 of gradients times ``scale``. FBGEMM's own ``loss_scale`` divides in fp16, which loses what it had kept."""
+    """Sends gradients times ``scale`` as fp16. FBGEMM's ``loss_scale`` divides in fp16 and loses what it had kept."""
 
     def __init__(self, scale: float) -> None:
         super().__init__(SparseType.FP16, is_fwd=False)

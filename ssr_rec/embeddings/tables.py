@@ -1,4 +1,4 @@
-"""Schema to tables to ``EmbeddingBagCollection``, with its optimizer in the backward pass."""
+"""Turns a schema into tables and an ``EmbeddingBagCollection`` with its optimizer in the backward pass."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def columns_per_dim(dims: Sequence[int]) -> int:
 
 
 class Tables(NamedTuple):
-    """The collections of a model."""
+    """Holds the collections of a model."""
 
     pooled: EmbeddingBagCollection
     events: EmbeddingBagCollection | None
@@ -181,7 +181,7 @@ def plain_tables(
 
 
 class ConcatFields(nn.Module):
-    """``KeyedTensor`` to the inputs of the over-arch: (B, sum of dims) for the fields and for each extra set.
+    """Turns a ``KeyedTensor`` into the over-arch's inputs: (B, sum of dims) for the fields and for each extra set.
 
     ``KeyedTensor.values()`` of a sharded collection is ordered by the sharding plan, so the order is restored by
     name: SSR-S's indices, and any checkpoint, depend on it.

@@ -1,4 +1,4 @@
-"""The hot operators of the over-archs, one function each, on plain tensors.
+"""Defines the hot operators of the over-archs, one function each, on plain tensors.
 
 ``ics`` and ``view_fusion`` are the entry points. Each is a torch operator, ``ssr_rec::ics`` and
 ``ssr_rec::view_fusion``, whose autograd formula is made of four more, with one implementation per device. An

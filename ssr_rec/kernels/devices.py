@@ -1,4 +1,4 @@
-"""Which devices have fast forms of the operators, loaded or registered at the first use."""
+"""Says which devices have fast forms of the operators, and loads or registers these at the first use."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""The C++ forms of the operators: built once with this machine's compiler, then loaded by every process.
+"""Builds the C++ forms of the operators once with this machine's compiler, and loads them in every process.
 
 The library stands in torch's extension cache (``TORCH_EXTENSIONS_DIR``, or ~/.cache/torch_extensions, or one under the
 temporary folder where there is no home to write to) under a name made of its sources, torch's version and the vector

@@ -1,4 +1,4 @@
-"""Iterative Competitive Sparse (ICS), the operator of SSR-D's filter: the paper's Algorithm 1."""
+"""Computes Iterative Competitive Sparse (ICS), the operator of SSR-D's filter: the paper's Algorithm 1."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The operators of the over-archs written plainly: what every fast form must equal, and what runs where none does."""
+"""Writes the operators of the over-archs plainly: what every fast form must equal, and what runs where none does."""
 
 import torch
 from torch import Tensor

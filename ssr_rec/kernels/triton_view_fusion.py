@@ -1,4 +1,4 @@
-"""Filter-and-fuse on a GPU: gather, product of each view, bias, GELU, residual and LayerNorm in few passes over memory.
+"""Filters and fuses on a GPU: gather, product of each view, bias, GELU, residual, LayerNorm in few passes over memory.
 
 The functions have the signatures of ``ssr_rec.kernels``. 16-bit types have one kernel from x to y: a tile of one view's
 products never leaves the registers before it is normalised, and only what the backward needs is written beside y.

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``triton_view_fusion``: one tile of rows of one view at a time.
+"""Defines the Triton kernels of ``triton_view_fusion``: one tile of rows of one view at a time.
 
 Letters as in ``ssr_rec.over_archs``, N (``inner``) the dims a view's dense layer sees. Tiles are powers of two:
 ``inside`` marks the entries that exist. ``A`` is the type of the arithmetic. A None leaves its part out.

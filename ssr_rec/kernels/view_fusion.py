@@ -1,4 +1,4 @@
-"""Filter-and-fuse: the view-wise dense layer of SSR with what stands before and behind it."""
+"""Computes filter-and-fuse: the view-wise dense layer of SSR with what stands before and behind it."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Filter-and-fuse of SSR-S for scoring: no gradients, the samples of a batch side by side."""
+"""Computes filter-and-fuse of SSR-S for scoring: no gradients, the samples of a batch side by side."""
 
 import torch
 from torch import Tensor

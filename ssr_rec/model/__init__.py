@@ -1,1 +1,1 @@
-"""The model: tables, over-arch, heads and loss, sharded or plain."""
+"""Puts the model together: tables, over-arch, heads and loss, sharded or plain."""

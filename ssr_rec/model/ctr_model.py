@@ -1,4 +1,4 @@
-"""CTRModel: tables + over-arch + heads; TrainTask adds the loss."""
+"""CTRModel joins tables, over-arch and heads; TrainTask adds the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ssr_rec.over_archs.layers import Dropout, ViewLinear
 
 
 class Heads(nn.Module):
-    """A tower and a linear head per task: features (B, H), shared, or (B, T, H), each task's own, to logits (B, T)."""
+    """Gives each task a tower and a linear head: features (B, H), shared, or (B, T, H), its own, to logits (B, T)."""
 
     def __init__(self, out_features: int, num_tasks: int, config: HeadsConfig | None = None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Heads(nn.Module):
 
 
 class DenseArch(nn.Module):
-    """All that is not a table: embeddings to the input vector, the over-arch, the heads.
+    """Runs all that is not a table: embeddings to the input vector, the over-arch, the heads.
 
     A module of its own because TorchRec's pipeline traces the parts that hold tables and leaves the others alone.
 
@@ -109,7 +109,7 @@ def joined(inputs: Sequence[Tensor], encoded: Tensor, extra: nn.ModuleList) -> l
 
 
 class CTRModel(nn.Module):
-    """Ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows) -> (B, T)``.
+    """Maps ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows) -> (B, T)``.
 
     Args:
         managed: says which row an id has now, where tables are smaller than the range of ids.

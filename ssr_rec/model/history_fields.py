@@ -1,4 +1,4 @@
-"""Histories to fields: each sequence's encoder, fed with the un-pooled vectors of its events and targets."""
+"""Turns histories into fields: feeds each sequence's encoder with the un-pooled vectors of its events and targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssr_rec.sequences.registry import ENCODERS, build_encoder
 
 
 class HistoryFields(nn.Module):
-    """The fields that are read un-pooled: those of sequences, and those of single features that share their tables.
+    """Makes the fields that are read un-pooled: of sequences, and of single features that share their tables.
 
     Args:
         reading: how each feature is read.

@@ -1,4 +1,4 @@
-"""The training loss: the model and the weighted cross entropy of its tasks."""
+"""Computes the training loss: the model and the weighted cross entropy of its tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssr_rec.model.ctr_model import CTRModel
 
 
 class TrainTask(nn.Module):
-    """``forward(batch) -> (loss, (loss, logits, labels, group_ids))``, what TorchRec's pipelines expect.
+    """Gives ``forward(batch) -> (loss, (loss, logits, labels, group_ids))``, what TorchRec's pipelines expect.
 
     The loss to differentiate is this rank's part of the global mean, times the world size: DDP and TorchRec both
     average gradients over ranks, so ranks with more rows weigh more and the step equals that of one process.
@@ -35,7 +35,7 @@ class TrainTask(nn.Module):
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Sum over rows of the tasks' weighted mean of binary cross-entropy, nats."""
+    """Sums over rows the tasks' weighted mean of binary cross-entropy, in nats."""
 
     weights: Tensor
 

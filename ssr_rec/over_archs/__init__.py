@@ -1,4 +1,4 @@
-"""Over-archs: pure tensor code from the concatenated embeddings to features for the task heads.
+"""Over-archs turn the concatenated embeddings into features for the task heads, in pure tensor code.
 
     over_arch = SSR(num_fields=26, embedding_dim=16, num_tasks=1, config=SSRConfig(filter="static"))
     features = over_arch(x)                     # (B, F*D) -> (B, over_arch.out_features)

@@ -65,7 +65,7 @@ class LogarithmicNeurons(nn.Module):
 
 
 class HiddenLayers(nn.Sequential):
-    """ReLU layers with the norm of ``hidden_norm``, each followed by its dropout (if any): (B, fan_in) -> (B, H)."""
+    """Runs ReLU layers with the norm of ``hidden_norm``, each followed by dropout (if any): (B, fan_in) -> (B, H)."""
 
     def __init__(self, fan_in: int, hidden: Sequence[int], config: AFNConfig) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class HiddenLayers(nn.Sequential):
 
 
 class AFN(OverArch):
-    """ReLU layers over logarithmic neurons; AFN+: concatenated with a deep network over the tables "deep".
+    """Puts ReLU layers over logarithmic neurons; AFN+ concatenates them with a deep network over the tables "deep".
 
     (B, F*D) -> (B, hidden[-1]); with ``plus`` a second (B, F*D), -> (B, hidden[-1] + deep_hidden[-1]). A linear head
     over the concatenation is the sum of a logit of each branch.

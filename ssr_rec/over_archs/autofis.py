@@ -24,7 +24,7 @@ GRAM_ENTRIES_PER_PAIR = 16
 
 
 class PairProducts(nn.Module):
-    """Inner products of pairs of fields: (B, F, D) -> (B, P).
+    """Computes inner products of pairs of fields: (B, F, D) -> (B, P).
 
     Many pairs are read off the Gram matrix of all fields, (B, F, F). Few are gathered and multiplied, at a cost in
     time and memory of P * D per sample, which for all pairs is about D / 2 times the Gram matrix.
@@ -55,7 +55,7 @@ class PairProducts(nn.Module):
 
 
 class PairNorm(nn.Module):
-    """Batch norm of every pair's product without scale and shift: (B, P) -> (B, P).
+    """Applies batch norm to every pair's product, without scale and shift: (B, P) -> (B, P).
 
     Without it a small alpha and large embeddings would do the same as a large alpha and small embeddings, so alpha
     would say nothing about a pair's importance (AutoFIS, search stage).
@@ -84,7 +84,7 @@ class PairNorm(nn.Module):
 
 
 class AutoFIS(OverArch):
-    """AutoDeepFM (Liu et al., "AutoFIS", KDD 2020): ``first order + sum of alpha_ij BN(<e_i, e_j>) + deep``.
+    """Computes AutoDeepFM (Liu et al., "AutoFIS", KDD 2020): ``first order + sum of alpha_ij BN(<e_i, e_j>) + deep``.
 
     (B, F*D), first order (B, F*T) -> deep features (B, hidden[-1]), logits (B, T) of first order and pairs.
 

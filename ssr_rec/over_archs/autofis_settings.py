@@ -1,4 +1,4 @@
-"""The settings of AutoFIS and of its gates' optimizer, importable without torch."""
+"""Defines the settings of AutoFIS and of its gates' optimizer, importable without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEARNING_RATE, C, MU = 1.0, 5e-4, 0.8
 
 
 class AutoFISConfig(OverArchSettings):
-    """AutoDeepFM. ``pairs`` decides the stage: without it the search, with it the model of these pairs."""
+    """Configures AutoDeepFM. ``pairs`` decides the stage: without it the search, with it the model of these pairs."""
 
     name: Literal["autofis"] = "autofis"
     pairs: list[Pair] | None = Field(

@@ -1,4 +1,4 @@
-"""AutoInt: multi-head self-attention over the fields (Song et al., CIKM 2019)."""
+"""AutoInt runs multi-head self-attention over the fields (Song et al., CIKM 2019)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class InteractingLayer(nn.Module):
 
 
 class AutoInt(OverArch):
-    """Interacting layers, all fields of the last one concatenated; AutoInt+ adds the features of a DNN (5.5).
+    """Stacks interacting layers and concatenates all fields of the last one; AutoInt+ adds the features of a DNN (5.5).
 
     (B, F*D) -> (B, F * heads * attention_dim + deep_hidden[-1]), attention first.
 

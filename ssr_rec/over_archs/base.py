@@ -1,4 +1,4 @@
-"""The contract of every over-arch, and the cost figures all of them report."""
+"""Defines the contract of every over-arch, and the cost figures all of them report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOLDED_NORM_FLOPS = 2
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one forward pass for ONE sample, dropout off.
+    """Counts floating-point operations of one forward pass for ONE sample, dropout off.
 
     ``matmul`` counts a multiply-add as two, the convention of the paper's tables and of
     ``torch.utils.flop_counter``. ``elementwise`` is everything else at one per arithmetic

@@ -1,4 +1,4 @@
-"""The ``over_arch`` section of a config: any over-arch's settings, told apart by ``name``."""
+"""Defines the ``over_arch`` section of a config: any over-arch's settings, told apart by ``name``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DCN v2: explicit bounded-degree feature crosses, beside or below a deep network (Wang et al., WWW 2021)."""
+"""DCN v2 crosses features explicitly, to a bounded degree, beside or below a deep network (Wang et al., WWW 2021)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssr_rec.over_archs.settings import DCNv2Config
 
 
 class CrossLayer(nn.Module):
-    """``x_0 * (W x_l + b) + x_l`` (eq. 1), ``W = U V^T`` if there is a rank (eq. 2): (B, N) -> (B, N)."""
+    """Computes ``x_0 * (W x_l + b) + x_l`` (eq. 1), ``W = U V^T`` if there is a rank (eq. 2): (B, N) -> (B, N)."""
 
     def __init__(self, width: int, config: DCNv2Config) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class CrossLayer(nn.Module):
 
 
 class MixtureCrossLayer(nn.Module):
-    """``sum_i G_i E_i + x_l``, ``E_i = x_0 * (U_i tanh(C_i tanh(V_i^T x_l)) + b)`` (eq. 3 and 4): (B, N) -> (B, N).
+    """Gives ``sum_i G_i E_i + x_l``, ``E_i = x_0 * (U_i tanh(C_i tanh(V_i^T x_l)) + b)`` (eq. 3, 4): (B, N) -> (B, N).
 
     The gates sum to 1, so the sum is ``x_0 * ([U_1 .. U_K] [G_1 h_1 .. G_K h_K] + b)``: one product for all experts.
     """
@@ -67,7 +67,7 @@ class MixtureCrossLayer(nn.Module):
 
 
 class CrossNetwork(nn.Module):
-    """Cross layers, each fed with the input and the output of the one before: (B, N) -> (B, N).
+    """Stacks cross layers, each fed with the input and the output of the one before: (B, N) -> (B, N).
 
     DCN-Mix has one set of gates for all layers: a softmax over the experts, without bias.
     """
@@ -100,7 +100,7 @@ class CrossNetwork(nn.Module):
 
 
 class DCNv2(OverArch):
-    """Cross network and deep network (paper, section 3.4 and figure 1).
+    """Joins a cross network and a deep network (paper, section 3.4 and figure 1).
 
     (B, F*D) -> (B, F*D + hidden[-1]), crosses first; (B, hidden[-1]) when stacked; (B, F*D) without deep network.
 

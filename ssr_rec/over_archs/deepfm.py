@@ -1,4 +1,4 @@
-"""DeepFM: a factorization machine and a deep network over the same embeddings."""
+"""DeepFM puts a factorization machine and a deep network over the same embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def factorization_machine(fields: Tensor) -> Tensor:
 
 
 class DeepFM(OverArch):
-    """``logit_t = sum_f w_tf + s_t FM(x) + <v_t, deep(x)> + b_t`` (eq. 1-4), v and b being the head's.
+    """Makes the parts of ``logit_t = sum_f w_tf + s_t FM(x) + <v_t, deep(x)> + b_t`` (eq. 1-4); v and b are the head's.
 
     (B, F*D) and the first order (B, F*T), which holds the T weights of a field one after another, -> the deep
     features (B, hidden[-1]) and logits (B, T). The scales s exist with several tasks only: they share the

@@ -1,4 +1,4 @@
-"""The filters of an SSR layer: what picks, for every view, the signals its dense fusion gets to see.
+"""Defines the filters of an SSR layer, which pick, for every view, the signals its dense fusion gets to see.
 
 To add one: a class with the methods of ``Filter``, a name in ``FilterName``, its keys in ``FILTER_KEYS`` and a
 line in ``FILTERS``.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Filter(nn.Module, ABC):
-    """``(B, width) -> (B, V, out_dim)``: b views from the whole input (eq. 2).
+    """Makes b views from the whole input (eq. 2): ``(B, width) -> (B, V, out_dim)``.
 
     Args of every filter: ``width`` of the layer's input, ``layer`` its position in the stack, ``config``.
 
@@ -139,7 +139,7 @@ class IcsFilter(Filter):
 
 
 class TopKFilter(Filter):
-    """Top-k with a straight-through gradient instead of ICS (paper, Table 4).
+    """Takes the top k with a straight-through gradient instead of ICS (paper, Table 4).
 
     ``h_i`` is ``x W_i^proj`` with all but its ``top_k`` largest dims set to zero; the backward pass takes the
     selection for the identity, so that dims that were cut get a gradient too.

@@ -1,4 +1,4 @@
-"""GRDA: generalized regularized dual averaging, an SGD whose small weights become exact zeros."""
+"""GRDA, generalized regularized dual averaging, is an SGD whose small weights become exact zeros."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssr_rec.over_archs.autofis_settings import LEARNING_RATE, MU, C
 
 
 class GRDA(Optimizer):
-    """Soft-thresholded SGD whose threshold grows with the steps (Chao and Cheng 2019, "A generalization of
+    """Runs soft-thresholded SGD whose threshold grows with the steps (Chao and Cheng 2019, "A generalization of
     regularized dual averaging and its dynamics").
 
     In step k, for every weight w with its accumulator a, which starts at the weight's value before step 1::

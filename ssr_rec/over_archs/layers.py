@@ -1,4 +1,4 @@
-"""Layers that several over-archs share: initialisers, input normalisation, dense stacks, per-view dense and norm."""
+"""Defines what several over-archs share: initialisers, input normalisation, dense stacks, per-view dense and norm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def init_dense_(
 
 
 class InputNorm(nn.Module):
-    """Batch norm of the input vector, with a mean, variance, scale and shift for what ``kind`` says.
+    """Applies batch norm to the input vector, with a mean, variance, scale and shift for what ``kind`` says.
 
     ``per_dim``: each of its F*D numbers; ``per_field``: each field, over its dims; ``across_fields``: each of the D
     dims of an embedding, over the fields. The last two need fields of equal dims. In training each process normalises
@@ -109,7 +109,7 @@ def make_input_norm(kind: InputNormKind, field_dims: Sequence[int]) -> InputNorm
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout``; on the CPU, where that can take as long as a dense layer, in a fifth of its time.
+    """Does what ``nn.Dropout`` does; on the CPU, where that can take as long as a dense layer, in a fifth of its time.
 
     Each element stays with a probability of ``1 - p``, rounded to whole 65,536ths on the CPU, and is divided by it.
     """
@@ -134,7 +134,7 @@ class Dropout(nn.Dropout):
 
 
 class DenseStack(nn.Sequential):
-    """Dense layers, each followed by its LayerNorm (if any), activation and dropout (if any); empty: the identity."""
+    """Stacks dense layers, each with its LayerNorm (if any), activation and dropout (if any); empty: the identity."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class DenseStack(nn.Sequential):
 
 
 class ViewLinear(nn.Module):
-    """V dense layers side by side, each with its own weight and bias: the block-diagonal layer of paper 2.3."""
+    """Runs V dense layers side by side, each with its own weight and bias: the block-diagonal layer of paper 2.3."""
 
     def __init__(self, num_views: int, fan_in: int, fan_out: int, initializer: Initializer) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class ViewLinear(nn.Module):
 
 
 class ViewLayerNorm(nn.Module):
-    """Scale and shift (V, d) of a LayerNorm over the dims of each view, which ``view_fusion`` applies."""
+    """Holds scale and shift (V, d) of a LayerNorm over the dims of each view, which ``view_fusion`` applies."""
 
     def __init__(self, num_views: int, view_dim: int, eps: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dense MLP: the globally connected baseline."""
+"""Defines the Dense MLP, the globally connected baseline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssr_rec.over_archs.settings import MLPConfig
 
 
 class MLP(OverArch):
-    """Dense layers over the whole input vector: (B, F*D) -> (B, hidden[-1])."""
+    """Runs dense layers over the whole input vector: (B, F*D) -> (B, hidden[-1])."""
 
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: MLPConfig | None = None

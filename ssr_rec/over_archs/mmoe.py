@@ -1,4 +1,4 @@
-"""MMoE: experts shared by all tasks, mixed by a gate per task (Ma et al., KDD 2018)."""
+"""MMoE shares experts between all tasks and mixes them by a gate per task (Ma et al., KDD 2018)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssr_rec.over_archs.settings import MMoEConfig
 
 
 class ReluStacks(nn.Module):
-    """V stacks of ReLU layers, each over its own input: (V, B, in) -> (V, B, hidden[-1]); empty: the identity."""
+    """Runs V stacks of ReLU layers, each over its own input: (V, B, in) -> (V, B, hidden[-1]); empty: the identity."""
 
     def __init__(self, num_stacks: int, fan_in: int, hidden: Sequence[int], config: MMoEConfig) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ReluStacks(nn.Module):
 
 
 class Experts(nn.Module):
-    """V stacks of ReLU layers over the same input: (B, in) -> (V, B, hidden[-1]).
+    """Runs V stacks of ReLU layers over the same input: (B, in) -> (V, B, hidden[-1]).
 
     The first layers are one dense layer of V times the width, so that neither the input nor its gradient is held
     V times.
@@ -64,7 +64,7 @@ class Experts(nn.Module):
 
 
 class MMoE(OverArch):
-    """MMoE, eq. 6 to 8: (B, F*D) -> (B, T, tower_hidden[-1]), or (B, T, expert_hidden[-1]) without towers.
+    """Computes MMoE, eq. 6 to 8: (B, F*D) -> (B, T, tower_hidden[-1]), or (B, T, expert_hidden[-1]) without towers.
 
     For task k ``f_k(x) = sum_i g_k(x)_i expert_i(x)`` with ``g_k(x) = softmax(W_k x)`` over the experts, no bias.
     The features of a task are ``tower_k(f_k(x))``.

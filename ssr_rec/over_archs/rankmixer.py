@@ -1,4 +1,4 @@
-"""RankMixer: parameter-free token mixing, then an FFN of its own for every token (Zhu et al. 2025)."""
+"""RankMixer mixes tokens without parameters, then gives every token an FFN of its own (Zhu et al. 2025)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mix_tokens(x: Tensor) -> Tensor:
 
 
 class RankMixerBlock(nn.Module):
-    """``s = LN(mix(x) + x)``, then ``LN(PFFN(s) + s)`` (eq. 1): (T, B, D) -> (T, B, D), tokens first.
+    """Computes ``s = LN(mix(x) + x)``, then ``LN(PFFN(s) + s)`` (eq. 1): (T, B, D) -> (T, B, D), tokens first.
 
     ``PFFN(s)_t = gelu(s_t W_1t + b_1t) W_2t + b_2t`` has weights for every token; LayerNorm's are shared by all.
     """
@@ -47,7 +47,7 @@ class RankMixerBlock(nn.Module):
 
 
 class RankMixer(OverArch):
-    """RankMixer, dense: (B, F*D) -> (B, dim).
+    """Computes the dense RankMixer: (B, F*D) -> (B, dim).
 
     The input vector is cut into ``num_tokens`` pieces of equal width whatever field a dim belongs to, zeros
     filling the last one up; each piece has a dense layer of its own to ``dim`` (section 3.2).

@@ -1,4 +1,4 @@
-"""The over-archs that a config can name."""
+"""Lists the over-archs that a config can name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of the baselines, and what all over-archs share, importable without torch."""
+"""Defines the settings of the baselines, and what all over-archs share, importable without torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class OverArchSettings(Settings):
-    """What the config of every over-arch has."""
+    """Defines what the config of every over-arch has."""
 
     name: str
     compile: bool = Field(
@@ -41,7 +41,7 @@ class OverArchSettings(Settings):
 
 
 class MLPConfig(OverArchSettings):
-    """Dense MLP."""
+    """Configures the Dense MLP."""
 
     name: Literal["mlp"] = "mlp"
     hidden: Widths = Field(
@@ -60,7 +60,7 @@ class MLPConfig(OverArchSettings):
 
 
 class DeepFMConfig(OverArchSettings):
-    """DeepFM (Guo, Tang, Ye, Li, He, IJCAI 2017)."""
+    """Configures DeepFM (Guo, Tang, Ye, Li, He, IJCAI 2017)."""
 
     name: Literal["deepfm"] = "deepfm"
     hidden: Widths = Field(
@@ -80,7 +80,7 @@ class DeepFMConfig(OverArchSettings):
 
 
 class DCNv2Config(OverArchSettings):
-    """DCN v2: full rank, low rank (``rank``), or DCN-Mix (``rank`` and ``num_experts`` above 1)."""
+    """Configures DCN v2: full rank, low rank (``rank``), or DCN-Mix (``rank`` and ``num_experts`` above 1)."""
 
     name: Literal["dcn_v2"] = "dcn_v2"
     num_cross_layers: int = Field(default=3, ge=1, description="cross layers; n of them cross n + 1 features")
@@ -122,7 +122,7 @@ class DCNv2Config(OverArchSettings):
 
 
 class MMoEConfig(OverArchSettings):
-    """Multi-gate mixture of experts."""
+    """Configures the multi-gate mixture of experts."""
 
     name: Literal["mmoe"] = "mmoe"
     num_experts: int = Field(default=8, ge=2, description="experts, all of them seen by every task (n in the paper)")
@@ -144,7 +144,7 @@ class MMoEConfig(OverArchSettings):
 
 
 class AutoIntConfig(OverArchSettings):
-    """AutoInt, and AutoInt+ with ``deep_hidden``.
+    """Configures AutoInt, and AutoInt+ with ``deep_hidden``.
 
     The defaults are the paper's text (4.4, 4.5, 5.1). Keys marked "released" switch to what the authors' code does
     instead.
@@ -176,7 +176,7 @@ class AutoIntConfig(OverArchSettings):
 
 
 class AFNConfig(OverArchSettings):
-    """AFN and, with ``plus``, AFN+ (Cheng, Shen, Huang, AAAI 2020)."""
+    """Configures AFN and, with ``plus``, AFN+ (Cheng, Shen, Huang, AAAI 2020)."""
 
     name: Literal["afn"] = "afn"
     num_neurons: int = Field(default=600, ge=1, description="logarithmic neurons (N), one cross feature of D dims each")
@@ -218,7 +218,7 @@ class AFNConfig(OverArchSettings):
 
 
 class WukongConfig(OverArchSettings):
-    """Wukong with the optimised FM of a learned projection (section 3)."""
+    """Configures Wukong with the optimised FM of a learned projection (section 3)."""
 
     name: Literal["wukong"] = "wukong"
     num_layers: int = Field(default=2, ge=1, description="layers of the interaction stack (l in the paper)")
@@ -249,7 +249,7 @@ class WukongConfig(OverArchSettings):
 
 
 class RankMixerConfig(OverArchSettings):
-    """RankMixer with dense per-token FFNs (arXiv 2507.15551, section 3)."""
+    """Configures RankMixer with dense per-token FFNs (arXiv 2507.15551, section 3)."""
 
     name: Literal["rankmixer"] = "rankmixer"
     num_tokens: int = Field(default=8, ge=1, description="tokens, and heads of the token mixing (T = H in the paper)")

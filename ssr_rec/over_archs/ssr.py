@@ -1,4 +1,4 @@
-"""SSR: explicit sparsity for scalable recommendation. Filter each view, then fuse it densely, layer on layer."""
+"""SSR, explicit sparsity for scalable recommendation, filters each view, then fuses it densely, layer on layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 
 class ViewFusion(nn.Module):
-    """Dense fusion within each view: ``LN(gelu(h V + c))``, eq. 5 and 6, with the released code's variants.
+    """Fuses densely within each view: ``LN(gelu(h V + c))``, eq. 5 and 6, with the released code's variants.
 
     With ``residual``, ``LN(h + dropout(gelu(h V + c)))``; with ``fusion_layers=2``,
     ``gelu(gelu(h V1 + c1) V2 + c2)`` instead of one dense layer.
@@ -74,7 +74,7 @@ class SSRLayer(nn.Module):
 
 
 class SSR(OverArch):
-    """SSR-S and SSR-D: one block, two filters (paper, section 2).
+    """Computes SSR-S and SSR-D: one block, two filters (paper, section 2).
 
     (B, F*D) -> (B, V*d); (B, d) with ``output='mean'``; (B, output_mlp[-1]) with an output MLP.
     """

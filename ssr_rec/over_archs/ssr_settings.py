@@ -1,4 +1,4 @@
-"""The settings of SSR-S and SSR-D, importable without torch."""
+"""Defines the settings of SSR-S and SSR-D, importable without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILTER_KEYS: dict[FilterName, tuple[str, ...]] = {
 
 
 class SSRConfig(OverArchSettings):
-    """SSR-S (``filter: static``) and SSR-D (``filter: dynamic``).
+    """Configures SSR-S (``filter: static``) and SSR-D (``filter: dynamic``).
 
     The defaults are the paper's text (eq. 3-11). Keys marked "released" switch to what the authors'
     code does instead; docs/over_archs.md lists them with their sources.

@@ -1,4 +1,4 @@
-"""Wukong: stacked factorization machines beside linear compression (Zhang et al., ICML 2024, arXiv 2403.02545)."""
+"""Wukong stacks factorization machines beside linear compression (Zhang et al., ICML 2024, arXiv 2403.02545)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssr_rec.over_archs.settings import Initializer, WukongConfig
 
 
 class RowMix(nn.Module):
-    """``W X``: linear combinations of embeddings, no bias: (B, n, D) -> (B, m, D)."""
+    """Computes ``W X``: linear combinations of embeddings, no bias: (B, n, D) -> (B, m, D)."""
 
     def __init__(self, rows_in: int, rows_out: int, initializer: Initializer) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class RowMix(nn.Module):
 
 
 class FactorizationMachineBlock(nn.Module):
-    """``reshape(MLP(LN(flatten(X X^T Y))))``: pairwise dot products made embeddings: (B, n, D) -> (B, n_F, D)."""
+    """Gives ``reshape(MLP(LN(flatten(X X^T Y))))``: pairwise dot products made embeddings: (B, n, D) -> (B, n_F, D)."""
 
     def __init__(self, rows: int, dim: int, config: WukongConfig) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FactorizationMachineBlock(nn.Module):
 
 
 class WukongLayer(nn.Module):
-    """``LN(concat(FMB(X), LCB(X)) + X)``: (B, n, D) -> (B, n_F + n_L, D).
+    """Computes ``LN(concat(FMB(X), LCB(X)) + X)``: (B, n, D) -> (B, n_F + n_L, D).
 
     The residual is projected by a linear combination of embeddings where n is not n_F + n_L. LayerNorm is over the
     dims of each embedding, with one scale and shift for all of them.
@@ -81,7 +81,7 @@ class WukongLayer(nn.Module):
 
 
 class Wukong(OverArch):
-    """Wukong: (B, F*D) -> (B, hidden[-1]), or (B, (n_F + n_L) * D) without hidden layers.
+    """Computes Wukong: (B, F*D) -> (B, hidden[-1]), or (B, (n_F + n_L) * D) without hidden layers.
 
     Raises:
         UserError: the fields differ in dim.

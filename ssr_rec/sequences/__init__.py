@@ -1,4 +1,4 @@
-"""Sequence encoders: pure tensor code from the events of a history to more fields of the input vector.
+"""Sequence encoders turn the events of a history into more fields of the input vector, in pure tensor code.
 
     encoder = DIN(event_dim=32, target_dim=32, field_dim=16, max_length=50, settings=DINConfig())
     fields = encoder(events, lengths, target)     # (N, E), (B,), (B, Q) -> (B, encoder.out_fields * D)

@@ -1,4 +1,4 @@
-"""Self-attention over the events of each row and its target, for encoders of several layers.
+"""Runs self-attention over the events of each row and its target, for encoders of several layers.
 
 The vectors of all events and, after them, of all targets are one tensor of tokens (N + B, C). Layers work on tokens,
 so that empty positions cost nothing; the attention alone pads, and to the longest of a few rows of similar length.
@@ -49,7 +49,7 @@ class Tokens(nn.Module):
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Some rows of the batch, padded on the left to one length; their last position is the target.
+    """Pads some rows of the batch on the left to one length; their last position is the target.
 
     Attributes:
         index: (b, S) the token at each position; N + B, one past the last token, where there is none.

@@ -1,4 +1,4 @@
-"""The contract of every sequence encoder."""
+"""Defines the contract of every sequence encoder."""
 
 from __future__ import annotations
 

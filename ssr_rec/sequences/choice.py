@@ -1,4 +1,4 @@
-"""The ``encoder`` of a sequence in a config: any encoder's settings, told apart by ``name``."""
+"""Defines the ``encoder`` of a sequence in a config: any encoder's settings, told apart by ``name``."""
 
 from __future__ import annotations
 

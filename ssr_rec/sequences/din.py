@@ -22,7 +22,7 @@ PRELU_START = 0.25
 
 
 class PReLU(nn.Module):
-    """``max(x, 0) + alpha min(x, 0)`` per dim: (N, C) -> (N, C), in half the time of ``nn.PReLU``'s backward pass."""
+    """Gives ``max(x, 0) + alpha min(x, 0)`` per dim: (N, C) -> (N, C), in half the time of ``nn.PReLU``'s backward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class PReLU(nn.Module):
 
 
 class Dice(nn.Module):
-    """Dice, ``p x + (1 - p) alpha x`` with ``p = sigmoid((x - mean) / sqrt(var + eps))`` per dim: (N, C) -> (N, C).
+    """Gives Dice, ``p x + (1 - p) alpha x``, ``p = sigmoid((x - mean) / sqrt(var + eps))`` per dim: (N, C) -> (N, C).
 
     In training the mean and the variance are those of the batch's events, so that batch mates matter, as with any
     batch norm; a single event has no variance and takes the running ones, which evaluation takes too.
@@ -67,7 +67,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
 
 
 class DIN(SequenceEncoder):
-    """Sum of the events, each times its weight ``a(e, t)``: zeros for an empty history.
+    """Sums the events, each times its weight ``a(e, t)``: zeros for an empty history.
 
     The activation unit's input is ``[e, t, e - t, e * t]``. Its first layer is never given that vector: the parts of
     ``e`` and ``t`` alone are taken out, so that what depends on the target is computed once a row.

@@ -1,4 +1,4 @@
-"""HSTU: pointwise aggregated attention with a relative bias of position and age (Zhai et al., ICML 2024)."""
+"""HSTU is pointwise aggregated attention with a relative bias of position and age (Zhai et al., ICML 2024)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SILU_FLOPS = SIGMOID_FLOPS + 1
 
 
 class RelativeBias(nn.Module):
-    """What attention adds to a score for how far apart two tokens are, in events, in time, or both; same in all heads.
+    """Gives what attention adds to a score for the distance of two tokens in events, time, or both; same in all heads.
 
     Args:
         max_length: L; distances are 0 (a token and itself) to L.
@@ -71,7 +71,7 @@ class RelativeBias(nn.Module):
 
 
 class HSTULayer(nn.Module):
-    """One layer of the paper's equations, from tokens (N + B, C) to tokens:
+    """Computes one layer of the paper's equations, from tokens (N + B, C) to tokens:
 
     U, V, Q, K = split(silu(norm(X) W_1))
     A V        = sum over the tokens j up to i of silu(q_i k_j + bias_ij) v_j / (L + 1)
@@ -153,7 +153,7 @@ class HSTULayer(nn.Module):
 
 
 class HSTU(SequenceEncoder):
-    """Layers of HSTU over the events and the target, whose vector after the last layer is the output.
+    """Runs layers of HSTU over the events and the target, whose vector after the last layer is the output.
 
     For an empty history the target attends to itself. Tokens attend to those up to themselves, so that the events'
     vectors do not depend on the target. The last layer is computed for the target alone.

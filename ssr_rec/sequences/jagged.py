@@ -1,4 +1,4 @@
-"""Histories of different lengths without padding: the events of all rows one after another, and how many each has."""
+"""Lays out histories of different lengths without padding: all rows' events in a line, and how many each row has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Jagged:
-    """Which row each of N events belongs to.
+    """Says which row each of N events belongs to.
 
     Attributes:
         lengths: (B,) events of each row.
@@ -80,7 +80,7 @@ def age_bucket(ages: Tensor, num_buckets: int) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over each row's events. Each row is added up alone and in order, so that batch mates change no bit of it."""
+    """Sums over each row's events. Each row is added up alone and in order, so that batch mates change no bit of it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """What each event's row has; the backward pass is ``_Sum``, several times faster than that of ``index_select``."""
+    """Takes what each event's row has; the backward pass is ``_Sum``, several times faster than ``index_select``'s."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pooling: the mean, the sum or the last of a row's events."""
+"""Pools a row's events: their mean, their sum or the last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssr_rec.sequences.settings import PoolConfig
 
 
 class Pool(SequenceEncoder):
-    """Mean, sum or last of the events; zeros for an empty history. It needs no target."""
+    """Takes the mean, sum or last of the events; zeros for an empty history. It needs no target."""
 
     settings_class = PoolConfig
     needs_target = False

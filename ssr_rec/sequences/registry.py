@@ -1,4 +1,4 @@
-"""The encoders that a config can name, and how one is made from its settings."""
+"""Lists the encoders that a config can name, and makes one from its settings."""
 
 from __future__ import annotations
 

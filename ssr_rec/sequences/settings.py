@@ -1,4 +1,4 @@
-"""The settings of the sequence encoders, importable without torch."""
+"""Defines the settings of the sequence encoders, importable without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AttentionDropout = Annotated[Share, Field(description="share of attention weight
 
 
 class EncoderSettings(Settings):
-    """What the config of every encoder has."""
+    """Defines what the config of every encoder has."""
 
     name: str
     fields: int | None = Field(
@@ -26,7 +26,7 @@ class EncoderSettings(Settings):
 
 
 class PoolConfig(EncoderSettings):
-    """Pooling of the events, which no target weighs."""
+    """Configures pooling of the events, which no target weighs."""
 
     name: Literal["pool"] = "pool"
     mode: Literal["mean", "sum", "last"] = Field(default="mean", description="last: the most recent event")
@@ -38,7 +38,7 @@ class PoolConfig(EncoderSettings):
 
 
 class DINConfig(EncoderSettings):
-    """The activation unit of DIN (Zhou et al., KDD 2018)."""
+    """Configures the activation unit of DIN (Zhou et al., KDD 2018)."""
 
     name: Literal["din"] = "din"
     hidden: Widths = Field(
@@ -60,7 +60,7 @@ class DINConfig(EncoderSettings):
 
 
 class TargetAttentionConfig(EncoderSettings):
-    """Multi-head scaled dot product attention whose only query is the target."""
+    """Configures multi-head scaled dot product attention whose only query is the target."""
 
     name: Literal["target_attention"] = "target_attention"
     num_heads: int = Field(default=2, ge=1, description="attention heads")
@@ -80,7 +80,7 @@ class TargetAttentionConfig(EncoderSettings):
 
 
 class TransformerConfig(EncoderSettings):
-    """Behavior Sequence Transformer: self-attention over the events and the target (Chen et al., 2019)."""
+    """Configures the Behavior Sequence Transformer: self-attention over events and the target (Chen et al., 2019)."""
 
     name: Literal["transformer"] = "transformer"
     dim: int | None = Field(
@@ -120,7 +120,7 @@ class TransformerConfig(EncoderSettings):
 
 
 class HSTUConfig(EncoderSettings):
-    """Hierarchical sequential transduction units (Zhai et al., ICML 2024)."""
+    """Configures hierarchical sequential transduction units (Zhai et al., ICML 2024)."""
 
     name: Literal["hstu"] = "hstu"
     dim: int | None = Field(
@@ -155,7 +155,7 @@ class HSTUConfig(EncoderSettings):
 
 
 class CustomEncoderConfig(EncoderSettings):
-    """An encoder from outside this package, named by its import path."""
+    """Names an encoder from outside this package by its import path."""
 
     name: Literal["custom"] = "custom"
     path: str = Field(

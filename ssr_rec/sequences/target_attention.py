@@ -1,4 +1,4 @@
-"""Target attention: multi-head scaled dot product attention over the events, whose only query is the target."""
+"""Target attention is multi-head scaled dot product attention over the events, whose only query is the target."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def weighted_sum(weights: Tensor, values: Tensor, jagged: Jagged) -> Tensor:
 
 
 class TargetAttention(SequenceEncoder):
-    """``concat over heads (sum of softmax(q k / sqrt(d)) v) W_o``, without biases; zeros for an empty history.
+    """Computes ``concat over heads (sum of softmax(q k / sqrt(d)) v) W_o``, without biases; zeros for an empty history.
 
     Raises:
         UserError: the heads do not divide the attention's dims.

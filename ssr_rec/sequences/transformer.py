@@ -1,4 +1,4 @@
-"""BST: a transformer over the events and the target (Chen, Zhao, Li, Huang, Ou, 2019)."""
+"""BST is a transformer over the events and the target (Chen, Zhao, Li, Huang, Ou, 2019)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POSITION_STD = 0.02
 
 
 class TransformerLayer(nn.Module):
-    """``y = LN(x + MH(x))``, then ``LN(y + W_2 leaky_relu(W_1 y + b_1) + b_2)``: (N + B, C) -> (N + B, C)."""
+    """Computes ``y = LN(x + MH(x))``, then ``LN(y + W_2 leaky_relu(W_1 y + b_1) + b_2)``: (N + B, C) -> (N + B, C)."""
 
     def __init__(self, width: int, settings: TransformerConfig) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(SequenceEncoder):
-    """Layers of self-attention; for an empty history the target attends to itself.
+    """Stacks layers of self-attention; for an empty history the target attends to itself.
 
     Each token is its event or target, and beside it the embedding of its position. With ``output: target`` the last
     layer is computed for the target alone.
