@@ -1,1 +1,1 @@
-"""ssr_rec: sharded click-through-rate recommenders with an SSR over-arch (SIGIR'26)."""
+"""ssr_rec trains sharded click-through-rate recommenders with an SSR over-arch (SIGIR'26), and serves them."""

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: a folder of ``torch.distributed.checkpoint`` that is whole, checked and executes nothing.
+"""Writes and reads checkpoints: folders of ``torch.distributed.checkpoint``, whole, checked and executing nothing.
 
 ``FOLDER/`` holds DCP's files (``__<rank>_0.distcp``, ``.metadata``) and ``checkpoint.json``, written last: everything
 that is no tensor, and size and CRC-32 of each of the other files and of itself. The folder is written as
@@ -113,7 +113,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 class _Info(BaseModel):
-    """What every checkpoint.json holds, and what a training checkpoint's holds besides."""
+    """Checks what every checkpoint.json holds, and what a training checkpoint's holds besides."""
 
     model_config = ConfigDict(strict=True)
 
@@ -207,7 +207,7 @@ def read_checkpoint(tensors: Tensors, folder: Path, alone: bool = False) -> None
 
 
 class _Writer(FileSystemWriter):
-    """``FileSystemWriter`` that sums up its files and, when all ranks are done, writes the marker and renames."""
+    """Writes as ``FileSystemWriter``, sums up its files and, when all ranks are done, writes the marker and renames."""
 
     def __init__(self, work: Path, folder: Path, info: Mapping[str, Any]) -> None:
         super().__init__(work)
@@ -249,7 +249,7 @@ class _TensorPlanner(DefaultLoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """``FileSystemReader`` that does not trust the metadata."""
+    """Reads as ``FileSystemReader``, but does not trust the metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         folder = Path(self.path)

@@ -1,4 +1,4 @@
-"""When checkpoints are written and which are kept: every so many steps or minutes, in the background, the last few."""
+"""Decides when checkpoints are written, in the background, every so many steps or minutes, and keeps the last few."""
 
 from __future__ import annotations
 

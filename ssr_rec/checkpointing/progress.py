@@ -1,4 +1,4 @@
-"""What a training has done so far, as it stands in every checkpoint."""
+"""Records what a training has done so far, as it stands in every checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Fitted:
-    """What fit() did.
+    """Records what fit() did.
 
     Attributes:
         seconds: spent training, without evaluations and saving.

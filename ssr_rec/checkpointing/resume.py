@@ -1,4 +1,4 @@
-"""Which checkpoint of a run folder a run starts from, and whether that is one of this very run."""
+"""Says which checkpoint of a run folder a run starts from, and whether that is one of this very run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``.metadata`` of a checkpoint: a pickle that says where each tensor is, read without trusting it.
+"""Reads ``.metadata`` of a checkpoint, a pickle that says where each tensor is, without trusting it.
 
 DCP opens the files it names, and leaves a tensor as it was where it names no chunk. So before DCP sees it, every place
 must lie within a file whose checksum was verified, and the chunks of a tensor must cover it exactly once.

@@ -1,4 +1,4 @@
-"""What a run is in the middle of, as tensors and JSON values, and back into a freshly built run."""
+"""Turns what a run is in the middle of into tensors and JSON values, and puts them back into a freshly built run."""
 
 from __future__ import annotations
 

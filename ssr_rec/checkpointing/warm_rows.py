@@ -1,4 +1,4 @@
-"""Which row of an older run's table means the value that a row means here: ids are of a dataset, values are not."""
+"""Finds the row of an older run's table that means what a row means here: ids are of a dataset, values are not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ssr_rec.data.schema import Schema
 
 
 class Origin(NamedTuple):
-    """The data that the weights of a checkpoint are of.
+    """Names the data that the weights of a checkpoint are of.
 
     Attributes:
         dataset_id: of the dataset that was trained on.
@@ -34,14 +34,14 @@ class Origin(NamedTuple):
 
 
 class Here(NamedTuple):
-    """The dataset of the run that begins: its folder, and its schema with the features and labels that are trained."""
+    """Describes the dataset of the run that begins: its folder, and its schema with the features and labels trained."""
 
     folder: Path
     schema: Schema
 
 
 class RowMap(NamedTuple):
-    """The old row of each row of a table.
+    """Maps each row of a table to its old row.
 
     Attributes:
         rows: int64, one entry a row of the table here: the row of the old table that means the same value, or -1.

@@ -174,7 +174,7 @@ def _warm_start_optimizer(optimizer: CombinedOptimizer, folder: Path, maps: Mapp
 
 @dataclass
 class _Match:
-    """How the tensors of a model, or of an optimizer, fit those of a checkpoint.
+    """Says how the tensors of a model, or of an optimizer, fit those of a checkpoint.
 
     Attributes:
         tensors: those here.

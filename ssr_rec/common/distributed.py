@@ -1,4 +1,4 @@
-"""What one rank finds out for all."""
+"""Lets one rank find out something for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short ways of writing numbers that lines, tables and figures share."""
+"""Writes numbers in the short ways that lines, tables and figures share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where files are: paths on this machine, and URLs of object stores and HDFS, which behave as paths do."""
+"""Turns names of files into paths: on this machine, or URLs of object stores and HDFS, which behave as paths do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text files from outside: read within bounds, and nothing in them but plain values.
+"""Reads text files from outside within bounds, and takes nothing in them but plain values.
 
 JSON and YAML allow more than a config or a schema ever holds: a key given twice, numbers and nesting without end,
 half a character. Each is refused here, with its place, because the code behind would take it silently or break on it.

@@ -1,4 +1,4 @@
-"""The frozen, strict base of every component's config: unknown keys and wrong types are refused."""
+"""Defines the frozen, strict base of every component's config: unknown keys and wrong types are refused."""
 
 from datetime import date
 from typing import Annotated
@@ -28,7 +28,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 class Settings(BaseModel):
-    """Base of all configs and of the schema.
+    """Is the base of all configs and of the schema.
 
     Strict on purpose: ``"8"`` is not an int and an unknown key is an error, because a silently
     coerced or ignored setting is a wrong experiment.

@@ -1,4 +1,4 @@
-"""A request to stop, Ctrl-C or a polite kill, that no library on the way can swallow.
+"""Remembers a request to stop, Ctrl-C or a polite kill, so that no library on the way can swallow it.
 
 A ``KeyboardInterrupt`` within a call of DuckDB comes out as an error of the query; one within a destructor does not
 come out at all.

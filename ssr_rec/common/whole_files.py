@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place and renamed."""
+"""Writes files and folders whole or not at all: beside their place, and then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML as people write it, read without running anything from it and without its surprises."""
+"""Reads YAML as people write it, without running anything from it and without its surprises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_BYTES = 2**20
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without what makes a short text something else than it looks.
+    """Loads as the safe loader does, without what makes a short text something else than it looks.
 
     Refused: aliases and merge keys (ten lines of them can unfold to billions of values), tags, a key given twice
     (the last would win silently), octal and sexagesimal numbers (0512 would be 330, 1:30 would be 90).

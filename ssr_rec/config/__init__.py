@@ -1,1 +1,1 @@
-"""The config of a run, one file a section; importing it imports neither torch nor torchrec."""
+"""Defines the config of a run, one file a section; importing it imports neither torch nor torchrec."""

@@ -1,4 +1,4 @@
-"""The ``checkpoint`` section of a config."""
+"""Defines the ``checkpoint`` section of a config."""
 
 from __future__ import annotations
 

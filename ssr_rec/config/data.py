@@ -1,4 +1,4 @@
-"""The ``data`` section of a config."""
+"""Defines the ``data`` section of a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``embeddings`` section of a config."""
+"""Defines the ``embeddings`` section of a config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssr_rec.data.features import Feature
 
 
 class ManagedTable(Settings):
-    """A table of fixed size whose ids are admitted and evicted by training (``embeddings/evicting_tables.py``)."""
+    """Sets up a table of fixed size whose ids training admits and evicts (``embeddings/evicting_tables.py``)."""
 
     rows: int = Field(ge=2, le=2**31, description="rows of the table; ids without one share the last")
     eviction: Literal["lfu", "lru", "distance_lfu"] = Field(

@@ -1,4 +1,4 @@
-"""The ``heads`` section of a config."""
+"""Defines the ``heads`` section of a config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ssr_rec.common.settings import Settings, Share, Widths
 
 
 class HeadsConfig(Settings):
-    """What follows the over-arch for each task: its tower, then one linear unit."""
+    """Sets what follows the over-arch for each task: its tower, then one linear unit."""
 
     hidden: Widths = Field(
         [], description="widths of the ReLU layers of every task's own tower; none: shared features to linear heads"

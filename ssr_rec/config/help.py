@@ -1,4 +1,4 @@
-"""Every key of a config with its type, default and meaning, by section: what ``train.py --help`` ends with."""
+"""Lists every key of a config with its type, default and meaning, by section: what ``train.py --help`` ends with."""
 
 from __future__ import annotations
 

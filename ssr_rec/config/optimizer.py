@@ -1,4 +1,4 @@
-"""The ``optimizer`` section of a config, for the dense part of the model."""
+"""Defines the ``optimizer`` section of a config, for the dense part of the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ssr_rec.common.settings import Settings
 
 
 class DenseOptimizerConfig(Settings):
-    """Adam for the over-arch and the heads."""
+    """Configures Adam for the over-arch and the heads."""
 
     learning_rate: float = Field(1e-3, ge=0)
     weight_decay: float = Field(

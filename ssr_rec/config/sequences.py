@@ -1,4 +1,4 @@
-"""The ``sequences`` section of a config."""
+"""Defines the ``sequences`` section of a config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ssr_rec.sequences.settings import PoolConfig
 
 
 class SequenceConfig(Settings):
-    """How the events of one sequence become fields of the input vector."""
+    """Says how the events of one sequence become fields of the input vector."""
 
     encoder: EncoderConfig = PoolConfig()
     target: list[str] | None = Field(

@@ -1,4 +1,4 @@
-"""The ``sharding`` section of a config."""
+"""Defines the ``sharding`` section of a config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class TableConstraint(Settings):
-    """What the planner may do with one table, in place of what ``ShardingConfig`` says for all."""
+    """Says what the planner may do with one table, in place of what ``ShardingConfig`` says for all."""
 
     types: list[ShardingType] = Field([], description="empty: sharding.types")
     kernels: list[Kernel] = Field([], description="empty: sharding.kernels")
@@ -29,7 +29,7 @@ class TableConstraint(Settings):
 
 
 class QCommsSettings(Settings):
-    """Precision in which pooled embeddings and their gradients travel between ranks."""
+    """Sets the precision in which pooled embeddings and their gradients travel between ranks."""
 
     forward: Precision = "fp32"
     backward: Precision = "fp32"

@@ -1,4 +1,4 @@
-"""The ``train`` section of a config."""
+"""Defines the ``train`` section of a config."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""AUC, GAUC, logloss, NE and calibration, exact or bounded."""
+"""Computes AUC, GAUC, logloss, NE and calibration, exact or bounded."""

@@ -1,4 +1,4 @@
-"""AUC, GAUC, LogLoss, NE and calibration of a fold, exact for any number of ranks.
+"""Computes AUC, GAUC, LogLoss, NE and calibration of a fold, exact for any number of ranks.
 
 Every rank collects its own predictions, ``gather_predictions`` brings them to rank 0, and plain NumPy functions do the
 rest in float64. The measures rank or average single rows, so they do not depend on how rows were dealt to ranks.

@@ -1,4 +1,4 @@
-"""GAUC of any number of rows in bounded memory: of all groups while they fit, then of a sample of whole groups.
+"""Computes GAUC of any number of rows in bounded memory: of all groups while they fit, then of sampled whole groups.
 
 A group is in the sample at rate 2**-k when its hash begins with k zero bits. So the rows of a group are kept or left
 out together, wherever in the fold and on whatever rank they are; raising k only ever drops groups, so a sample that has
@@ -42,7 +42,7 @@ class SampledGAUC(NamedTuple):
 
 
 class GroupSample:
-    """Whole groups of a fold, at most ``max_rows`` rows on this rank.
+    """Keeps whole groups of a fold, at most ``max_rows`` rows on this rank.
 
     Rows stay on the device they come from; which ones to keep is decided by the group ids alone, on the CPU.
 

@@ -1,4 +1,4 @@
-"""The AUC over the last training rows, for progress rows."""
+"""Computes the AUC over the last training rows, for progress rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssr_rec.metrics.exact import auc
 
 
 class RunningAUC:
-    """AUC over the last ``window`` training rows of this rank, for the progress line.
+    """Computes AUC over the last ``window`` training rows of this rank, for the progress line.
 
     ``update`` only keeps a copy of the batch where it is and never waits for the device; sorting and the transfer
     happen in ``compute``, when a line is printed.

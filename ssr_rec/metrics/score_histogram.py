@@ -1,4 +1,4 @@
-"""AUC of any number of scores from a histogram of fixed size, with the most it can be wrong by.
+"""Computes the AUC of any number of scores from a histogram of fixed size, with the most it can be wrong by.
 
 Bins follow the order of float32, so every pair of rows in different bins is counted as it is. Pairs within a bin count
 half, as ties do; each can be wrong by at most a half. Hence, with ``p_b`` positives and ``n_b`` negatives in bin ``b``

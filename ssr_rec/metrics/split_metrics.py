@@ -1,4 +1,4 @@
-"""The measures of a fold as its batches come: exact from every prediction, or in memory that does not grow.
+"""Computes the measures of a fold as its batches come: exact from every prediction, or in memory that does not grow.
 
 Both take batches with ``update`` and give the figures with ``compute``, over all ranks.
 

@@ -1,4 +1,4 @@
-"""What is planned: a run's config, its tables with the ids a row brings, and the ranks they are for."""
+"""Describes what is planned: a run's config, its tables with the ids a row brings, and the ranks they are for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_ROWS = 2**40
 
 
 class TableLine(Settings):
-    """One feature of a tables file, or several alike."""
+    """Describes one feature of a tables file, or several alike."""
 
     name: str
     rows: int = Field(ge=1, le=MAX_ROWS)
@@ -38,7 +38,7 @@ class TableLine(Settings):
 
 
 class TablesFile(Settings):
-    """Features of a log that is not prepared, or not there yet."""
+    """Lists features of a log that is not prepared, or not there yet."""
 
     labels: list[str] = Field(["click"], min_length=1)
     tables: list[TableLine] = Field(min_length=1)
@@ -46,7 +46,7 @@ class TablesFile(Settings):
 
 @dataclass(frozen=True)
 class World:
-    """``nodes`` hosts of ``per_node`` ranks."""
+    """Describes ``nodes`` hosts of ``per_node`` ranks."""
 
     nodes: int
     per_node: int
@@ -62,7 +62,7 @@ class World:
 
 @dataclass(frozen=True)
 class RowLookups:
-    """How often training looks up each row of a table.
+    """Says how often training looks up each row of a table.
 
     Attributes:
         first: (n,) of its first rows, one by one.
@@ -87,7 +87,7 @@ class RowLookups:
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned.
+    """Describes what is planned.
 
     Attributes:
         lengths: feature -> mean number of ids a row brings; 1 for those not named.

@@ -1,4 +1,4 @@
-"""Several plans side by side on the terminal: what was tried, and the same job on other worlds."""
+"""Writes several plans side by side for the terminal: what was tried, and the same job on other worlds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes and operations of the parts of a step; every formula is in docs/planner.md."""
+"""Counts bytes and operations of the parts of a step; every formula is in docs/planner.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROBE_ROWS = (64, 128)
 
 @dataclass(frozen=True)
 class DenseCost:
-    """The over-arch and heads.
+    """Says what the over-arch and heads cost.
 
     Attributes:
         parameters: trainable.
@@ -104,7 +104,7 @@ def state_bytes(optimizer: str, rows: int, columns: int) -> int:
 
 @dataclass(frozen=True)
 class ShardBytes:
-    """What a shard of a table takes on its rank.
+    """Says what a shard of a table takes on its rank.
 
     Attributes:
         weights, state: in the device's memory (for a cached table its cache and the cache's bookkeeping).
@@ -151,7 +151,7 @@ def shard_bytes(
 
 
 class Links(GeneralizedCommsBandwidth):
-    """Bytes a millisecond that one rank moves in a collective, from the links' peaks and their utilisation.
+    """Gives the bytes a millisecond that one rank moves in a collective, from the links' peaks and their utilisation.
 
     All-to-all: of a rank's bytes, (W-L)/W cross the network, at the rank's share of its host's, and (L-1)/W the links
     within the host; the slower of the two decides. Reduce-scatter, all-gather and all-reduce: NCCL's rings use every
@@ -191,7 +191,7 @@ def gemm_precision(case: Case) -> Precision:
 
 
 class Model(nn.Module):
-    """What TorchRec's planner is shown: the tables, under the name that the training job's model has for them."""
+    """Shows TorchRec's planner the tables, under the name that the training job's model has for them."""
 
     def __init__(self, tables: Tables) -> None:
         super().__init__()

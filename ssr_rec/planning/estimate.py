@@ -1,4 +1,4 @@
-"""A plan as figures: memory of every rank, the parts of a step, and what follows for a whole training."""
+"""Turns a plan into figures: memory of every rank, the parts of a step, and what follows for a whole training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLLECTIVES = 4
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank; ``capacity`` is the device's memory as CUDA or the system reports it."""
+    """Counts the bytes of one rank; ``capacity`` is the device's memory as CUDA or the system reports it."""
 
     weights: int
     optimizer: int
@@ -50,7 +50,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class RankTime:
-    """Milliseconds of one rank's tables in a step; ``ids`` are on their way while another batch is in work."""
+    """Gives milliseconds of one rank's tables in a step; ``ids`` are on their way while another batch is in work."""
 
     lookup: float
     exchange: float
@@ -63,7 +63,7 @@ class RankTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Milliseconds of a step.
+    """Gives the milliseconds of a step.
 
     Attributes:
         lookup, all_to_all: of the slowest rank: everybody waits for it.
@@ -103,7 +103,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan is estimated to need.
+    """Says what a plan is estimated to need.
 
     Attributes:
         memory, time: per rank.

@@ -1,4 +1,4 @@
-"""Why a table went where it went, and what is too much where nothing fits."""
+"""Says why a table went where it went, and what is too much where nothing fits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNEVEN = 1.5
 
 @dataclass(frozen=True)
 class TablePlan:
-    """One table of a plan.
+    """Describes one table of a plan.
 
     Attributes:
         ranks: one per shard, in the order of the shards.
@@ -114,7 +114,7 @@ def _slowest(option: ShardingOption) -> float:
 
 @dataclass(frozen=True)
 class Overflow:
-    """A rank that has too little memory in the least uneven plan, and what is on it.
+    """Names a rank that has too little memory in the least uneven plan, and what is on it.
 
     Attributes:
         where: device or host.

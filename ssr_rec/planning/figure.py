@@ -1,4 +1,4 @@
-"""A plan as a picture: memory of every rank and time of every rank's tables."""
+"""Draws a plan as a picture: memory of every rank and time of every rank's tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a host of a cluster can do: the figures behind an estimate, from a YAML file, each with its source.
+"""Says what a host of a cluster can do: the figures behind an estimate, from a YAML file, each with its source.
 
 ``presets/`` holds the presets; a file of one's own has the same keys, or names a preset as ``base`` and gives those
 that differ.
@@ -21,7 +21,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class GemmRates(Settings):
-    """Dense (not 2:4 sparse) matrix products, by the type of the arithmetic."""
+    """Gives a figure of dense (not 2:4 sparse) matrix products for each type of the arithmetic."""
 
     fp32: float = Field(gt=0)
     tf32: float | None = Field(None, gt=0, description="None: the device has no such mode")
@@ -29,7 +29,7 @@ class GemmRates(Settings):
 
 
 class Assumptions(Settings):
-    """What no datasheet says. None of it was measured on a GPU; docs/planner.md says where each enters."""
+    """Assumes what no datasheet says. None of it was measured on a GPU; docs/planner.md says where each enters."""
 
     gemm_utilisation: GemmRates = Field(
         GemmRates(fp32=0.7, tf32=0.4, bf16=0.35), description="share of the peak that the over-arch's products reach"
@@ -45,7 +45,7 @@ class Assumptions(Settings):
 
 
 class Hardware(Settings):
-    """One host and its share of the network. Bandwidths are of one direction, in units of 1e9 bytes (GB) a second."""
+    """Describes one host and its share of the network. Bandwidths are of one direction, in 1e9 bytes (GB) a second."""
 
     name: str
     device: Literal["cuda", "cpu"] = Field(description="cpu: the figures are of the host and its ranks share them")

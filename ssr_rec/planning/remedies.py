@@ -1,4 +1,4 @@
-"""What would make a case fit: each remedy is planned, not guessed."""
+"""Finds what would make a case fit: each remedy is planned, not guessed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROW_TYPES = ("row_wise", "table_row_wise")
 
 @dataclass(frozen=True)
 class Planned:
-    """A case with its plan and estimate."""
+    """Holds a case with its plan and estimate."""
 
     case: Case
     dense: DenseCost
@@ -40,7 +40,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What was tried, the settings that do it, and how it came out; ``planned`` is None where it cannot be."""
+    """Says what was tried, the settings that do it, and how it came out; ``planned`` is None where it cannot be."""
 
     name: str
     settings: str

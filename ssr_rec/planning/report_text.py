@@ -1,4 +1,4 @@
-"""A plan on the terminal."""
+"""Writes a plan for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TorchRec's ``EmbeddingShardingPlanner`` over a case, with our bytes and links, and what it chose among."""
+"""Runs TorchRec's ``EmbeddingShardingPlanner`` over a case, with our bytes and links, and notes what it chose among."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SMALL_TABLE = 0.001
 
 @dataclass(frozen=True)
 class Found:
-    """A plan for the case; where none is found that fits, the one with the most even memory, which may fit after all.
+    """Holds a plan for the case; where none is found that fits, the one of most even memory, which may fit after all.
 
     Attributes:
         options: a table's chosen way of sharding, with ranks and estimates; one per table.
@@ -77,7 +77,7 @@ class Found:
 
 
 class CaseEstimator(ShardEstimator):
-    """TorchRec's time of a shard, once for every distinct size, and our bytes in place of TorchRec's.
+    """Takes TorchRec's time of a shard, once for every distinct size, and our bytes in place of TorchRec's.
 
     TorchRec's storage is weights, state, ids and pooled rows in one sum, its row-wise state forgets that every
     column-wise shard has its own, and its bytes in flight are of another pipeline: docs/planner.md.
@@ -161,7 +161,7 @@ def option_bytes(case: Case, option: ShardingOption, size: Sequence[int]) -> Sha
 
 @dataclass(frozen=True)
 class FixedBytes:
-    """Memory of a rank that does not depend on the plan.
+    """Counts the memory of a rank that does not depend on the plan.
 
     Attributes:
         dense: weights, gradients and Adam state of the over-arch and heads, and their buffers.
@@ -265,7 +265,7 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
 
 
 class Limited(Proposer):
-    """A proposer that ends after so many proposals: not after so many seconds, or plans would depend on the machine."""
+    """Ends a proposer after so many proposals: not after so many seconds, or plans would depend on the machine."""
 
     def __init__(self, inner: Proposer, tables: int) -> None:
         self.inner, self.left = inner, max(PATIENCE, MOST_PLACED // tables)

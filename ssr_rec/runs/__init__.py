@@ -1,1 +1,1 @@
-"""Run folders: what a run writes, and how it is found, read and drawn."""
+"""Writes what a run leaves in its folder, and finds, reads and draws it."""

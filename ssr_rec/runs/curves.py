@@ -1,4 +1,4 @@
-"""Pictures of runs: the curves of one (curves.png), and several runs side by side."""
+"""Draws runs: the curves of one (curves.png), and several runs side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARKERS = "osD^vP*X"
 
 
 class Decimals(ScalarFormatter):
-    """Ticks such as .700 and .725, all with the same number of digits."""
+    """Writes ticks such as .700 and .725, all with the same number of digits."""
 
     def __init__(self) -> None:
         super().__init__(useOffset=False)

@@ -1,4 +1,4 @@
-"""Runs by days: what each next day showed before it was trained on, as a table and a picture."""
+"""Compares runs by days: what each next day showed before it was trained on, as a table and a picture."""
 
 from __future__ import annotations
 

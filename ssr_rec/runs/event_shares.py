@@ -1,4 +1,4 @@
-"""The picture of what the encoders of sequences look at: the shares of recent and of old events."""
+"""Draws what the encoders of sequences look at: the shares of recent and of old events."""
 
 from __future__ import annotations
 

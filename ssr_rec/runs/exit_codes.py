@@ -1,4 +1,4 @@
-"""What a training process ends with: an exit code, and one line where somebody can mend it (docs/reliability.md)."""
+"""Says how a training process ends: an exit code, and one line where somebody can mend it (docs/reliability.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run folder on disk: creating it, writing it so that a crash leaves it readable, reading it back.
+"""Creates a run folder on disk, writes it so that a crash leaves it readable, and reads it back.
 
 ``runs/<name>/`` holds ``config.yaml``, ``metrics.jsonl`` (one row per progress line and evaluation), ``report.json``
 (final figures), ``curves.png``, ``tensorboard/`` and ``checkpoints/``. Only rank 0 writes.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """The run folder (contract 5 of docs/architecture.md) while the run is on: rank 0 writes, the others agree.
+    """Keeps the run folder (contract 5 of docs/architecture.md) while the run is on: rank 0 writes, the others agree.
 
     Calling it with a row of metrics.jsonl writes the row, its TensorBoard scalars and its line on the terminal.
     """

@@ -19,7 +19,7 @@ JOB_FILE = "job"
 
 
 class Opened(NamedTuple):
-    """A run folder to write.
+    """Names a run folder to write.
 
     Attributes:
         goes_on: an unfinished run of this config is in it.

@@ -1,4 +1,4 @@
-"""The one progress line of a run, and the short ways of writing numbers that lines, tables and figures share."""
+"""Prints the one progress line of a run."""
 
 from __future__ import annotations
 

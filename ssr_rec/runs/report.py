@@ -1,4 +1,4 @@
-"""``report.json``, what a run ends with: its one definition, by which it is written and read everywhere."""
+"""Defines ``report.json``, what a run ends with: the one definition by which it is written and read everywhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Measures = dict[str, dict[str, int | float | None]]
 
 
 class Figures(BaseModel):
-    """The base of a report's parts: what versions before or after this one wrote besides is kept as it is."""
+    """Is the base of a report's parts: what versions before or after this one wrote besides is kept as it is."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, protected_namespaces=())
 
 
 class OverArchFigures(Figures):
-    """The trained over-arch; besides these, what its ``statistics`` found."""
+    """Describes the trained over-arch; besides these, what its ``statistics`` found."""
 
     name: str | None = Field(None, description="``over_arch.name`` of the config")
     kind: str = Field("", description="the label that people see")
@@ -37,7 +37,7 @@ class OverArchFigures(Figures):
 
 
 class DatasetFigures(Figures):
-    """The dataset that a run was trained on."""
+    """Names the dataset that a run was trained on."""
 
     name: str | None = None
     dataset_id: str | None = None
@@ -45,14 +45,14 @@ class DatasetFigures(Figures):
 
 
 class DayFigures(Figures):
-    """The evaluation of a day before the run trained on it."""
+    """Holds the evaluation of a day before the run trained on it."""
 
     day: str
     tasks: Measures
 
 
 class Report(Figures):
-    """All that ``report.json`` holds; reports of older versions lack some of it."""
+    """Describes all that ``report.json`` holds; reports of older versions lack some of it."""
 
     name: str | None = Field(..., description="of the run folder")
     over_arch: OverArchFigures
@@ -97,7 +97,7 @@ class Report(Figures):
 
 
 class Run(NamedTuple):
-    """A finished run, read back; ``rows`` are those of metrics.jsonl."""
+    """Holds a finished run, read back; ``rows`` are those of metrics.jsonl."""
 
     report: Report
     rows: list[dict[str, Any]]

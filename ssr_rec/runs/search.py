@@ -1,4 +1,4 @@
-"""A run of two stages: a search, and the training of what it found (AutoFIS)."""
+"""Runs two stages: a search, and the training of what it found (AutoFIS)."""
 
 from __future__ import annotations
 

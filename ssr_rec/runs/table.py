@@ -1,4 +1,4 @@
-"""Several finished runs side by side in words and numbers: a table and a sentence."""
+"""Puts several finished runs side by side in words and numbers: a table and a sentence."""
 
 from __future__ import annotations
 

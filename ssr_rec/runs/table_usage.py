@@ -1,4 +1,4 @@
-"""The use of a dataset's tables as a Markdown table and a picture."""
+"""Shows the use of a dataset's tables as a Markdown table and a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An artifact folder: what a run's model became to be served, whole and checked.
+"""Writes and reads an artifact folder: what a run's model became to be served, whole and checked.
 
 ``artifact.json`` (the manifest, with the schema and a sha256 of every other file), ``model.pt2`` (the compiled
 program), ``tables/*.npy`` (mappable), ``vocabularies/*.parquet`` (as prepared). The folder is written beside its place
@@ -39,7 +39,7 @@ CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 
 
 class Machine(Settings):
-    """What ``model.pt2`` was compiled for."""
+    """Says what ``model.pt2`` was compiled for."""
 
     torch: str
     machine: str
@@ -55,7 +55,7 @@ class Machine(Settings):
 
 
 class Parity(Settings):
-    """How far the artifact's probabilities were from those of the trainer's eager model when it was made."""
+    """Says how far the artifact's probabilities were from those of the trainer's eager model when it was made."""
 
     split: str
     rows: int

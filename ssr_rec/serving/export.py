@@ -1,4 +1,4 @@
-"""From a run to an artifact: packed tables, one ahead-of-time compiled program, and proof that it scores the same."""
+"""Makes an artifact of a run: packed tables, one ahead-of-time compiled program, and proof that it scores the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Note = Callable[[str], None]
 
 
 class Compared(NamedTuple):
-    """The rows on which an artifact must score as the trainer's eager model does."""
+    """Names the rows on which an artifact must score as the trainer's eager model does."""
 
     split: str = "test"
     rows: int | None = None

@@ -1,4 +1,4 @@
-"""The model as it is served: ids to logits in one graph, every lookup of single-valued fields fused into one.
+"""Builds the model as it is served: ids to logits in one graph, every lookup of single-valued fields fused into one.
 
 Shapes beside those of ``ssr_rec.over_archs``: ``S`` single-valued features, ``n_l`` ids of list feature l in the whole
 batch, ``R`` rows of a table. Features stand in schema order.
@@ -24,7 +24,7 @@ from ssr_rec.serving.quantized_tables import Precision, pack, pooled, stored_as
 
 
 class Stack(NamedTuple):
-    """Tables of one dim and one set, one below the other."""
+    """Describes tables of one dim and one set, stacked one below the other."""
 
     name: str
     columns: int
@@ -38,7 +38,7 @@ class Stack(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the ids of a batch are looked up."""
+    """Says where the ids of a batch are looked up."""
 
     names: list[str]
     kinds: list[str]
@@ -105,7 +105,7 @@ def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str,
 
 
 class ServingModel(nn.Module):
-    """``forward(ids (S, B), lists [values (n_l,), offsets (B+1,), ...], tables) -> logits (B, T)``.
+    """Computes ``forward(ids (S, B), lists [values (n_l,), offsets (B+1,), ...], tables) -> logits (B, T)``.
 
     The tables are arguments, so that they stay files of their own, mapped into memory.
 
@@ -176,7 +176,7 @@ class ServingModel(nn.Module):
 
 
 class ScoringLayer(nn.Module):
-    """Static filter ``indices`` (V, N) and one dense layer a view, by the operator for scoring."""
+    """Applies a static filter ``indices`` (V, N) and one dense layer a view, by the operator for scoring."""
 
     indices: Tensor
     weight_t: Tensor

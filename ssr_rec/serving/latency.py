@@ -1,4 +1,4 @@
-"""Requests driven at a scorer, and what became of them: closed and open loop, percentiles, spread.
+"""Drives requests at a scorer, and says what became of them: closed and open loop, percentiles, spread.
 
 A closed loop has a fixed number of clients; each sends its next request when it has the answer to the last. A slow
 answer delays all requests behind it, so that the few that are sent measure little of it: closed loops say what a
@@ -28,7 +28,7 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 @dataclass(frozen=True)
 class Requests:
-    """N requests, in the order they were due; float64 (N,), seconds since the first could be sent.
+    """Records N requests, in the order they were due; float64 (N,), seconds since the first could be sent.
 
     Attributes:
         due: when each should have been sent; in a closed loop, when it was.

@@ -1,4 +1,4 @@
-"""Embedding tables in fewer bits, as FBGEMM stores them and looks them up, in a form that ``torch.export`` takes.
+"""Packs embedding tables in fewer bits, as FBGEMM stores and looks them up, in a form that ``torch.export`` takes.
 
     fp32, fp16   (R, D)
     int8         (R, D + 8) uint8: a byte a column, then scale and offset of the row, float32

@@ -1,4 +1,4 @@
-"""Raw rows (mappings, pandas, Arrow, parquet files) to the arrays that ``Scorer.score_arrays`` takes."""
+"""Turns raw rows (mappings, pandas, Arrow, parquet files) into the arrays that ``Scorer.score_arrays`` takes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Raw rows to ids, equal to what the preparation makes of them.
+    """Turns raw rows into ids, equal to what the preparation makes of them.
 
     Args:
         schema: its ``preparation`` says how lists are cut.

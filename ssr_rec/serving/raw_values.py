@@ -1,4 +1,4 @@
-"""One raw value, or a column of them, to ids: in Python and Arrow what ``preparation/encode.py`` tells the engine.
+"""Turns a raw value or a column of them into ids: in Python and Arrow what ``preparation/encode.py`` tells the engine.
 
 A value counts by its text, as in the preparation: 7 is ``7``, True is ``true``, a date is ISO. pandas makes integers
 with gaps floats, so a whole float is that integer. None, NaN, NA and NaT are missing.
@@ -259,7 +259,7 @@ def _has_few_forms(kind: pa.DataType) -> bool:
 
 
 class WrongValue(UserError):
-    """A value of the wrong type, and its place in the column."""
+    """Is raised for a value of the wrong type, with its place in the column."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(f"row {row} {problem}")

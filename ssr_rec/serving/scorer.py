@@ -43,7 +43,7 @@ def load(artifact: str | Path, runners: int = 1, check_files: bool = True) -> Sc
 
 
 class Scorer:
-    """An artifact in memory; any number of threads may use it.
+    """Scores with an artifact in memory; any number of threads may use it.
 
     Attributes:
         schema: the features and labels, in order.

@@ -1,4 +1,4 @@
-"""A run's trained model on one process: plain tables and the eager over-arch, whatever ranks trained it."""
+"""Restores a run's trained model on one process: plain tables and the eager over-arch, whatever ranks trained it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ ENOUGH = 1000
 
 
 class ValueShares:
-    """Counts of missing and unknown values by feature since the scorer was opened; threads may share it.
+    """Counts missing and unknown values by feature since the scorer was opened; threads may share it.
 
     Args:
         features: those with an id of missing or unknown values are counted.

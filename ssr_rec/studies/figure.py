@@ -1,4 +1,4 @@
-"""The picture of a comparison: test AUC against parameters and against FLOPs, a row of panels per task."""
+"""Draws a comparison: test AUC against parameters and against FLOPs, a row of panels per task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values within mappings of mappings, by keys such as ``train.batch_size``."""
+"""Puts and finds values within mappings of mappings, by keys such as ``train.batch_size``."""
 
 from __future__ import annotations
 

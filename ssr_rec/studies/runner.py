@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Comparison:
-    """The state of a comparison: what is on disk and what this process runs.
+    """Holds the state of a comparison: what is on disk and what this process runs.
 
     Attributes:
         reports: of every finished job.

@@ -1,4 +1,4 @@
-"""What a comparison runs: a study file and the command line become systems, their trials and their seeds.
+"""Decides what a comparison runs: a study file and the command line become systems, their trials and their seeds.
 
 Every system gets the same budget of trials, each on seed 0. The trial with the best validation figure is the system's
 winner and runs on the other seeds too. Test figures never reach the choice: ``best_trial`` does not see them.
@@ -49,7 +49,7 @@ class System(Settings):
 
 
 class Study(Settings):
-    """A study file."""
+    """Holds what a study file says."""
 
     trials: int = Field(1, ge=1, description="search budget of every system; 1: the first value of every list")
     base: dict[str, Any] = Field({}, description="a partial RunConfig that all systems share")
@@ -72,7 +72,7 @@ class Study(Settings):
 
 
 class Job(NamedTuple):
-    """One training run of a comparison."""
+    """Names one training run of a comparison."""
 
     system: str
     trial: int
@@ -89,7 +89,7 @@ Reports = Mapping[Job, Report]
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a system's grid: what was drawn, and the run that it makes on seed 0."""
+    """Describes one point of a system's grid: what was drawn, and the run that it makes on seed 0."""
 
     settings: dict[str, Any]
     config: RunConfig
@@ -97,7 +97,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """All a comparison may run.
+    """Lists all a comparison may run.
 
     Attributes:
         study: the systems chosen, each with a base of its own that has everything resolved and the search that is left

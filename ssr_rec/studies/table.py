@@ -1,4 +1,4 @@
-"""A comparison in numbers: mean and deviation over seeds, Welch's test, the Markdown table and a sentence per task."""
+"""Puts a comparison in numbers: mean and deviation over seeds, Welch's test, a Markdown table, a sentence per task."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The training loop: pipeline, cadence, evaluation, early stopping."""
+"""Runs the training loop: pipeline, cadence, evaluation, early stopping."""

@@ -11,13 +11,13 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 
 class Accumulation:
-    """What a TorchRec pipeline gets for an optimizer when the dense part is updated once for several batches.
+    """Serves a TorchRec pipeline as its optimizer when the dense part is updated once for several batches.
 
     The dense gradient of a group is that of one batch of all its rows: the mean over the group's rows, whatever the
     sizes of its batches. Ranks reduce it once, with the group's last batch. The fused optimizer moves the tables'
     rows in the backward pass of every batch, each batch's gradient being the mean over that batch's rows.
 
-    A batch that the pipeline skips (``skipping.py``) belongs to its group with no rows.
+    A batch that the pipeline skips (``bad_steps.py``) belongs to its group with no rows.
     """
 
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:

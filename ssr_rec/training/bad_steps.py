@@ -1,4 +1,4 @@
-"""TorchRec's pipeline, able to leave out a batch whose loss is not finite or explodes."""
+"""Lets TorchRec's pipeline leave out a batch whose loss is not finite or explodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class SkippingPipeline(TrainPipelineSparseDist):
-    """``TrainPipelineSparseDist`` that updates nothing, on any rank, for a batch whose loss over all ranks is bad.
+    """Runs ``TrainPipelineSparseDist``, but updates nothing, on any rank, for a batch whose loss over all ranks is bad.
 
     Such a batch comes out with a loss of nan and no rows of logits and labels. Knowing it before the backward pass,
     which updates the tables, costs an all-reduce of one number a step.

@@ -1,4 +1,4 @@
-"""What a trained model is fed and makes of it, seen on the first rows of an evaluation, for the report."""
+"""Captures what a trained model is fed and makes of it, on the first rows of an evaluation, for the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AGE_BUCKETS = 64
 
 
 class EventShares:
-    """How much the events of a sequence count for their targets, by how recent and how old they are.
+    """Measures how much the events of a sequence count for their targets, by how recent and how old they are.
 
     An event's share is its absolute weight over the mean one of its row's events, the mean over heads: 1 is as much as
     the average event, whatever the row's length. An encoder without weights has no shares.
@@ -79,7 +79,7 @@ class EventShares:
 
 
 class Captured:
-    """Up to ``INPUT_ROWS`` rows of the over-arch's first input, and the shares of each sequence's events."""
+    """Keeps up to ``INPUT_ROWS`` rows of the over-arch's first input, and the shares of each sequence's events."""
 
     def __init__(self, dense: DenseArch) -> None:
         self.inputs: Tensor | None = None

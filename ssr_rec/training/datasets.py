@@ -1,4 +1,4 @@
-"""What a run trains on and evaluates: a dataset's three splits, or its days in order, each next day first evaluated."""
+"""Opens what a run trains on and evaluates: a dataset's splits, or its days in order, each next day first evaluated."""
 
 from __future__ import annotations
 
@@ -64,11 +64,13 @@ OpenSplit = Callable[[str, bool], Reader]
 
 @dataclass(frozen=True)
 class Rows:
-    """Attributes:
-    train: what to train on.
-    validation: what to evaluate after an epoch.
-    test: what to evaluate in the end; None: the days, evaluated before they were trained on, were the test.
-    open_split: opens any split.
+    """Holds what a run trains on and evaluates.
+
+    Attributes:
+        train: what to train on.
+        validation: what to evaluate after an epoch.
+        test: what to evaluate in the end; None: the days, evaluated before they were trained on, were the test.
+        open_split: opens any split.
     """
 
     train: Course

@@ -1,4 +1,4 @@
-"""Batches through the pipeline, and the measures of a split."""
+"""Runs batches through the pipeline, and computes the measures of a split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ssr_rec.metrics.split_metrics import fold_metrics
 
 
 class EvaluationConfig(Protocol):
-    """The part of ``TrainConfig`` that evaluations follow."""
+    """Names the part of ``TrainConfig`` that evaluations follow."""
 
     @property
     def metrics(self) -> str: ...

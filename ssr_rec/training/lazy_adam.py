@@ -1,4 +1,4 @@
-"""Adam that moves only the rows of a table that the batch has looked up, as FBGEMM's fused one does on GPUs."""
+"""Runs Adam so that it moves only the rows of a table that the batch has looked up, as FBGEMM's does on GPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class LazyAdam(Optimizer):
-    """Adam (Kingma and Ba, 2015) for tables (rows, dim), without a step for rows whose gradient is all zero.
+    """Runs Adam (Kingma and Ba, 2015) for tables (rows, dim), without a step for rows whose gradient is all zero.
 
     A row of the batch: ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``,
     ``w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay w)``, where t counts all steps. Other rows

@@ -1,4 +1,4 @@
-"""Which evaluation is the best one."""
+"""Says which evaluation is the best one."""
 
 from __future__ import annotations
 

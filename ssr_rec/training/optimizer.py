@@ -1,4 +1,4 @@
-"""Dense and fused sparse optimizers as one, and the learning-rate schedule."""
+"""Builds dense and fused sparse optimizers as one, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
 
 
 class Schedule:
-    """Linear warm-up of every learning rate of an optimizer, then constant.
+    """Raises every learning rate of an optimizer linearly at first (warm-up), then keeps it constant.
 
     Args:
         steps_before: of earlier runs, whose optimizer state this one goes on with.

@@ -1,4 +1,4 @@
-"""The training of one run: when to step, evaluate, keep the best, write a checkpoint and stop."""
+"""Trains one run: decides when to step, evaluate, keep the best, write a checkpoint and stop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PROGRESS_ROWS = 16_384
 
 
 class Trainer:
-    """A model in training, and all that its checkpoints hold.
+    """Trains a model, and has all that its checkpoints hold.
 
     ``fit`` yields rows of metrics.jsonl as they come. All methods are collective unless they say otherwise.
 
@@ -342,7 +342,7 @@ class Trainer:
 
 
 class _Window:
-    """The steps of one progress row."""
+    """Collects the steps of one progress row."""
 
     def __init__(self, first_step: int, batches: Prefetcher) -> None:
         self.first_step, self.batches, self.samples = first_step, batches, 0
