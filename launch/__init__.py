@@ -1,1 +1,1 @@
-"""TorchX components and resources: how the one training script is started anywhere."""
+"""Defines TorchX components and resources, by which the one training script is started anywhere."""

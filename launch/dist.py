@@ -1,4 +1,4 @@
-"""TorchX components: ``torchx run dist.ddp -j 2x8 ssr_rec/train.py --config C``."""
+"""Defines the TorchX component of ``torchx run dist.ddp -j 2x8 ssr_rec/train.py --config C``."""
 
 # TorchX reads the annotations as text and knows only this older spelling of optional and dict.
 # ruff: noqa: UP006, UP035, UP045

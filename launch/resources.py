@@ -1,4 +1,4 @@
-"""Whole hosts for ``torchx run dist.ddp -h NAME``: the common A100 and H100 machines of three clouds, and one of CPUs.
+"""Names whole hosts for ``torchx run dist.ddp -h NAME``: common A100 and H100 machines of three clouds, one of CPUs.
 
 Registered by the entry points ``torchx.named_resources`` of pyproject.toml. TorchX brings ``aws_p4d.24xlarge`` and the
 like, with the whole host's vCPUs and 96 % of its memory; a kubelet and its daemons keep 0.3 vCPU of 96 and more, and

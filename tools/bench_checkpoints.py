@@ -1,4 +1,4 @@
-"""What saving costs training: turns of training with one checkpoint in each against turns without, side by side.
+"""Measures what saving costs training: turns with one checkpoint in each against turns without, side by side.
 
     python tools/bench_checkpoints.py --data data/kuairand --config configs/kuairand_mlp.yaml --steps 400
 

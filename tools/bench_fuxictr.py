@@ -1,4 +1,4 @@
-"""Training throughput, and test AUC, of our DeepFM and DCN v2 against FuxiCTR's, side by side in one run.
+"""Measures training throughput, and test AUC, of our DeepFM and DCN v2 against FuxiCTR's, side by side in one run.
 
     python tools/bench_fuxictr.py --data data/ml1m_half --fuxictr-python FUXICTR_VENV/bin/python --auc
 

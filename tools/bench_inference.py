@@ -1,4 +1,4 @@
-"""Latency, throughput, memory and quality of served models, side by side in one run.
+"""Measures latency, throughput, memory and quality of served models, side by side in one run.
 
     python tools/bench_inference.py --run runs/ssr_s --tables fp32 int8 --picture latency.png
     python tools/bench_inference.py --artifact artifacts/ssr_s --batch 1 256 --clients 1 2 --load .3 .6 .8 .9

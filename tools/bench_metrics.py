@@ -1,4 +1,4 @@
-"""What the measures of an evaluation cost, exact and in bounded memory, and how far apart they are.
+"""Compares what the measures of an evaluation cost, exact and in bounded memory, and how far apart they are.
 
     python tools/bench_metrics.py --run runs/NAME --split train
 

@@ -1,4 +1,4 @@
-"""Speed, memory and bytes of over-archs, and of SSR's operators, side by side in one run.
+"""Measures speed, memory and bytes of over-archs, and of SSR's operators, side by side in one run.
 
     python tools/bench_over_arch.py --over-archs "ssr:filter=static,num_views=8,view_dim=128" "mlp:hidden=[320,320,320]"
     python tools/bench_over_arch.py --over-archs mlp ssr "ssr:filter=dynamic" --equal flops 1.2e6

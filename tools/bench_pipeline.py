@@ -1,4 +1,4 @@
-"""Rows/s and memory from raw log to trained step, each stage in a process of its own.
+"""Measures rows/s and memory from raw log to trained step, each stage in a process of its own.
 
     python tools/bench_pipeline.py --work /data/bench --rows 1000000 10000000
     python tools/bench_pipeline.py --work /data/bench --rows 1000000 --stages draw train --ranks 1 2

@@ -1,4 +1,4 @@
-"""What a sequence encoder costs in a training step of tables and a Dense MLP, and against its own arithmetic.
+"""Measures what a sequence encoder costs in a training step of tables and a Dense MLP, and against its own arithmetic.
 
     python tools/bench_sequences.py
     python tools/bench_sequences.py --encoders din "transformer:num_heads=2,output=mean" --event-columns 2
@@ -75,7 +75,7 @@ def tables(rows: int, dims: list[int], pooled: bool) -> nn.Module:
 
 
 class Bench:
-    """One batch, and the steps on it."""
+    """Holds one batch, and makes the steps on it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Training throughput of the whole job against a bare TorchRec loop, side by side in one run.
+"""Measures training throughput of the whole job against a bare TorchRec loop, side by side in one run.
 
     python tools/bench_training.py --data data/ml1m_half --config configs/ml1m_half_mlp.yaml
 

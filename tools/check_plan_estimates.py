@@ -52,7 +52,7 @@ SINGLES, LISTS = 6, 6
 
 @dataclass
 class Plan:
-    """One way to train, its estimate and what was measured of it."""
+    """Describes one way to train, its estimate and what was measured of it."""
 
     name: str
     case: Case

@@ -1,4 +1,4 @@
-"""FuxiCTR's side of tools/bench_fuxictr.py: ``python fuxictr_child.py FOLDER MODEL``, in a Python that has FuxiCTR.
+"""Runs FuxiCTR's side of bench_fuxictr.py: ``python fuxictr_child.py FOLDER MODEL``, in a Python that has FuxiCTR.
 
 FOLDER holds ``settings.json``, FuxiCTR's ``feature_map.json`` and the three splits in a format of its loaders. First
 comes a line of JSON that says what was built; then every line on stdin is answered by one:
@@ -35,7 +35,7 @@ MAX_GRADIENT_NORM = 10.0
 
 
 class DeepFM(BaseModel):
-    """First order and FM (one layer in FuxiCTR) plus a deep network with one output."""
+    """Adds first order and FM (one layer in FuxiCTR) to a deep network with one output."""
 
     def __init__(self, feature_map: FeatureMap, settings: dict[str, Any], **options: Any) -> None:
         super().__init__(feature_map, **options)
@@ -51,7 +51,7 @@ class DeepFM(BaseModel):
 
 
 class DCNv2(BaseModel):
-    """Cross network of full rank beside a deep network, then one linear unit."""
+    """Puts a cross network of full rank beside a deep network, then one linear unit."""
 
     def __init__(self, feature_map: FeatureMap, settings: dict[str, Any], **options: Any) -> None:
         super().__init__(feature_map, **options)
@@ -71,7 +71,7 @@ MODELS: dict[str, Any] = {"deepfm": DeepFM, "dcn_v2": DCNv2}
 
 
 class Job:
-    """One model of ``MODELS`` on the prepared folder."""
+    """Trains one model of ``MODELS`` on the prepared folder."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name

@@ -1,4 +1,4 @@
-"""FuxiCTR's preparation for tools/bench_pipeline.py: ``python fuxictr_prepare.py OPTIONS``, in FuxiCTR's Python.
+"""Runs FuxiCTR's preparation for tools/bench_pipeline.py: ``python fuxictr_prepare.py OPTIONS``, in FuxiCTR's Python.
 
 OPTIONS are JSON: ``folder`` with ``train``, ``valid`` and ``test`` files, their ``format`` (csv or parquet), the
 columns by role, ``min_count``. The last line is JSON: ``seconds`` of what ``build_dataset`` does (vocabularies of the

@@ -1,4 +1,4 @@
-"""FuxiCTR's side of tools/bench_fuxictr.py, seen from ours: its process, and the files that process reads."""
+"""Runs FuxiCTR's side of tools/bench_fuxictr.py from ours: starts its process, and writes the files that it reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ssr_rec.data.schema import SPLITS, Schema
 
 
 class FuxiCTR:
-    """tools/fuxictr_child.py at work on one model; ``built`` is what it said first.
+    """Runs tools/fuxictr_child.py on one model; ``built`` is what it said first.
 
     Raises:
         ValueError: that Python is not there, has no FuxiCTR, or the child ended.

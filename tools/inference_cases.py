@@ -1,4 +1,4 @@
-"""What bench_inference.py measures: a model served in one mode, and the requests that are put to it.
+"""Defines what bench_inference.py measures: a model served in one mode, and the requests that are put to it.
 
 All modes get the same thing, prepared ids as a ``KeyedJaggedTensor`` lays them out, ``(values, lengths)``:
 
@@ -38,7 +38,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One model in one mode; a process of its own serves it.
+    """Describes one model in one mode; a process of its own serves it.
 
     Attributes:
         model: the over-arch, as tables and pictures name it.
@@ -69,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows: per feature its ids one row after another, and (N + 1,) offsets into them; labels (N, T) or None."""
+    """Holds N rows: per feature its ids row after row, and (N + 1,) offsets into them; labels (N, T) or None."""
 
     ids: list[np.ndarray]
     offsets: list[np.ndarray]

@@ -1,4 +1,4 @@
-"""The picture of tools/bench_inference.py."""
+"""Draws the picture of tools/bench_inference.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw rows that encode to given ids, for timing what raw rows cost."""
+"""Makes raw rows that encode to given ids, for timing what raw rows cost."""
 
 from __future__ import annotations
 

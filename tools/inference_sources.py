@@ -1,4 +1,4 @@
-"""From the command line of bench_inference.py to its cases."""
+"""Makes the cases of bench_inference.py from its command line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Source:
-    """One model to measure: a run, an artifact, or a config with its dataset's schema."""
+    """Describes one model to measure: a run, an artifact, or a config with its dataset's schema."""
 
     kind: Literal["run", "artifact", "config"]
     model: str

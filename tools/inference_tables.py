@@ -1,4 +1,4 @@
-"""What bench_inference.py shows on the terminal."""
+"""Writes what bench_inference.py shows on the terminal."""
 
 from __future__ import annotations
 

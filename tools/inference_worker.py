@@ -1,4 +1,4 @@
-"""The process of one case of bench_inference.py: it loads the case, then answers what it is asked over a pipe.
+"""Runs one case of bench_inference.py in a process: it loads the case, then answers what it is asked over a pipe.
 
 One process a case, so that its memory is its own; they all stay, so that the cases can take turns.
 """
@@ -35,11 +35,11 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 class Failed(Exception):
-    """What went wrong in a worker, in its own words."""
+    """Is raised when something went wrong in a worker, with its own words."""
 
 
 class Worker:
-    """This side of the pipe.
+    """Starts a worker and asks it from this side of the pipe.
 
     Raises:
         ValueError: what the worker's ValueError said.
@@ -97,7 +97,7 @@ def serve(pipe: Connection, case: Case, batches: list[int], seed: int) -> None:
 
 
 class Served:
-    """A loaded case and its requests."""
+    """Holds a loaded case and its requests."""
 
     def __init__(self, case: Case, batches: list[int], seed: int) -> None:
         self.case = case

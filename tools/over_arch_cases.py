@@ -1,4 +1,4 @@
-"""What bench_over_arch.py times: over-archs and single operators as steps, and what is measured of a step.
+"""Defines what bench_over_arch.py times: over-archs and single operators as steps, and what is measured of a step.
 
 A step's figures, beside its time:
 
@@ -40,7 +40,7 @@ from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how all steps of one run are computed."""
+    """Says where and how all steps of one run are computed."""
 
     device: torch.device
     bf16: bool
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """Describes one thing to time.
 
     Attributes:
         step: does it once.
@@ -180,7 +180,7 @@ def plain_layer(x: Tensor, layer: SSRLayer) -> Tensor:
 
 
 class Given(NamedTuple):
-    """What a case computes with; of a layer, its plain form is given the layer in place of parameters."""
+    """Holds what a case computes with; of a layer, its plain form is given the layer in place of parameters."""
 
     inputs: list[Tensor]
     parameters: list[Tensor]

@@ -1,4 +1,4 @@
-"""The picture of tools/bench_over_arch.py."""
+"""Draws the picture of tools/bench_over_arch.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Over-archs as a command line gives them, and their sizes by what they cost."""
+"""Reads over-archs from a command line, and resizes them by what they cost."""
 
 from __future__ import annotations
 

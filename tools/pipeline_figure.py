@@ -1,4 +1,4 @@
-"""The picture of tools/bench_pipeline.py: rows/s and peak memory of each stage over the rows of the log."""
+"""Draws the picture of tools/bench_pipeline.py: rows/s and peak memory of each stage over the rows of the log."""
 
 from __future__ import annotations
 

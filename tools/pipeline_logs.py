@@ -1,4 +1,4 @@
-"""The raw logs that tools/bench_pipeline.py has prepared by both sides, as each of them reads them."""
+"""Describes the raw logs that tools/bench_pipeline.py has prepared by both sides, as each of them reads them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLITS = {"train": "r % 10 < 8", "valid": "r % 10 = 8", "test": "r % 10 = 9"}
 
 @dataclass(frozen=True)
 class Log:
-    """A raw log: our preset or spec, and FuxiCTR's columns."""
+    """Describes a raw log: our preset or spec, and FuxiCTR's columns."""
 
     name: str
     raw: Path

@@ -1,4 +1,4 @@
-"""One stage of tools/bench_pipeline.py in a process of its own: ``python tools/pipeline_stages.py STAGE OPTIONS``.
+"""Runs one stage of bench_pipeline.py in a process of its own: ``python tools/pipeline_stages.py STAGE OPTIONS``.
 
 OPTIONS are JSON. The last line is JSON: ``rows``, ``seconds`` and ``cpu_seconds`` of the work without imports, what
 else the stage measured, and ``peak_mb``, the most memory that the process had, libraries included.

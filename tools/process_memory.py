@@ -1,4 +1,4 @@
-"""The memory of a process, from Linux itself."""
+"""Reads the memory of a process from Linux itself."""
 
 from __future__ import annotations
 

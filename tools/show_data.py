@@ -1,4 +1,4 @@
-"""What a prepared dataset's tables are used for: ``python tools/show_data.py DATA [--plot PATH]``; see docs/ids.md.
+"""Shows a prepared dataset's use of its tables: ``python tools/show_data.py DATA [--plot PATH]``; see docs/ids.md.
 
 Prints a Markdown table, one line per feature, counted over the training split (or all days): rows of its table, ids
 seen, shares of lookups, and for hashed features the collisions measured when it was prepared beside those expected. A

@@ -1,4 +1,4 @@
-"""The bytes of a step: what its operators read and write, what it keeps for the backward pass, its peak on a GPU."""
+"""Counts the bytes of a step: what its operators read and write, what it keeps for the backward, its peak on a GPU."""
 
 from __future__ import annotations
 
