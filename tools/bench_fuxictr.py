@@ -106,7 +106,7 @@ def compare(model: str, data: Path, schema: Schema, fuxictr: FuxiCTR, options: a
 
 @contextlib.contextmanager
 def pinned(cores: int) -> Iterator[None]:
-    """This process, and those it starts, on so many cores and with so many torch threads; undone at the end.
+    """Keep this process, and those it starts, on so many cores and with so many torch threads; undone at the end.
 
     Raises:
         ValueError: there are not so many.

@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def measure_machine(ranks: int) -> Hardware:
-    """This machine as a hardware file would have it, the same on every rank; ranks measure at the same time."""
+    """Describe this machine as a hardware file would, the same on every rank; ranks measure at the same time."""
     a = torch.rand(1024, 1024)
     product = best_of(lambda: a @ a)
     source, target = torch.rand(2**24), torch.empty(2**24)

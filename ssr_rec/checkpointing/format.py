@@ -88,7 +88,7 @@ def _copied(value: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """checkpoint.json of a complete checkpoint.
+    """Read checkpoint.json of a complete checkpoint.
 
     Raises:
         UserError: no complete checkpoint, or its checkpoint.json is damaged or of another format.

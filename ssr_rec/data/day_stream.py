@@ -34,7 +34,7 @@ class Course(Protocol):
         """Return rows of the global batch of ``step``, over all ranks."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Prefetcher:
-        """This rank's batches of an epoch from its step ``start_step`` on."""
+        """Yield this rank's batches of an epoch from its step ``start_step`` on."""
 
     def describe(self, epoch: int, step: int) -> str:
         """Return where the rows of a step of an epoch are stored."""

@@ -107,7 +107,7 @@ class Reader:
         }
 
     def epoch(self, epoch: int, start_step: int = 0) -> Prefetcher:
-        """This rank's batches of an epoch from global batch ``start_step`` on; (epoch, step) is the whole position."""
+        """Yield this rank's batches of an epoch from batch ``start_step`` on; (epoch, step) is the whole position."""
         return Prefetcher(self.batches(epoch, start_step), self.prefetch)
 
     def describe(self, epoch: int, step: int, most: int = 4) -> str:

@@ -186,7 +186,7 @@ def _take(batches: Iterator[pa.RecordBatch], rows: int, held: list[pa.RecordBatc
 
 
 def footer_digest(path: Path) -> str:
-    """sha256 of the metadata at the end of a parquet file, read without the parquet library.
+    """Return the sha256 of the metadata at the end of a parquet file, read without the parquet library.
 
     Raises:
         UserError: not a regular file, or no parquet file.

@@ -112,7 +112,8 @@ def write_plan(plan: PlanFile, path: str | Path) -> None:
 
 
 def read_plan(path: str | Path) -> PlanFile:
-    """
+    """Read a plan from its file.
+
     Raises:
         UserError: unreadable, not a plan, or changed since it was written; the message names the file and the entry.
     """

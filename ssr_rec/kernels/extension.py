@@ -213,7 +213,7 @@ def compile_to(target: Path, compiler: list[str], flags: list[str]) -> None:
 
 
 def link_flags() -> list[str]:
-    """torch's libraries, and the OpenMP that torch itself loads: a second one would have a thread pool of its own."""
+    """Return torch's libraries and the OpenMP that torch loads: a second one would have a thread pool of its own."""
     folder = Path(torch.__file__).parent / "lib"
     openmp = next((str(path) for path in folder.glob("libgomp*.so*")), "-fopenmp")
     return [f"-L{folder}", "-ltorch_cpu", "-ltorch", "-lc10", openmp]

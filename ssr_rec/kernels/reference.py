@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def ics_reference(z: Tensor, alpha: Tensor, gamma: Tensor | None) -> Tensor:
-    """Algorithm 1, step by step; ``ssr_rec.kernels.ics`` says what it computes."""
+    """Run Algorithm 1 step by step; ``ssr_rec.kernels.ics`` says what it computes."""
     x = torch.relu(z)
     for rate in alpha.unbind(-1):
         mu = x.mean(-1, keepdim=True)
@@ -31,7 +31,7 @@ def view_fusion_reference(
     keep: Tensor | None = None,
     keep_share: float = 1.0,
 ) -> Tensor:
-    """Equations 3, 5 and 6, step by step; ``ssr_rec.kernels.view_fusion`` says what it computes."""
+    """Compute equations 3, 5 and 6 step by step; ``ssr_rec.kernels.view_fusion`` says what it computes."""
     h = x if indices is None else gather_views(x, indices)
     z = F.gelu(torch.baddbmm(bias.unsqueeze(1), h.transpose(0, 1), weight))
     if keep is not None:

@@ -117,7 +117,7 @@ def _is_literal(alpha, T: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _step(x, z, theta, inside, decay, LITERAL: tl.constexpr):
-    """x_{t+1} and theta_{t+1} from x_t, theta_t and alpha_t * mean(x_t), a value per row."""
+    """Return x_{t+1} and theta_{t+1} from x_t, theta_t and alpha_t * mean(x_t), a value per row."""
     if LITERAL:
         # A negative alpha would raise the padding too.
         return tl.where(inside, _relu(x - decay[:, None]), 0.0), theta
@@ -127,7 +127,7 @@ def _step(x, z, theta, inside, decay, LITERAL: tl.constexpr):
 
 @triton.jit
 def _state(z, inside, means, valid, alpha, t: tl.constexpr, A: tl.constexpr, LITERAL: tl.constexpr):
-    """x_t (ROWS, BLOCK) as the forward met it; ``means`` (ROWS,) points at the T means of each row."""
+    """Return x_t (ROWS, BLOCK) as the forward met it; ``means`` (ROWS,) points at the T means of each row."""
     x, theta = _relu(z), tl.zeros(means.shape, A)
     for u in tl.static_range(t):
         decay = tl.load(alpha + u).to(A) * tl.load(means + u, mask=valid, other=0.0)
@@ -137,7 +137,7 @@ def _state(z, inside, means, valid, alpha, t: tl.constexpr, A: tl.constexpr, LIT
 
 @triton.jit
 def _iterate(z, inside, means, valid, alpha, dim, T: tl.constexpr, A: tl.constexpr, LITERAL: tl.constexpr):
-    """x_T; writes the means on the way."""
+    """Return x_T, and write the means on the way."""
     x, theta = _relu(z), tl.zeros(means.shape, A)
     for t in tl.static_range(T):
         mean = tl.sum(x, 1) / dim

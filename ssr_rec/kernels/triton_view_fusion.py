@@ -38,7 +38,7 @@ def view_fusion_forward(
     keep: Tensor | None = None,
     keep_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, V, d), the products before the bias (V, B, d), and mean and 1 / deviation of each row (V, B, 2)."""
+    """Return y (B, V, d), the products before the bias (V, B, d), and mean and 1 / deviation of each row (V, B, 2)."""
     batch, (views, _, dim) = x.shape[0], weight.shape
     y = x.new_empty(batch, views, dim)
     summed = save and scale is not None

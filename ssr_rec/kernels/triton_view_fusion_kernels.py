@@ -16,7 +16,7 @@ def _halves(u):
 
 @triton.jit
 def _kept(s, keep, at, inside, KEPT: tl.constexpr):
-    """s times what dropout multiplies it by: what is not a number stays so."""
+    """Return s times what dropout multiplies it by: what is not a number stays so."""
     if keep is not None:
         s = tl.where(tl.load(keep + at, mask=inside, other=0) != 0, s * KEPT, s * 0.0)
     return s
@@ -74,7 +74,7 @@ def _finish(
 
 @triton.jit
 def gather(x, indices, h, batch, width, views, inner, x_batch, x_dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """h[v, b, n] = x[b, indices[v, n]], NaN where x has no such dim.
+    """Write h[v, b, n] = x[b, indices[v, n]], NaN where x has no such dim.
 
     The views of some rows follow each other, so that the rows stay in a cache.
     """
@@ -224,7 +224,7 @@ def epilogue_backward(
 
 @triton.jit
 def sum_segments(copies, order, ends, total, batch, width, TILE: tl.constexpr, A: tl.constexpr):
-    """total[b, j] = sum of copies[order[i], b] for i from ends[j] to ends[j + 1], in this order."""
+    """Write total[b, j] = sum of copies[order[i], b] for i from ends[j] to ends[j + 1], in this order."""
     # One axis for both: a grid's others end at 65,535.
     columns = tl.cdiv(width, TILE)
     column = tl.program_id(0) % columns * TILE + tl.arange(0, TILE)

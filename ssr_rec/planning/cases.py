@@ -154,7 +154,8 @@ def table_lookups(folder: Path, schema: Schema) -> dict[str, RowLookups]:
 
 
 def make_world(nodes: int, per_node: int, hardware: Hardware) -> World:
-    """
+    """Describe a job of so many nodes and ranks on each.
+
     Raises:
         UserError: a number of nodes or ranks that cannot be.
     """

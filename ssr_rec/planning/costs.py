@@ -129,11 +129,13 @@ def shard_bytes(
     ids: float,
     pooled_rows: float,
 ) -> ShardBytes:
-    """Args:
-    size: rows and columns of the shard.
-    load_factor: share of the rows that a cached table's cache holds.
-    ids: that the rank looks up in it for one global batch.
-    pooled_rows: that the rank makes of them, before they are sent or summed.
+    """Count the bytes of one shard.
+
+    Args:
+        size: rows and columns of the shard.
+        load_factor: share of the rows that a cached table's cache holds.
+        ids: that the rank looks up in it for one global batch.
+        pooled_rows: that the rank makes of them, before they are sent or summed.
     """
     rows, columns = size
     weights, state = rows * columns * element_bytes, state_bytes(optimizer, rows, columns)

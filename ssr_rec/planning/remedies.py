@@ -49,7 +49,8 @@ class Remedy:
 
 
 def plan_case(case: Case, dense: DenseCost | None = None) -> Planned:
-    """
+    """Plan one case; the dense part is counted unless it is given.
+
     Raises:
         UserError: see ``find_plan``.
     """

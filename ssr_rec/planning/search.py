@@ -175,8 +175,10 @@ class FixedBytes:
 
 
 def fixed_bytes(case: Case, dense: DenseCost, columns: float) -> FixedBytes:
-    """Args:
-    columns: of all tables together, the width of what a row looks up, all its events included.
+    """Count what a rank keeps besides its tables.
+
+    Args:
+        columns: of all tables together, the width of what a row looks up, all its events included.
     """
     rows, config = case.rows_per_rank, case.config
     copies = sum(DENSE_BYTES.values()) + (2 if config.train.bf16 else 0)  # autocast keeps bf16 copies of the weights

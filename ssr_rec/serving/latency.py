@@ -57,7 +57,7 @@ class Requests:
 
 
 def poisson_arrivals(rate: float, count: int, seed: int | Sequence[int]) -> np.ndarray:
-    """When ``count`` requests of a Poisson process arrive, in seconds: (count,) float64, ascending, from 0 on.
+    """Draw when ``count`` requests of a Poisson process arrive, in seconds: (count,) float64, ascending, from 0 on.
 
     Args:
         rate: arrivals a second on average.

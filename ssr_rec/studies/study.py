@@ -288,7 +288,7 @@ def _shareable(config: RunConfig) -> dict[str, Any]:
 
 
 def _point(search: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
-    """Point number ``index`` of the grid; 0 has the first value of every list."""
+    """Return point number ``index`` of the grid; 0 has the first value of every list."""
     settings = {}
     for key, values in search.items():
         index, position = divmod(index, len(values))

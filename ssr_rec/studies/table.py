@@ -87,7 +87,7 @@ def comparison_text(plan: Plan, frame: pd.DataFrame) -> str:
 
 
 def task_sentence(rows: pd.DataFrame) -> str:
-    """Who leads one task, by how much, and the best of the others against the best baseline."""
+    """Say who leads one task, by how much, and the best of the others against the best baseline."""
     task, known = rows["task"].iloc[0], rows.dropna(subset=["auc_mean"])
     if known.empty:
         return f"No system has a test AUC for {task}."

@@ -47,7 +47,7 @@ class StallWatch:
             self._thread.start()
 
     def beat(self, where: str) -> None:
-        """This rank has come as far as ``where``."""
+        """Note that this rank has come as far as ``where``."""
         self._where, self._moved_at = where, time.monotonic()
 
     def close(self) -> None:

@@ -98,7 +98,7 @@ _ITEM, _FIELD, _VALUE = "\x01", "\x02", "\x03"
 
 
 def read_alibaba(engine: Engine, files: list[Path], spec: TableSpec, progress: Progress) -> Log:
-    """Ali-CCP: each ``sample_skeleton_X.csv`` joined by index with the ``common_features_X.csv`` beside it.
+    """Read Ali-CCP: each ``sample_skeleton_X.csv`` joined by index with the ``common_features_X.csv`` beside it.
 
     A single-valued field that a row repeats keeps its first value; one it lacks is missing.
 
