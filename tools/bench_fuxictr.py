@@ -1,11 +1,13 @@
-"""Measures training throughput, and test AUC, of our DeepFM and DCN v2 against FuxiCTR's, side by side in one run.
+"""Measures training throughput, and test AUC, of our DeepFM, DCN v2 and DIN against FuxiCTR's, side by side in one run.
 
     python tools/bench_fuxictr.py --data data/ml1m_half --fuxictr-python FUXICTR_VENV/bin/python --auc
+    python tools/bench_fuxictr.py --data data/ml1m_half_sequences --models din --fuxictr-python ... --auc --seeds 3
 
 FuxiCTR is in a venv of its own (``pip install fuxictr==2.3.10``), where tools/fuxictr_child.py trains its model with
-its own loader and loop. Both train on the same rows and ids, the dataset's single-valued features and one label, with
-the same sizes, Adam 1e-3 on everything and no regularisation. They take turns on the same cores, one by default; the
-ratio is that of their median samples/s. The last line is JSON.
+its own loader and loop. Both train on the same rows and ids, the dataset's single-valued features and one label (DIN:
+also the first history of a vocabulary that one of them has), with the same sizes, Adam 1e-3 on everything and no
+regularisation. They take turns on the same cores, one by default; the ratio is that of their median samples/s. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_training import Job, whole_job  # it also checks the stack, before torchrec is imported
-from fuxictr_side import FuxiCTR, write_for_fuxictr
+from fuxictr_side import FuxiCTR, history_and_target, write_for_fuxictr
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.logs import quiet
@@ -40,9 +42,12 @@ from ssr_rec.training.setup import start_process_group
 
 CHILD = Path(__file__).with_name("fuxictr_child.py")
 DIM, BATCH_SIZE, LEARNING_RATE, HIDDEN, CROSS_LAYERS = 16, 1024, 1e-3, [320, 320, 320], 3
+ATTENTION_HIDDEN = [64]
+"""Of DIN's activation unit, with Dice and no softmax: what FuxiCTR's model zoo has by default."""
 OVER_ARCHS: dict[str, dict[str, Any]] = {
     "deepfm": {"name": "deepfm", "hidden": HIDDEN},
     "dcn_v2": {"name": "dcn_v2", "num_cross_layers": CROSS_LAYERS, "rank": None, "hidden": HIDDEN},
+    "din": {"name": "mlp", "hidden": HIDDEN},
 }
 
 
@@ -57,7 +62,25 @@ def our_config(data: Path, schema: Schema, model: str, runs: Path, bf16: bool = 
         "over_arch": dict(OVER_ARCHS[model]),
         "train": {"batch_size": BATCH_SIZE, "eval_every": None, "patience": 1, "monitor": "auc", "bf16": bf16},
     }
+    if model == "din":
+        sequence, _, target = history_and_target(schema)
+        encoder = {"name": "din", "hidden": ATTENTION_HIDDEN, "activation": "dice"}
+        values["sequences"] = {sequence: {"encoder": encoder, "target": [target]}}
     return resolve(values, "bench_fuxictr")
+
+
+def narrowed(schema: Schema, model: str, label: str | None) -> Schema:
+    """Return the schema of what is compared: single-valued features and one label, and for DIN one history.
+
+    Raises:
+        ValueError: the dataset has no such features, or not that label.
+    """
+    features = [feature.name for feature in schema.features if feature.kind != "list"]
+    if not features:
+        raise UserError(f"dataset {schema.name!r}: no single-valued feature, and only those are compared")
+    if model == "din":
+        features.append(history_and_target(schema)[1])
+    return schema.select(features, [label or schema.labels[0]])
 
 
 def take_turns(ours: Job, fuxictr: FuxiCTR, steps: int, turns: int) -> dict[str, list[float]]:
@@ -127,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="prepared dataset")
     parser.add_argument("--fuxictr-python", required=True, help="the python of a venv with FuxiCTR")
-    parser.add_argument("--models", nargs="+", choices=list(OVER_ARCHS), default=list(OVER_ARCHS))
+    parser.add_argument("--models", nargs="+", choices=list(OVER_ARCHS), default=["deepfm", "dcn_v2"])
     parser.add_argument("--label", help="label to train; default: the dataset's first")
     parser.add_argument("--steps", type=int, default=150, help="steps of one turn")
     parser.add_argument("--turns", type=int, default=5, help="turns of each, after one that does not count")
@@ -157,23 +180,23 @@ def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
     options = _parser().parse_args(arguments)
     quiet()
     try:
-        schema = Schema.read(options.data)
-        scalars = [feature.name for feature in schema.features if feature.kind != "list"]
-        if not scalars:
-            raise UserError(f"{options.data}: no single-valued feature, and only those are compared")
-        schema = schema.select(scalars, [options.label or schema.labels[0]])
-        settings = {
-            "dim": DIM, "hidden": HIDDEN, "num_cross_layers": CROSS_LAYERS, "batch_size": BATCH_SIZE,
-            "learning_rate": LEARNING_RATE, "threads": options.cores, "loader": options.fuxictr_loader,
-            "workers": options.fuxictr_workers,
+        whole = Schema.read(options.data)
+        settings: dict[str, Any] = {
+            "dim": DIM, "hidden": HIDDEN, "num_cross_layers": CROSS_LAYERS, "attention_hidden": ATTENTION_HIDDEN,
+            "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "threads": options.cores,
+            "loader": options.fuxictr_loader, "workers": options.fuxictr_workers,
         }  # fmt: skip
         figures: dict[str, Any] = {}
-        with pinned(options.cores), tempfile.TemporaryDirectory() as folder:
-            write_for_fuxictr(options.data, schema, Path(folder), settings)
+        with pinned(options.cores), tempfile.TemporaryDirectory() as root:
             for model in options.models:
-                fuxictr = FuxiCTR(options.fuxictr_python, child, Path(folder), model, options.cores)
+                schema, folder = narrowed(whole, model, options.label), Path(root) / model
+                names: dict[str, Any] = {"features": schema.feature_names}
+                if model == "din":
+                    names |= dict(zip(("sequence", "history", "target"), history_and_target(schema), strict=True))
+                write_for_fuxictr(options.data, schema, folder, settings | names)
+                fuxictr = FuxiCTR(options.fuxictr_python, child, folder, model, options.cores)
                 with contextlib.closing(fuxictr):
-                    figures[model] = compare(model, options.data, schema, fuxictr, options)
+                    figures[model] = names | compare(model, options.data, schema, fuxictr, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -185,7 +208,6 @@ def main(arguments: Sequence[str] | None = None, child: Path = CHILD) -> int:
             {
                 "dataset": schema.name,
                 "label": schema.labels[0],
-                "num_features": len(schema.features),
                 "settings": settings | {"our_bf16": options.bf16},
                 "models": figures,
                 "hardware": hardware(),

@@ -26,7 +26,14 @@ import fuxictr  # noqa: F401  # isort: skip
 import torch
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.dataloaders import RankDataLoader
-from fuxictr.pytorch.layers import CrossNetV2, FactorizationMachine, FeatureEmbedding, MLP_Block
+from fuxictr.pytorch.layers import (
+    CrossNetV2,
+    DIN_Attention,
+    FactorizationMachine,
+    FeatureEmbedding,
+    FeatureEmbeddingDict,
+    MLP_Block,
+)
 from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
 
@@ -67,7 +74,26 @@ class DCNv2(BaseModel):
         return {"y_pred": self.output_activation(logits)}
 
 
-MODELS: dict[str, Any] = {"deepfm": DeepFM, "dcn_v2": DCNv2}
+class DIN(BaseModel):
+    """A history's events, weighed against the target, in place of its field; then a deep network with one output."""
+
+    def __init__(self, feature_map: FeatureMap, settings: dict[str, Any], **options: Any) -> None:
+        super().__init__(feature_map, **options)
+        self.target, self.history = settings["target"], settings["history"]
+        self.embedding_layer = FeatureEmbeddingDict(feature_map, settings["dim"])
+        self.attention = DIN_Attention(settings["dim"], settings["attention_hidden"], hidden_activations="Dice")
+        self.mlp = MLP_Block(feature_map.sum_emb_out_dim(), hidden_units=settings["hidden"], output_dim=1)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        ids = self.get_inputs(inputs)
+        fields = self.embedding_layer(ids)
+        there = ids[self.history] != 0
+        fields[self.history] = self.attention(fields[self.target], fields[self.history], there)
+        logits = self.mlp(self.embedding_layer.dict2tensor(fields, flatten_emb=True))
+        return {"y_pred": self.output_activation(logits)}
+
+
+MODELS: dict[str, Any] = {"deepfm": DeepFM, "dcn_v2": DCNv2, "din": DIN}
 
 
 class Job:
