@@ -14,6 +14,7 @@ is JSON.
 from __future__ import annotations
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.heap import keep_freed_memory
 from ssr_rec.common.versions import require_stack
 
 require_stack()
@@ -224,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quiet()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as training does
     try:
         for key in ("batch", "dim", "max_length", "event_columns", "fields", "rows", "threads", "turns"):
             if getattr(options, key) < 1:

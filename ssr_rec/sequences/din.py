@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.kernels.dice import dice, gated
 from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, SOFTMAX_FLOPS, Flops, dense_flops
 from ssr_rec.over_archs.layers import BATCH_NORM_MOMENTUM, Dropout, init_dense_
 from ssr_rec.sequences.base import SIGMOID_FLOPS, SequenceEncoder, linear
@@ -49,12 +50,10 @@ class Dice(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        use_batch = self.training and x.shape[0] > 1
-        normal = F.batch_norm(
-            x, self.running_mean, self.running_var, None, None, use_batch, BATCH_NORM_MOMENTUM, DICE_EPS
-        )
-        p = torch.sigmoid(normal)
-        return x * (p + (1 - p) * self.alpha)
+        if self.training and x.shape[0] > 1:
+            return dice(x, self.alpha, self.running_mean, self.running_var, BATCH_NORM_MOMENTUM, DICE_EPS)
+        normal = F.batch_norm(x, self.running_mean, self.running_var, None, None, eps=DICE_EPS)
+        return gated(x, normal, self.alpha)
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
@@ -122,8 +121,8 @@ class DIN(SequenceEncoder):
         of_event = of_event + F.pad(of_difference, (0, self.event_dim - self.target_dim))
         per_row = F.linear(target, of_target - of_difference, self.bias)
         product = events[:, : self.target_dim] * jagged.take(target)
-        hidden = torch.addmm(jagged.take(per_row), events, of_event.T)
-        scores = self.layers(torch.addmm(hidden, product, of_product.T))
+        both, of_both = torch.cat([events, product], 1), torch.cat([of_event, of_product], 1)
+        scores = self.layers(torch.addmm(jagged.take(per_row), both, of_both.T))
         return jagged.softmax(scores)[0] if self.settings.softmax else scores
 
     def flops(self, length: int) -> Flops:

@@ -8,18 +8,24 @@ import torch
 import torch.distributed as dist
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.heap import keep_freed_memory
 from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.schema import Schema
 
 
 def start_process_group(device: str) -> torch.device:
-    """Join the job's ranks (gloo on CPU, NCCL on CUDA), or be the only one when no launcher set RANK."""
+    """Join the job's ranks (gloo on CPU, NCCL on CUDA), or be the only one when no launcher set RANK.
+
+    On CPU the process keeps memory that it frees (``keep_freed_memory``).
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda, but torch finds no GPU here; use --device=cpu or auto")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         if "RANK" in os.environ:

@@ -7,8 +7,14 @@ import sys
 from importlib import util
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+
+from ssr_rec.data.schema import Schema
+from tests.sequence_log import KINDS, LENGTH, write_sequence_log
+from tests.shard_edits import replace
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SECONDS = [9.0, 1.0, 4.0, 2.0]
@@ -75,6 +81,47 @@ def test_turns_medians_and_auc(bench, child, dataset, capsys):
     assert model["test_auc"]["fuxictr"] == [0.5, 0.6]
     ours = model["test_auc"]["ours"]
     assert len(set(ours)) == 2 and all(0 < value < 1 for value in ours)
+
+
+@pytest.fixture
+def histories(tmp_path):
+    """A log with two sequences, whose ids of clicked kinds are 1 or more."""
+    folder = write_sequence_log(tmp_path / "log", {"train": 90, "validation": 20, "test": 30})
+    for path in folder.glob("*/*.parquet"):
+        table = pq.read_table(path)
+        kinds = [[max(1, kind) for kind in row] for row in table["clicked_kind"].to_pylist()]
+        pq.write_table(replace(table, "clicked_kind", kinds), path)
+    return folder
+
+
+def test_din_gets_one_history_padded_on_the_right(bench, histories, tmp_path):
+    schema = bench.narrowed(Schema.read(histories), "din", None)
+    assert schema.feature_names == ["user", "item_id", "kind_id", "clicked_kind"]
+    assert bench.history_and_target(schema) == ("clicked", "clicked_kind", "kind_id")
+    config = bench.our_config(histories, schema, "din", tmp_path)
+    (sequence,) = config.sequences.items()
+    assert (sequence[0], sequence[1].target, sequence[1].encoder.name) == ("clicked", ["kind_id"], "din")
+
+    bench.write_for_fuxictr(histories, schema, tmp_path / "out", {"loader": "npz", "target": "kind_id"})
+    arrays = np.load(tmp_path / "out" / "test.npz")
+    rows = pq.read_table(histories / "test")["clicked_kind"].to_pylist()
+    assert arrays["clicked_kind"].tolist() == [row + [0] * (LENGTH - len(row)) for row in rows]
+    found = json.loads((tmp_path / "out" / "feature_map.json").read_text())
+    assert found["features"][-1]["clicked_kind"] == {
+        "source": "", "type": "sequence", "vocab_size": KINDS, "max_len": LENGTH, "share_embedding": "kind_id"
+    }  # fmt: skip
+    assert (found["num_fields"], found["input_length"]) == (4, 3 + LENGTH)
+
+
+def test_histories_that_fuxictr_would_read_otherwise_are_refused(bench, histories, dataset, tmp_path):
+    schema = bench.narrowed(Schema.read(histories), "din", None)
+    with pytest.raises(ValueError, match="written for npz alone"):
+        bench.write_for_fuxictr(histories, schema, tmp_path / "a", {"loader": "parquet", "target": "kind_id"})
+    with_zeros = Schema.read(histories).select(["item_id", "clicked_item"], None)
+    with pytest.raises(ValueError, match=r"clicked_item: missing values \(id 0\)"):
+        bench.write_for_fuxictr(histories, with_zeros, tmp_path / "b", {"loader": "npz", "target": "item_id"})
+    with pytest.raises(ValueError, match="no sequence that shares a vocabulary"):
+        bench.narrowed(Schema.read(dataset), "din", None)
 
 
 @pytest.mark.skipif(util.find_spec("fuxictr") is not None, reason="this Python has FuxiCTR")

@@ -170,6 +170,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> view_fusion_backward_
           like(bias, scale.has_value())};
 }
 
+Tensor new_like(const Tensor& tensor) {
+  return tensor.new_empty_symint(tensor.sym_sizes());
+}
+
+std::tuple<Tensor, Tensor, Tensor> dice_forward_meta(const Tensor& x, const Tensor& alpha, double eps) {
+  return {new_like(x), new_like(alpha), new_like(alpha)};
+}
+
+std::tuple<Tensor, Tensor> dice_backward_meta(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& alpha, double eps) {
+  return {new_like(x), new_like(alpha)};
+}
+
 } // namespace
 } // namespace ssr_rec
 
@@ -196,6 +209,11 @@ TORCH_LIBRARY(ssr_rec, m) {
       "view_scoring(Tensor x, Tensor indices, Tensor weight_t, Tensor bias, Tensor? scale, Tensor? shift, "
       "float eps, Tensor? weight, bool turned, bool residual=False) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "dice_forward(Tensor x, Tensor alpha, float eps) -> (Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "dice_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor alpha, float eps) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(ssr_rec, CompositeExplicitAutograd, m) {
@@ -214,6 +232,8 @@ TORCH_LIBRARY_IMPL(ssr_rec, CPU, m) {
   m.impl("view_scoring", ssr_rec::view_scoring);
   m.impl("ics_forward", ssr_rec::ics_forward);
   m.impl("ics_backward", ssr_rec::ics_backward);
+  m.impl("dice_forward", ssr_rec::dice_forward);
+  m.impl("dice_backward", ssr_rec::dice_backward);
 }
 
 TORCH_LIBRARY_IMPL(ssr_rec, Meta, m) {
@@ -222,4 +242,6 @@ TORCH_LIBRARY_IMPL(ssr_rec, Meta, m) {
   m.impl("view_scoring", ssr_rec::view_scoring_meta);
   m.impl("ics_forward", ssr_rec::ics_forward_meta);
   m.impl("ics_backward", ssr_rec::ics_backward_meta);
+  m.impl("dice_forward", ssr_rec::dice_forward_meta);
+  m.impl("dice_backward", ssr_rec::dice_backward_meta);
 }

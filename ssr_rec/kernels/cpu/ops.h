@@ -33,6 +33,12 @@ at::Tensor view_scoring(
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, double eps,
     const std::optional<at::Tensor>& weight, bool turned, bool residual);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dice_forward(const at::Tensor& x, const at::Tensor& alpha, double eps);
+
+std::tuple<at::Tensor, at::Tensor> dice_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& var,
+    const at::Tensor& alpha, double eps);
+
 constexpr int64_t COLUMNS_APART = 16;
 
 } // namespace ssr_rec
