@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ssr_rec.checkpointing.manager import Saver
+from ssr_rec.checkpointing.manager import CheckpointManager
 from ssr_rec.checkpointing.warm_rows import Here
 from ssr_rec.common.distributed import on_rank_0
 from ssr_rec.common.logs import quiet
@@ -96,7 +96,7 @@ def train_stage(config: RunConfig) -> tuple[Report, OverArchConfig | None]:
         optimizer = build_optimizer(model, config.optimizer, config.embeddings)
         try:
             start = log.open(config, schema, model.module.model.dense.over_arch, rows.train)
-            trainer = Trainer(config, rows, model, optimizer, Saver(config.checkpoint, log.folder))
+            trainer = Trainer(config, rows, model, optimizer, CheckpointManager(config.checkpoint, log.folder))
             warm_started = trainer.start(start, Here(folder, schema))
         except ValueError:
             log.discard()

@@ -28,7 +28,7 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ssr_rec.checkpointing.manager import Saver
+from ssr_rec.checkpointing.manager import CheckpointManager
 from ssr_rec.common.logs import quiet
 from ssr_rec.config.checkpointing import CheckpointConfig
 from ssr_rec.config.run import RunConfig, load_config
@@ -52,7 +52,7 @@ def make_trainer(config: RunConfig, schema: Schema, device: torch.device, reader
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
     model.train()
     rows = Rows(reader, lambda epoch: (reader, {}), reader, lambda split, to_train: reader)
-    return Trainer(config, rows, model, optimizer, Saver(config.checkpoint, folder))
+    return Trainer(config, rows, model, optimizer, CheckpointManager(config.checkpoint, folder))
 
 
 def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: Reader) -> Job:

@@ -25,7 +25,7 @@ TRAINING, BEST = "step-", "best-"
 Contents = tuple[Tensors, Mapping[str, Any]]
 
 
-class Saver:
+class CheckpointManager:
     """Writes ``checkpoints/step-<N>`` (everything) and ``checkpoints/best-<N>`` (weights) of a run folder.
 
     A checkpoint that cannot be written (disk full) is reported and the run goes on with the ones before; best weights

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ssr_rec.checkpointing.manager import Contents, Saver
+from ssr_rec.checkpointing.manager import CheckpointManager, Contents
 from ssr_rec.checkpointing.progress import Fitted
 from ssr_rec.checkpointing.resume import Start, recover_best
 from ssr_rec.checkpointing.train_state import restore, training_now, weights_now
@@ -68,7 +68,7 @@ class Trainer:
         rows: Rows,
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
-        checkpoints: Saver,
+        checkpoints: CheckpointManager,
         watch: StallWatch | None = None,
     ) -> None:
         self.run_config, self.config, self.rows, self.model = config, config.train, rows, model

@@ -138,6 +138,9 @@ def test_what_is_not_the_same_run_is_refused(dataset, tmp_path):
         "had optimizer.learning_rate=0.001, this one has 0.1": options(
             dataset, tmp_path, "--optimizer.learning_rate=0.1"
         ),
+        "had train.task_weights.click=None, this one has 2.0": options(
+            dataset, tmp_path, "--train.task_weights={click: 2.0}"
+        ),
         "had train.batch_size=64, this one has 128": options(dataset, tmp_path, "--train.batch_size=128"),
         "had over_arch.num_views=2, this one has 3": options(dataset, tmp_path, "--over_arch.num_views=3"),
         "dataset_id=tiny-0, this run has tiny-1": options(other, tmp_path),

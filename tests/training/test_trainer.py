@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssr_rec.checkpointing.format import read_info
-from ssr_rec.checkpointing.manager import Saver
+from ssr_rec.checkpointing.manager import CheckpointManager
 from ssr_rec.config.run import load_config
 from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.schema import Schema
@@ -29,7 +29,9 @@ def made(arguments: list[str], dataset: Path, folder: Path, kind: type[Trainer] 
     config, schema, device = load_config(None, arguments), Schema.read(dataset), start_process_group("cpu")
     model = build_model(config, schema, device, 1, 1)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
-    return kind(config, open_rows(config, dataset, schema), model, optimizer, Saver(config.checkpoint, folder))
+    return kind(
+        config, open_rows(config, dataset, schema), model, optimizer, CheckpointManager(config.checkpoint, folder)
+    )
 
 
 def state_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[dict], list[dict], dict, dict]:
