@@ -34,7 +34,11 @@ def check_same_run(config: Mapping[str, Any], other: Mapping[str, Any], where: s
     for key in sorted({*mine, *theirs}):
         allowed = _is_among(MAY_DIFFER, key) and not _is_among(MAY_NOT_DIFFER, key)
         if not allowed and mine.get(key) != theirs.get(key):
-            there, here = (" ".join(str(values.get(key)).split())[:200] for values in (theirs, mine))
+            pairs = ((theirs, other), (mine, config))
+            # An empty mapping is a value of its own here, and a full one is its keys': show it whole.
+            there, here = (
+                " ".join(str(flat[key] if key in flat else _at(whole, key)).split())[:200] for flat, whole in pairs
+            )
             raise UserError(
                 f"{where}: that run had {key}={there}, this one has {here}; give the new "
                 "run another --name (and --warm_start to begin with the old weights), or use the old config"
@@ -59,10 +63,17 @@ def _is_among(names: Sequence[str], key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

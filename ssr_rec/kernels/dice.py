@@ -26,7 +26,7 @@ def dice(x: Tensor, alpha: Tensor, running_mean: Tensor, running_var: Tensor, mo
         running_mean: (C,), changed in place, as by ``torch.nn.functional.batch_norm``; ``running_var`` likewise.
         momentum: the batch's share in what the running statistics become.
     """
-    if x.dtype in FAST_TYPES and x.device.type == "cpu" and has_operators("cpu"):
+    if x.dtype in FAST_TYPES and alpha.dtype == x.dtype and x.device.type == "cpu" and has_operators("cpu"):
         y, mean, var = _Dice.apply(x, alpha, eps)
         with torch.no_grad():
             running_mean.lerp_(mean, momentum)

@@ -138,7 +138,7 @@ def test_what_is_not_the_same_run_is_refused(dataset, tmp_path):
         "had optimizer.learning_rate=0.001, this one has 0.1": options(
             dataset, tmp_path, "--optimizer.learning_rate=0.1"
         ),
-        "had train.task_weights.click=None, this one has 2.0": options(
+        "had train.task_weights={}, this one has {'click': 2.0}": options(
             dataset, tmp_path, "--train.task_weights={click: 2.0}"
         ),
         "had train.batch_size=64, this one has 128": options(dataset, tmp_path, "--train.batch_size=128"),

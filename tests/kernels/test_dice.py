@@ -87,6 +87,33 @@ def test_rows_far_from_zero_are_as_exact_as_batch_norms() -> None:
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
+def test_an_outlier_in_the_first_row_costs_no_digits() -> None:
+    x, alpha = torch.zeros(700, 1), torch.full((1,), 0.25)
+    x[:, 0] = torch.randn(700, generator=torch.Generator().manual_seed(0))
+    x[0] = 1e8
+    _, mean, var = torch.ops.ssr_rec.dice_forward(x, alpha, EPS)
+    assert mean.item() == pytest.approx(x.double().mean().item(), rel=5e-6)
+    assert var.item() == pytest.approx(x.double().var(0, correction=0).item(), rel=5e-6)
+
+
+def test_large_constant_columns_have_no_spread() -> None:
+    x, alpha = torch.full((700, 3), 1e160, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    y, mean, var = torch.ops.ssr_rec.dice_forward(x, alpha, EPS)
+    assert y.isfinite().all() and (var / mean.square()).abs().max() < 1e-30
+
+
+@pytest.mark.parametrize(
+    ("x", "alpha"),
+    [((4, 3, 5), (5,)), ((50, 64), (1,)), ((0, 4), (4,)), ((4,), (4,))],
+)
+def test_shapes_that_do_not_belong_together_are_refused(x: tuple[int, ...], alpha: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=r"x must be \(N, C\)"):
+        torch.ops.ssr_rec.dice_forward(torch.ones(x), torch.ones(alpha), EPS)
+    if len(x) == 2 and x[0] and alpha[0] == 1:
+        with pytest.raises(RuntimeError, match="gradient must be like x"):
+            torch.ops.ssr_rec.dice_backward(torch.ones(1, 64), torch.ones(x), *[torch.ones(64)] * 3, EPS)
+
+
 def test_a_row_that_is_not_a_number_is_seen_in_every_row() -> None:
     x, alpha = inputs(300, 10, torch.float32)
     x[4, 2] = math.nan

@@ -45,13 +45,16 @@ struct Columns {
       A* own = partial.data() + run * 2 * C;
       const Vectorized<A> share(A(1) / static_cast<A>(last - first));
       for_vectors<A>(C, [&](int64_t c, auto n) {
-        // Far from zero, sums of differences keep digits that sums lose.
-        const auto near = load(x + first * C + c, n);
-        Vectorized<A> sum(A(0)), squares(A(0));
+        Vectorized<A> sum(A(0)), rest(A(0)), squares(A(0));
         for (int64_t i = first; i < last; ++i) {
-          sum = sum + (load(x + i * C + c, n) - near);
+          sum = sum + load(x + i * C + c, n);
         }
-        const auto middle = at::vec::fmadd(sum, share, near);
+        const auto near = sum * share;
+        // Far from zero, sums of differences keep digits that sums lose.
+        for (int64_t i = first; i < last; ++i) {
+          rest = rest + (load(x + i * C + c, n) - near);
+        }
+        const auto middle = at::vec::fmadd(rest, share, near);
         for (int64_t i = first; i < last; ++i) {
           const auto apart = load(x + i * C + c, n) - middle;
           squares = at::vec::fmadd(apart, apart, squares);
@@ -61,8 +64,8 @@ struct Columns {
       });
     });
     for (int64_t c = 0; c < C; ++c) {
-      double middle = 0, squares = 0, count = 0;
-      for (int64_t run = 0; run < runs_of(N); ++run) {
+      double middle = partial[c], squares = partial[C + c], count = std::min(N, RUN);
+      for (int64_t run = 1; run < runs_of(N); ++run) {
         const double more = static_cast<double>(std::min(N, (run + 1) * RUN) - run * RUN), all = count + more;
         const double apart = partial[run * 2 * C + c] - middle;
         middle += apart * more / all;
@@ -165,9 +168,18 @@ struct Dice {
   }
 };
 
+void check_dice(const at::Tensor& x, const at::Tensor& columns) {
+  TORCH_CHECK(
+      x.dim() == 2 && x.size(0) > 0 && columns.dim() == 1 && columns.size(0) == x.size(1) &&
+          columns.scalar_type() == x.scalar_type(),
+      "dice: x must be (N, C) with N at least 1, alpha, mean and var (C,), all of one type; x is ", x.sizes(),
+      ", one of them ", columns.sizes());
+}
+
 } // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dice_forward(const at::Tensor& x, const at::Tensor& alpha, double eps) {
+  check_dice(x, alpha);
   const auto input = x.contiguous(), slopes = alpha.contiguous();
   auto y = at::empty_like(input), mean = at::empty_like(slopes), var = at::empty_like(slopes);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "dice_forward", [&] {
@@ -183,6 +195,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dice_forward(const at::Tensor& x,
 std::tuple<at::Tensor, at::Tensor> dice_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& var,
     const at::Tensor& alpha, double eps) {
+  for (const auto& columns : {mean, var, alpha}) {
+    check_dice(x, columns);
+  }
+  TORCH_CHECK(
+      grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "dice: the gradient must be like x");
   const auto input = x.contiguous(), slopes = alpha.contiguous(), grads = grad.contiguous();
   const auto middles = mean.contiguous(), spreads = var.contiguous();
   auto grad_x = at::empty_like(input), grad_alpha = at::empty_like(slopes);

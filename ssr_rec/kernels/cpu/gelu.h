@@ -36,7 +36,7 @@ inline Vec<float> erf_scaled(const Vec<float>& z) {
   return x * p * (Vec<float>(1.f) / q);
 }
 
-// For x <= 0.
+// A NaN is lost.
 inline Vec<float> exponential(const Vec<float>& x) {
   return x.exp_u20();
 }
