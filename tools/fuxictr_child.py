@@ -75,7 +75,7 @@ class DCNv2(BaseModel):
 
 
 class DIN(BaseModel):
-    """A history's events, weighed against the target, in place of its field; then a deep network with one output."""
+    """Puts a history's events, weighed against the target, in its field's place; then a deep network of one output."""
 
     def __init__(self, feature_map: FeatureMap, settings: dict[str, Any], **options: Any) -> None:
         super().__init__(feature_map, **options)

@@ -29,7 +29,7 @@ def check_same_run(config: Mapping[str, Any], other: Mapping[str, Any], where: s
     Raises:
         UserError: names the keys that differ with both values.
     """
-    mine, theirs, defaults = _flat(config), _flat(other), _flat(RunConfig().model_dump(mode="json"))
+    mine, theirs, defaults = flat_values(config), flat_values(other), flat_values(RunConfig().model_dump(mode="json"))
     theirs |= {key: defaults[key] for key in mine if key in defaults and key not in theirs}
     for key in sorted({*mine, *theirs}):
         allowed = _is_among(MAY_DIFFER, key) and not _is_among(MAY_NOT_DIFFER, key)
@@ -55,7 +55,7 @@ def is_same_job(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         check_same_run(config, other, "")
     except ValueError:
         return False
-    mine, theirs = _flat(config), _flat(other)
+    mine, theirs = flat_values(config), flat_values(other)
     return all(mine.get(key) == theirs.get(key) for key in MAKES_ANOTHER_JOB if key in theirs)
 
 
@@ -70,11 +70,12 @@ def _at(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_values(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"a.b": value}`` of a nested mapping; an empty mapping is a value of its own."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_values(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -17,8 +17,8 @@ def dice(x: Tensor, alpha: Tensor, running_mean: Tensor, running_var: Tensor, mo
         p = sigmoid((x - mean) / sqrt(var + eps))      mean and var over the N rows, per dim
         y = p x + (1 - p) alpha x
 
-    On the CPU this is one operator that reads x three times forward and x and the gradient twice backward; its sums
-    over the rows are the same in every run and for any number of threads.
+    On the CPU this is one operator that fetches x twice forward, and x and the gradient twice backward; its sums over
+    the rows are the same in every run and for any number of threads.
 
     Args:
         x: (N, C), N at least 2.

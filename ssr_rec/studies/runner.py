@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.formatting import decimal, duration, short_number
 from ssr_rec.common.whole_files import write_text
 from ssr_rec.config.run import RunConfig, dump_config, load_config
+from ssr_rec.config.same_run import flat_values
 from ssr_rec.runs.folder import CONFIG_FILE, write_json
 from ssr_rec.runs.report import REPORT_FILE, Report, read_report
 from ssr_rec.studies.study import Job, Plan
@@ -158,7 +158,7 @@ def search_folder(folder: Path) -> Path:
 
 def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     """Return ``key=saved, not wanted`` of every key that differs, but for where the run and its data lie."""
-    flat_saved, flat_wanted = _flat(saved.model_dump()), _flat(wanted.model_dump())
+    flat_saved, flat_wanted = flat_values(saved.model_dump()), flat_values(wanted.model_dump())
     return [
         f"{key}={flat_saved.get(key)!r}, not {flat_wanted.get(key)!r}"
         for key in dict.fromkeys([*flat_saved, *flat_wanted])
@@ -270,14 +270,3 @@ def _stop(running: Sequence[Process]) -> None:
         except subprocess.TimeoutExpired:
             process.popen.kill()
             process.popen.wait()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return ``{"a.b": value}`` of a nested dict."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
