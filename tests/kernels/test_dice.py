@@ -27,7 +27,9 @@ def plain(x: Tensor, alpha: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return gated(x, F.batch_norm(x, mean, var, None, None, True, MOMENTUM, EPS), alpha)
 
 
-def test_the_operator_is_there() -> None:
+@pytest.fixture(autouse=True)
+def operators() -> None:
+    """Load them: a test may be the first in its process, and calls ``torch.ops`` itself."""
     assert extension.load()
 
 
