@@ -84,41 +84,43 @@ def random_subset(width: int, count: int, seed: int, layer: int, view: int) -> n
     return np.sort(rng.permutation(width)[:count])
 
 
-def projection(width: int, config: SSRConfig) -> nn.Linear:
+def projection(width: int, dim: int, config: SSRConfig) -> nn.Linear:
     """W_proj of all views in one matrix: one large product instead of V small ones. The fans are those of one view."""
-    linear = nn.Linear(width, config.num_views * config.view_dim, bias=False)
-    init_dense_(linear.weight, None, width, config.view_dim, config.initializer, normal=True)
+    linear = nn.Linear(width, config.num_views * dim, bias=False)
+    init_dense_(linear.weight, None, width, dim, config.initializer, normal=True)
     return linear
 
 
 class IcsFilter(Filter):
     """SSR-D: every view projects the whole input and lets the projected dims compete (eq. 4).
 
-    ``h_i = ICS_i(x W_i^proj)``; with ``gate``, ``h_i = ICS_i(x W_i^proj) * (x W_i^value)``.
+    ``h_i = ICS_i(x W_i^proj)``; with ``gate``, ``h_i = ICS_i(x W_i^proj) * (x W_i^value)``. A view's population has
+    ``filter_dim`` dims, which its fusion brings to ``view_dim``.
     """
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
-        self.proj = projection(width, config)
-        self.value = projection(width, config) if config.gate else None
+        self.out_dim = dim = config.filter_dim or config.view_dim
+        self.proj = projection(width, dim, config)
+        self.value = projection(width, dim, config) if config.gate else None
         alpha = torch.full((self.num_views, config.iterations), float(config.alpha_init))
         self.alpha: Tensor
         if config.learn_alpha:
             self.alpha = nn.Parameter(alpha)
         else:
             self.register_buffer("alpha", alpha)
-        self.gamma = nn.Parameter(torch.ones(self.num_views, self.view_dim)) if config.gamma else None
+        self.gamma = nn.Parameter(torch.ones(self.num_views, dim)) if config.gamma else None
 
     def sparse(self, x: Tensor) -> Tensor:
-        """Return ICS of the projection, before any gate: (B, width) -> (B, V, d)."""
-        return ics(self.proj(x).unflatten(1, (self.num_views, self.view_dim)), self.alpha, self.gamma)
+        """Return ICS of the projection, before any gate: (B, width) -> (B, V, out_dim)."""
+        return ics(self.proj(x).unflatten(1, (self.num_views, self.out_dim)), self.alpha, self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.sparse(x)
         return h if self.value is None else h * self.value(x).view_as(h)
 
     def flops(self) -> Flops:
-        dims = self.num_views * self.view_dim
+        dims = self.num_views * self.out_dim
         iterations = self.alpha.shape[1]
         # relu; per iteration a mean, a subtraction and a relu over d, and one alpha * mean a view; gamma.
         compete = dims * (1 + 3 * iterations + (self.gamma is not None)) + self.num_views * iterations
@@ -147,7 +149,7 @@ class TopKFilter(Filter):
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
-        self.proj = projection(width, config)
+        self.proj = projection(width, config.view_dim, config)
         self.top_k = config.top_k
 
     def forward(self, x: Tensor) -> Tensor:

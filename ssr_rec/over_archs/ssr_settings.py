@@ -13,7 +13,7 @@ from ssr_rec.over_archs.settings import LAYER_NORM_EPS, Initializer, InputNormKi
 FilterName = Literal["static", "dynamic", "topk", "none", "dropout"]
 FILTER_KEYS: dict[FilterName, tuple[str, ...]] = {
     "static": ("index_seed",),
-    "dynamic": ("iterations", "alpha_init", "learn_alpha", "gamma", "gate"),
+    "dynamic": ("filter_dim", "iterations", "alpha_init", "learn_alpha", "gamma", "gate"),
     "topk": ("top_k",),
     "none": (),
     "dropout": ("filter_dropout",),
@@ -39,6 +39,9 @@ class SSRConfig(OverArchSettings):
 
     index_seed: int = Field(default=0, ge=0, description="static: seed of each view's dims, apart from the run's")
 
+    filter_dim: int | None = Field(
+        default=None, ge=1, description="dynamic: dims a view is projected to (d_v* of section 2.2); null: view_dim"
+    )
     iterations: int = Field(default=5, ge=1, description="dynamic: ICS steps (T)")
     alpha_init: float = Field(default=0.1, description="dynamic: start of the extinction rates, one per view and step")
     learn_alpha: bool = Field(default=True, description="dynamic: train the extinction rates; false keeps alpha_init")
@@ -86,6 +89,11 @@ class SSRConfig(OverArchSettings):
                 f"residual=True adds a view's input, which with filter={self.filter!r} is as wide as the layer's: "
                 "remove it, or choose another filter"
             )
+        if self.residual and self.filter_dim not in (None, self.view_dim):
+            raise UserError(
+                f"residual=True adds a view's input of filter_dim={self.filter_dim} dims to its output of "
+                f"view_dim={self.view_dim}: make them equal, or remove one of the two"
+            )
         return self
 
     @property
@@ -98,4 +106,5 @@ class SSRConfig(OverArchSettings):
             "none": "SSR without filter",
             "dropout": f"SSR dropout {self.filter_dropout:g}",
         }
-        return f"{kinds[self.filter]} {self.num_views}x{self.view_dim}x{self.num_layers}"
+        dims = f"{self.filter_dim}-{self.view_dim}" if self.filter_dim is not None else str(self.view_dim)
+        return f"{kinds[self.filter]} {self.num_views}x{dims}x{self.num_layers}"

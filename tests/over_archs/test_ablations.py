@@ -65,6 +65,8 @@ def test_one_view_is_a_config() -> None:
         ({"filter": "topk", "view_dim": 8, "top_k": 9}, r"top_k=9.*at most view_dim=8"),
         ({"filter": "none", "residual": True}, "residual=True"),
         ({"filter": "dropout", "residual": True}, "residual=True"),
+        ({"filter": "dynamic", "filter_dim": 200, "residual": True}, "filter_dim=200.*view_dim=128: make them equal"),
+        ({"filter": "static", "filter_dim": 200}, "filter_dim=200 has no effect"),
         ({"filter": "dynamic", "top_k": 3}, r"top_k=3 has no effect.*filter='topk'"),
         ({"filter": "static", "filter_dropout": 0.2}, r"filter_dropout=0\.2 has no effect"),
         ({"filter": "topk", "iterations": 2}, "iterations=2 has no effect"),
@@ -80,6 +82,7 @@ def test_switches_that_contradict_each_other(settings: dict, message: str) -> No
     [
         ({"filter": "topk", "top_k": 4}, "SSR top-4 8x128x2"),
         ({"filter": "none"}, "SSR without filter 8x128x2"),
+        ({"filter": "dynamic", "filter_dim": 256}, "SSR-D 8x256-128x2"),
         ({"filter": "dropout", "filter_dropout": 0.3}, "SSR dropout 0.3 8x128x2"),
     ],
 )

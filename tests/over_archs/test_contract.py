@@ -25,6 +25,7 @@ EVERY_SWITCH = {"residual": True, "fusion_layers": 2, "input_norm": "per_dim", "
 CASES: dict[str, dict[str, Any]] = {
     "ssr-d": {**SMALL_SSR},
     "ssr-d switched": {**SMALL_SSR, **EVERY_SWITCH, "gate": True},
+    "ssr-d wider before the fusion": {**SMALL_SSR, "filter_dim": 13, "gate": True},
     "ssr-s": {**SMALL_SSR, "filter": "static"},
     "ssr-s residual": {**SMALL_SSR, "filter": "static", "residual": True, "output": "mean"},
     "ssr-s switched": {**SMALL_SSR, **EVERY_SWITCH, "filter": "static"},

@@ -30,10 +30,11 @@ def paper_forward(ssr: SSR, x: Tensor) -> np.ndarray:
                 if p + "filter.indices" in w:
                     h = np.array([y[j] for j in w[p + "filter.indices"][v]])
                 else:
-                    w_proj = w[p + "filter.proj.weight"][v * DV : (v + 1) * DV].T
+                    dims = ssr.config.filter_dim or DV
+                    w_proj = w[p + "filter.proj.weight"][v * dims : (v + 1) * dims].T
                     h = np.maximum(y @ w_proj, 0.0)
                     for alpha in w[p + "filter.alpha"][v]:
-                        h = np.maximum(h - alpha * h.sum() / DV, 0.0)
+                        h = np.maximum(h - alpha * h.sum() / dims, 0.0)
                     h = w[p + "filter.gamma"][v] * h
                 z = h @ w[p + "fusion.dense.weight"][v] + w[p + "fusion.dense.bias"][v]
                 z = np.array([gelu(value) for value in z])
@@ -44,9 +45,13 @@ def paper_forward(ssr: SSR, x: Tensor) -> np.ndarray:
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_equals_the_papers_equations(kind: str) -> None:
-    ssr, x = build(filter=kind), batch()
+@pytest.mark.parametrize(
+    "settings",
+    [{"filter": "static"}, {"filter": "dynamic"}, {"filter": "dynamic", "filter_dim": 13}],
+    ids=["static", "dynamic", "dynamic, wider before the fusion"],
+)
+def test_equals_the_papers_equations(settings: dict) -> None:
+    ssr, x = build(**settings), batch()
     np.testing.assert_allclose(ssr(x).detach().numpy(), paper_forward(ssr, x), rtol=0, atol=1e-12)
 
 

@@ -14,6 +14,7 @@ from tests.small_ssr import DV, SMALL, STATIC, B, D, F, L, V, batch, build
 
 SWITCHES = [
     ("dynamic", {"gate": True}),
+    ("dynamic", {"filter_dim": 13}),
     ("dynamic", {"iterations": 2}),
     ("dynamic", {"alpha_init": 0.4}),
     ("dynamic", {"initializer": "torch"}),
