@@ -90,6 +90,10 @@ class OverArch(nn.Module, ABC):
         """Return what a report says of the trained over-arch, on the batch x (B, sum of field dims), as JSON values."""
         return {}
 
+    def sparse_filters(self) -> list[nn.Module]:
+        """Return the modules whose outputs' exact zeros a run watches while it trains, first layer to last."""
+        return []
+
     def following_config(self) -> Any:
         """Return the config to train after this one, of an over-arch whose training is a search; None for others."""
         return None

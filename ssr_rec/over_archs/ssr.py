@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssr_rec.kernels import view_fusion
 from ssr_rec.kernels.reference import gather_views
 from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
-from ssr_rec.over_archs.filters import FILTERS, StaticRandomFilter
+from ssr_rec.over_archs.filters import FILTERS, IcsFilter, StaticRandomFilter, TopKFilter
 from ssr_rec.over_archs.layers import DenseStack, Dropout, ViewLayerNorm, ViewLinear, make_input_norm
 from ssr_rec.over_archs.ssr_settings import SSRConfig
 
@@ -110,6 +110,9 @@ class SSR(OverArch):
             x = layer(x).flatten(1)
         views = self.layers[-1](x)
         return self.output_mlp(views.mean(1) if self.config.output == "mean" else views.flatten(1))
+
+    def sparse_filters(self) -> list[nn.Module]:
+        return [layer.filter for layer in self.blocks() if isinstance(layer.filter, IcsFilter | TopKFilter)]
 
     def statistics(self, x: Tensor, field_names: Sequence[str]) -> dict[str, Any]:
         return {"filters": ssr_statistics(self, x)}

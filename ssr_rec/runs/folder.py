@@ -143,7 +143,7 @@ def open_tensorboard(folder: str | Path, first_step: int = 0) -> SummaryWriter:
 
 
 def write_scalars(writer: SummaryWriter, row: Mapping[str, Any]) -> None:
-    """Write a metrics.jsonl row as ``<split>/loss``, ``<split>/<label>/auc``, ... against the step."""
+    """Write a metrics.jsonl row as ``<split>/loss``, ``<split>/<label>/auc``, ``<split>/filters/layer_1/sparsity``."""
     split = row["split"]
     for name in ("loss", "lr", "samples_per_s", "data_wait"):
         if row.get(name) is not None:
@@ -152,3 +152,6 @@ def write_scalars(writer: SummaryWriter, row: Mapping[str, Any]) -> None:
         for name, value in measures.items():
             if value is not None:
                 writer.add_scalar(f"{split}/{label}/{name}", value, row["step"])
+    for layer, measures in enumerate(row.get("filters") or [], start=1):
+        for name, value in measures.items():
+            writer.add_scalar(f"{split}/filters/layer_{layer}/{name}", value, row["step"])

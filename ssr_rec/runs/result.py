@@ -12,6 +12,7 @@ from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.runs.curves import draw_curves
 from ssr_rec.runs.days import days_table, draw_days
 from ssr_rec.runs.event_shares import draw_event_shares, shares_of
+from ssr_rec.runs.filter_curves import draw_filter_curves, filter_rows
 from ssr_rec.runs.folder import CURVES_FILE, METRICS_FILE, plain, read_metrics
 from ssr_rec.runs.log import RunLog, num_embedding_parameters
 from ssr_rec.runs.provenance import git_commit, hardware, versions
@@ -98,6 +99,9 @@ def show_result(log: RunLog, folder: Path, report: Report) -> None:
         print(days_table([Run(report, [])]))
     if shares_of(report):
         wanted["event_shares.png"] = lambda path: draw_event_shares(report, path)
+    if filtered := filter_rows(rows):
+        title = f"{report.name}   ·   {report.over_arch.kind}"
+        wanted["filters.png"] = lambda path: draw_filter_curves(filtered, title, path)
     pictures = [str(folder / name) for name, draw in wanted.items() if _drawn(folder / name, draw)]
     for task, values in report.test.items():
         print(f"{report.over_arch.kind}  {what} {task}: {_figures(values, report.ceiling.get(task))}")

@@ -32,10 +32,12 @@ from ssr_rec.training.bad_steps import note_bad_steps
 from ssr_rec.training.captured import capture
 from ssr_rec.training.datasets import Rows, report_of_days
 from ssr_rec.training.evaluation import evaluate, run_steps
+from ssr_rec.training.filter_watch import FilterWatch, per_layer
 from ssr_rec.training.monitor import monitored, say_what_cannot_choose
 from ssr_rec.training.optimizer import Schedule
 from ssr_rec.training.pipeline import build_pipeline
 from ssr_rec.training.stall_watch import Preempted, StallWatch, stop_when_asked
+from ssr_rec.training.window import Window
 
 PROGRESS_ROWS = 16_384
 """Rows behind the AUC of a progress row: an indication, cheap to sort; evaluations are exact."""
@@ -78,6 +80,7 @@ class Trainer:
         self.fitted = Fitted()
         self.schedule = Schedule(optimizer, config.optimizer.warmup_steps)
         self.running = RunningAUC(self.schema.labels, window=PROGRESS_ROWS)
+        self.filter_watch = FilterWatch(self.over_arch.sparse_filters())
         self.accumulation = Accumulation(model, optimizer) if self.config.accumulate > 1 else None
         device = next(model.parameters()).device
         self.pipeline = build_pipeline(model, self.accumulation or optimizer, device, self.config)
@@ -266,7 +269,7 @@ class Trainer:
         """
         fitted, train, checkpoints = self.fitted, self.train, self.checkpoints
         self.schedule.set(fitted.steps)
-        window = _Window(fitted.steps, batches)
+        window = Window(fitted.steps, batches)
 
         def around() -> AbstractContextManager[None]:
             if self.accumulation is None:
@@ -288,7 +291,7 @@ class Trainer:
                 continue
             row, stop, is_time = self._close_window(window, epoch)
             yield row
-            window = _Window(fitted.steps, batches)
+            window = Window(fitted.steps, batches)
             if stop:
                 checkpoints.save_training(self.state_dict())
                 checkpoints.finish()
@@ -306,7 +309,7 @@ class Trainer:
         step, group = self.fitted.steps, self.config.accumulate
         return every is not None and step % group == 0 and step // every > (step - group) // every
 
-    def _close_window(self, window: _Window, epoch: int) -> tuple[dict[str, Any], bool, bool]:
+    def _close_window(self, window: Window, epoch: int) -> tuple[dict[str, Any], bool, bool]:
         """Sum up the steps of a window and look at their losses.
 
         Returns:
@@ -316,9 +319,11 @@ class Trainer:
         asked = [float(self._asked_to_stop()), float(self.checkpoints.is_time() and dist.get_rank() == 0)]
         if not self._updates_dense_at(fitted.steps):
             asked = [0.0, 0.0]  # the next window asks again
-        sums = torch.cat([torch.stack(window.losses), window.losses[0].new_tensor(asked)])
+        filters = self.filter_watch.figures().to(window.losses[0])
+        sums = torch.cat([torch.stack(window.losses), window.losses[0].new_tensor(asked), filters])
         dist.all_reduce(sums)
-        losses, (stop, is_time) = sums[:-2].double().cpu(), sums[-2:].tolist()
+        losses, rest = sums[: len(window.losses)].double().cpu(), sums[len(window.losses) :].tolist()
+        stop, is_time, *filtered = rest
         seconds, wait_seconds = time.perf_counter() - window.clock, window.batches.wait_seconds - window.waited
         fitted.samples += window.samples
         fitted.seconds += seconds
@@ -334,17 +339,9 @@ class Trainer:
             data_wait=wait_seconds / seconds,
             lr=self.schedule.base[-1] * self.schedule.factor(fitted.steps - 1),
             tasks={label: {"auc": value} for label, value in self.running.compute().items()},
+            **({"filters": per_layer(filtered, dist.get_world_size())} if filtered else {}),
         )
         if not good.all():
             fitted.skipped += int((~good).sum())
             note_bad_steps(self.train, window.first_step, losses, good, fitted.skipped, config.skip_bad_steps)
         return row, bool(stop), bool(is_time)
-
-
-class _Window:
-    """Collects the steps of one progress row."""
-
-    def __init__(self, first_step: int, batches: Prefetcher) -> None:
-        self.first_step, self.batches, self.samples = first_step, batches, 0
-        self.losses: list[torch.Tensor] = []
-        self.clock, self.waited = time.perf_counter(), batches.wait_seconds

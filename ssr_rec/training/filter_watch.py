@@ -1,0 +1,54 @@
+"""Watches what the filters of an over-arch let through while it trains, for progress rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+WATCHED_ROWS = 256
+"""Rows of a batch, each rank's first, that the figures are of."""
+
+
+class FilterWatch:
+    """Keeps the last training output of each filter: its first rows, a copy of a few hundred kilobytes a step.
+
+    An over-arch that is compiled as a whole is not watched: its filters are no calls of their own.
+
+    Args:
+        filters: see ``OverArch.sparse_filters``.
+    """
+
+    def __init__(self, filters: Sequence[nn.Module]) -> None:
+        self._last: list[Tensor | None] = [None] * len(filters)
+        for index, one in enumerate(filters):
+            one.register_forward_hook(lambda module, _, output, i=index: self._keep(module, output, i))
+
+    def _keep(self, module: nn.Module, output: Tensor, index: int) -> None:
+        if module.training and not torch.compiler.is_compiling():
+            self._last[index] = output[:WATCHED_ROWS].detach().clone()
+
+    def figures(self) -> Tensor:
+        """Return exact zeros' share and mean absolute value of each filter's output: (2 filters,), or () if none ran.
+
+        The figures are of this rank's rows of the last step.
+        """
+        outputs = [output for output in self._last if output is not None]
+        if not outputs or len(outputs) < len(self._last):
+            return torch.empty(0)
+        return torch.stack([f(o) for o in outputs for f in (_zeros, _magnitude)])
+
+
+def _zeros(output: Tensor) -> Tensor:
+    return (output == 0).float().mean()
+
+
+def _magnitude(output: Tensor) -> Tensor:
+    return output.abs().float().mean()
+
+
+def per_layer(sums: Sequence[float], world_size: int) -> list[dict[str, float]]:
+    """Return ``sparsity`` and ``magnitude`` of each filter, of the sums of all ranks' ``figures``."""
+    means = [value / world_size for value in sums]
+    return [{"sparsity": s, "magnitude": m} for s, m in zip(means[::2], means[1::2], strict=True)]
