@@ -1,9 +1,9 @@
 """Shows a prepared dataset's use of its tables: ``python tools/show_data.py DATA [--plot PATH]``; see docs/ids.md.
 
-Prints a Markdown table, one line per feature, counted over the training split (or all days): rows of its table, ids
-seen, shares of lookups, and for hashed features the collisions measured when it was prepared beside those expected. A
-second table has the missing and out-of-vocabulary shares of every split. The last line is JSON. Bad input ends it with
-exit code 2 and one line.
+Prints the dataset in one line (the paper's Table 1) and a table of its features, counted over the training split (or
+all days): rows of a feature's table, ids seen, shares of lookups, and for hashed features the collisions measured when
+it was prepared beside those expected. A third table has the missing and out-of-vocabulary shares of every split. The
+last line is JSON. Bad input ends it with exit code 2 and one line.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         schema = Schema.read(chosen.data)
         uses = table_use(chosen.data, schema, chosen.memory_limit, chosen.threads)
         # Imported here: matplotlib takes a second, which a wrong path need not wait for.
-        from ssr_rec.runs.table_usage import draw_use, split_table, unknown, use_table
+        from ssr_rec.runs.table_usage import dataset_table, draw_use, split_table, unknown, use_table
 
-        print(use_table(uses))
+        print(f"{dataset_table(schema)}\n\n{use_table(uses)}")
         shares = split_lookups(chosen.data, schema, chosen.memory_limit)
         if any(shares.values()):
             print(f"\n{split_table(shares)}")

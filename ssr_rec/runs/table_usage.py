@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ssr_rec.data.schema import Lookups
+from ssr_rec.data.features import LogBuckets, RawHash
+from ssr_rec.data.schema import Lookups, Schema
 from ssr_rec.data.table_usage import Use
 from ssr_rec.runs.curves import COLORS, DPI
 
@@ -29,6 +31,30 @@ HEADER = (
     "collide",
     "expected",
 )
+
+
+def dataset_table(schema: Schema) -> str:
+    """Return a dataset in one line, as the paper's Table 1 has it, over all splits.
+
+    Feature values are rows of all tables but those of missing and unknown values; a shared table counts once, one whose
+    size only a config says not at all.
+    """
+    rows = sum(split.num_rows for split in schema.splits.values())
+    positive = {
+        label: sum(s.num_rows * s.positive_rate[label] for s in schema.splits.values()) / max(1, rows)
+        for label in schema.labels
+    }
+    kinds = Counter("numerical" if isinstance(f.encoding, LogBuckets) else f.kind for f in schema.features)
+    tables = {f.table: f for f in schema.features if not isinstance(f.encoding, RawHash)}
+    values = sum(
+        f.num_embeddings - sum(hasattr(f.encoding, name) for name in ("missing_id", "oov_id")) for f in tables.values()
+    )
+    lists = {"list": "list features"} if kinds["list"] else {}
+    names = {"categorical": "categorical", "numerical": "numerical", **lists}
+    header = ["data", "samples", "positive", *names.values(), "feature values"]
+    cells = [schema.name, f"{rows:,}", " / ".join(f"{label} {share:.2%}" for label, share in positive.items())]
+    cells += [*(str(kinds[kind]) for kind in names), f"{values:,}"]
+    return "\n".join([f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1), f"| {' | '.join(cells)} |"])
 
 
 def use_table(uses: Sequence[Use]) -> str:

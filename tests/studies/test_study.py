@@ -245,7 +245,7 @@ def test_no_such_study(tmp_path):
         read_study(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["ablation", "ics", "scaling"])
+@pytest.mark.parametrize("name", ["ablation", "axes", "ics", "scaling"])
 def test_the_shipped_studies_make_runs(dataset, name):
     study = read_study(STUDIES / f"{name}.yaml")
     plan = make_plan(study, Schema.read(dataset), str(dataset), 2)

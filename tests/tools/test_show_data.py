@@ -29,6 +29,23 @@ def told(capsys, *arguments):
     return lines, {feature["name"]: feature for feature in json.loads(lines[-1])["features"]}
 
 
+def test_the_dataset_is_told_in_one_line(prepared, capsys):
+    folder, schema = prepared
+    lines, _ = told(capsys, folder, "--threads", "1")
+    header, _, cells = ([cell.strip() for cell in line.strip("| ").split("|")] for line in lines[:3])
+    found = dict(zip(header, cells, strict=True))
+    rows = [row for split in schema.splits for row in read_split(folder, schema, split)]
+    kinds = Counter(feature.encoding.type for feature in schema.features if feature.kind != "list")
+    assert int(found["samples"].replace(",", "")) == len(rows)
+    assert int(found["numerical"]) == kinds.pop("log_buckets") and int(found["categorical"]) == kinds.total()
+    label = schema.labels[0]
+    share = sum(row[label] for row in rows) / len(rows)
+    assert f"{label} {share:.2%}" in found["positive"]
+    special = [len({getattr(f.encoding, n, None) for n in ("missing_id", "oov_id")} - {None}) for f in schema.features]
+    values = sum(f.num_embeddings - ids for f, ids in zip(schema.features, special, strict=True))
+    assert int(found["feature values"].replace(",", "")) == values
+
+
 def test_every_figure_is_what_counting_gives(prepared, capsys):
     folder, schema = prepared
     lines, features = told(capsys, folder, "--threads", "1")
