@@ -4,7 +4,8 @@
 
 The bare loop has the same tables and optimizers in the backward pass, the same over-arch and batch size, random ids
 that are already in memory, and nothing else: no reader, no pipeline, no metrics, no logging. The two take turns;
-the ratio is that of their median samples/s. The last line is JSON.
+the ratio is that of their median samples/s. With --profile instead: where the time of a step goes, for each of six
+over-archs or those named, by torch's profiler (tools/step_profile.py). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from ssr_rec.training.optimizer import build_optimizer
 from ssr_rec.training.setup import start_process_group
 from ssr_rec.training.trainer import Trainer
 
+NEVER = CheckpointConfig(every_steps=None, every_minutes=None)
 Job = Callable[[int], None]
 """Trains for a number of steps and may be called again."""
 
@@ -57,9 +59,8 @@ def make_trainer(config: RunConfig, schema: Schema, device: torch.device, reader
 
 def whole_job(config: RunConfig, schema: Schema, device: torch.device, reader: Reader) -> Job:
     """Return the job of ssr_rec/train.py between two evaluations: reader, pipeline, running AUC, progress rows."""
-    never = CheckpointConfig(every_steps=None, every_minutes=None)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(config.model_copy(update={"checkpoint": never}), schema, device, reader, Path(folder))
+        trainer = make_trainer(config.model_copy(update={"checkpoint": NEVER}), schema, device, reader, Path(folder))
     return stepper(trainer, reader)
 
 
@@ -145,12 +146,51 @@ def open_data(
     return config, schema, device, reader
 
 
-def main() -> int:
+PROFILED = (
+    "mlp:hidden=[320,320,320]",
+    "deepfm",
+    "dcn_v2",
+    "ssr:filter=static,num_views=8,view_dim=128",
+    "ssr:filter=dynamic,num_views=4,view_dim=128",
+    "rankmixer",
+)
+
+
+def profile(
+    config: RunConfig, schema: Schema, device: torch.device, reader: Reader, arguments: argparse.Namespace
+) -> int:
+    """Print where a step of each over-arch goes; returns the exit status."""
+    # Imported here: other tools use this file's jobs alone.
+    from over_arch_sizes import parse_over_arch
+    from step_profile import product_microseconds, product_rate, profile_steps, profile_table
+
+    rate = product_rate(config.train.batch_size, 320)
+    found = {}
+    for spec in arguments.profile or PROFILED:
+        one = config.model_copy(update={"over_arch": parse_over_arch(spec), "checkpoint": NEVER})
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(one, schema, device, reader, Path(folder))
+            measured = profile_steps(stepper(trainer, reader), arguments.steps)
+        alone = product_microseconds(trainer.over_arch, config.train.batch_size, rate)
+        found[one.over_arch.label] = {**measured, "products_alone": alone}
+        print(f"{one.over_arch.label}: {measured['step']:,.0f} us a step", file=sys.stderr, flush=True)
+    print(profile_table(found))
+    about = {"dataset": schema.name, "batch_size": config.train.batch_size, "threads": torch.get_num_threads()}
+    print(json.dumps({**about, "product_gflops": rate / 1e9, "found": found, "hardware": hardware()}))
+    return 0
+
+
+def main(given: Sequence[str] | None = None) -> int:
     parser = turns_parser(str(__doc__), steps=200, turns=5)
-    arguments, overrides = parser.parse_known_args()
+    parser.add_argument(
+        "--profile", nargs="*", metavar="SPEC", help="where a step goes; over-archs as in bench_over_arch.py"
+    )
+    arguments, overrides = parser.parse_known_args(given)
     quiet()
     try:
         config, schema, device, reader = open_data(arguments, overrides)
+        if arguments.profile is not None:
+            return profile(config, schema, device, reader, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
