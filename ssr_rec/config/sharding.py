@@ -38,7 +38,8 @@ class QCommsSettings(Settings):
 class ShardingConfig(Settings):
     types: list[ShardingType] = Field(
         [],
-        description="what the planner may use; empty: all that the device supports. Never data_parallel: "
+        description="what the planner may use; empty: all that the device supports. On cpu row_wise is of tables that "
+        "sequences read alone, and only where it is named. Never data_parallel: "
         "replicated tables cannot have their optimizer in the backward pass",
     )
     memory_gib: float | None = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,18 +23,23 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import CacheParams, ShardingPlan
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.sharding import Kernel, ShardingConfig, ShardingType, TableConstraint
 from ssr_rec.embeddings.plan_file import PlanFile, job_tables, plan_differences, read_plan, sharding_plan
+from ssr_rec.embeddings.row_wise import EventTablesSharder
+from ssr_rec.embeddings.tables import EventTables
 
 SUPPORTED: dict[str, list[ShardingType]] = {
-    # Row-wise needs a reduce-scatter of pooled sums that TorchRec does not have for EmbeddingBagCollection on CPU.
+    # TorchRec has no row-wise bags on CPU; un-pooled tables have it where a config asks (row_wise.py).
     "cpu": ["table_wise", "column_wise"],
     "cuda": ["table_wise", "column_wise", "row_wise", "table_row_wise"],
 }
+EVENT_TYPES: dict[str, list[ShardingType]] = {"cpu": [*SUPPORTED["cpu"], "row_wise"], "cuda": SUPPORTED["cuda"]}
+"""Of un-pooled tables. Row-wise is no default on a CPU: a plan made without it stays what it was."""
+TOO_FEW = " for a table of so few rows that a rank would have none"
 CACHING: Kernel = "fused_uvm_caching"
 KERNELS: dict[str, list[Kernel]] = {
     # UVM is host memory that a GPU addresses; on a CPU the tables are in host memory anyway.
@@ -55,8 +60,10 @@ def build_topology(config: ShardingConfig, device_type: str, world_size: int, lo
     )
 
 
-def build_sharder(config: ShardingConfig, device_type: str, batch_size: int = 1) -> EmbeddingBagCollectionSharder:
-    """Return what shards the tables, for planning and for sharding: it carries the precision of their communication.
+def build_sharders(
+    config: ShardingConfig, device_type: str, batch_size: int = 1
+) -> list[ModuleSharder[EmbeddingBagCollection]]:
+    """Return what shards bags and un-pooled tables, for planning and for sharding, with its communication's precision.
 
     Args:
         batch_size: rows of the global batch, over which the loss is a mean. Gradients travel in fp16 as if it were a
@@ -76,7 +83,8 @@ def build_sharder(config: ShardingConfig, device_type: str, batch_size: int = 1)
             # A power of two changes no digit.
             codecs.backward = _ScaledCodec(2.0 ** math.floor(math.log2(batch_size)))
     # FBGEMM's default takes an id beyond its table for id 0, on the CPU without a word.
-    return EmbeddingBagCollectionSharder({"bounds_check_mode": BoundsCheckMode.FATAL}, qcomm_codecs_registry=registry)
+    kinds = (EmbeddingBagCollectionSharder, EventTablesSharder)
+    return [kind({"bounds_check_mode": BoundsCheckMode.FATAL}, qcomm_codecs_registry=registry) for kind in kinds]
 
 
 class _ScaledCodec(QuantizedCommCodec):
@@ -94,7 +102,12 @@ class _ScaledCodec(QuantizedCommCodec):
 
 
 def build_constraints(
-    tables: Sequence[str], config: ShardingConfig, device_type: str, fused: bool, prefetch: bool = False
+    tables: Sequence[str],
+    config: ShardingConfig,
+    device_type: str,
+    fused: bool,
+    prefetch: bool = False,
+    spread: Mapping[str, bool] | None = None,
 ) -> dict[str, ParameterConstraints]:
     """Return table -> what TorchRec's planner may do with it.
 
@@ -102,30 +115,28 @@ def build_constraints(
         tables: as ``plan_sharding``.
         fused: as ``plan_sharding``.
         prefetch: the pipeline fetches cached rows ahead, for which FBGEMM's cache keeps two batches.
+        spread: un-pooled table -> whether row-wise sharding gives every rank a row of it (``spread_tables``).
 
     Raises:
         UserError: a setting without effect or not supported on the device, or an unknown table; names key and fix.
     """
     if not fused:
-        unused = [key for key in config.model_fields_set if key != "memory_gib" and not _is_default(config, key)]
-        if unused:
-            raise UserError(
-                f"sharding.{unused[0]}={getattr(config, unused[0])} has no effect: adam, and on CPU lazy_adam, keeps "
-                "every table on every rank; remove it, or choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
-            )
-        return dict.fromkeys(tables, ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["dense"]))
-    for name in config.per_table:
-        if name not in tables:
-            nearest = difflib.get_close_matches(name, tables, n=1) or [", ".join(tables)[:300]]
-            raise UserError(f"sharding.per_table names {name!r}, which is no table of this model; {nearest[0]} is")
+        return _replicated(tables, config)
+    _refuse_unknown(config.per_table, tables)
+    spread = spread or {}
     types: list[ShardingType] = config.types or SUPPORTED[device_type]
-    _refuse("sharding", types, config.kernels, device_type)
+    _refuse("sharding.types", types, (EVENT_TYPES if any(spread.values()) else SUPPORTED)[device_type], device_type)
+    _refuse("sharding.kernels", config.kernels, KERNELS[device_type], device_type)
     constraints = {}
     for name in tables:
         own = config.per_table.get(name, TableConstraint())
-        own_types, kernels = own.types or types, own.kernels or config.kernels
+        # Of types for all, a table takes those it can have: bags beside row-wise un-pooled tables stay as they are.
+        supported = (EVENT_TYPES if spread.get(name) else SUPPORTED)[device_type]
+        fitting = [kind for kind in types if kind in supported] or supported
+        own_types, kernels = own.types or fitting, own.kernels or config.kernels
         where = f"sharding.per_table.{name}"
-        _refuse(where, own_types, kernels, device_type)
+        _refuse(f"{where}.types", own_types, supported, device_type, "" if spread.get(name, True) else TOO_FEW)
+        _refuse(f"{where}.kernels", kernels, KERNELS[device_type], device_type)
         if own.cache_load_factor is not None and CACHING not in kernels:
             raise UserError(f"{where}.cache_load_factor has no effect without {CACHING} in its kernels")
         if own.min_partition is not None and "column_wise" not in own_types:
@@ -152,20 +163,31 @@ def build_constraints(
     return constraints
 
 
+def _replicated(tables: Sequence[str], config: ShardingConfig) -> dict[str, ParameterConstraints]:
+    unused = [key for key in config.model_fields_set if key != "memory_gib" and not _is_default(config, key)]
+    if unused:
+        raise UserError(
+            f"sharding.{unused[0]}={getattr(config, unused[0])} has no effect: adam, and on CPU lazy_adam, keeps "
+            "every table on every rank; remove it, or choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
+        )
+    return dict.fromkeys(tables, ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["dense"]))
+
+
+def _refuse_unknown(named: Iterable[str], tables: Sequence[str]) -> None:
+    for name in named:
+        if name not in tables:
+            nearest = difflib.get_close_matches(name, tables, n=1) or [", ".join(tables)[:300]]
+            raise UserError(f"sharding.per_table names {name!r}, which is no table of this model; {nearest[0]} is")
+
+
 def _is_default(config: ShardingConfig, key: str) -> bool:
     return bool(getattr(config, key) == type(config).model_fields[key].default)
 
 
-def _refuse(where: str, types: Sequence[str], kernels: Sequence[str], device_type: str) -> None:
-    for key, values, supported in (
-        ("types", types, SUPPORTED[device_type]),
-        ("kernels", kernels, KERNELS[device_type]),
-    ):
-        for value in values:
-            if value not in supported:
-                raise UserError(
-                    f"{where}.{key}: {value!r} is not supported on {device_type}; use {', '.join(supported)}"
-                )
+def _refuse(key: str, values: Sequence[str], supported: Sequence[str], device_type: str, why: str = "") -> None:
+    for value in values:
+        if value not in supported:
+            raise UserError(f"{key}: {value!r} is not supported on {device_type}{why}; use {', '.join(supported)}")
 
 
 def plan_sharding(
@@ -191,14 +213,15 @@ def plan_sharding(
     device_type = topology.compute_device
     if config.plan is not None:
         return follow_plan(model, config, topology, fused, prefetch)
-    constraints = build_constraints(tables, config, device_type, fused, prefetch)
+    spread = spread_tables(_event_tables(model), topology.world_size)
+    constraints = build_constraints(tables, config, device_type, fused, prefetch, spread)
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
-    sharder = build_sharder(config, device_type)
+    sharders = build_sharders(config, device_type)
     # TorchRec's own collective_plan leaves the other ranks waiting when rank 0 finds no plan.
     found: list[ShardingPlan | str | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            found = [planner.plan(model, [sharder])]
+            found = [planner.plan(model, sharders)]
         except PlannerError as error:
             found = [str(error).strip().splitlines()[0]]
     if dist.is_initialized():
@@ -218,6 +241,22 @@ def plan_sharding(
             "puts it there; use sparse_dist"
         )
     return plan
+
+
+def spread_tables(tables: EventTables | None, world_size: int) -> dict[str, bool]:
+    """Return un-pooled table -> whether row-wise sharding gives every rank a row; FBGEMM on CPU takes no empty shard.
+
+    TorchRec gives each rank a block of as many rows as the others, rounded up, and the last ones what is left.
+    """
+    configs = tables.embedding_bag_configs() if tables is not None else []
+    return {
+        table.name: -(-table.num_embeddings // world_size) * (world_size - 1) < table.num_embeddings
+        for table in configs
+    }
+
+
+def _event_tables(model: nn.Module) -> EventTables | None:
+    return next((module for module in model.modules() if isinstance(module, EventTables)), None)
 
 
 def follow_plan(
@@ -265,8 +304,10 @@ def _planned(model: nn.Module, path: str, topology: Topology, fused: bool, prefe
     )
     found = plan_differences(plan, job)
     if plan.device == device:
+        spread = spread_tables(_event_tables(model), topology.world_size)
         for name, table in plan.tables.items():
-            if table.sharding_type not in [*SUPPORTED[device], "data_parallel"]:
+            supported = (EVENT_TYPES if spread.get(name) else SUPPORTED)[device]
+            if table.sharding_type not in [*supported, "data_parallel"]:
                 found.append(f"table {name}: {table.sharding_type} is not supported on {device}")
             if table.kernel not in [*KERNELS[device], "dense"]:
                 found.append(f"table {name}: kernel {table.kernel} is not supported on {device}")
@@ -301,7 +342,7 @@ def shard(
         model,
         device=device,
         plan=plan,
-        sharders=[build_sharder(config, device.type, batch_size)],
+        sharders=build_sharders(config, device.type, batch_size),
         # DDP's static graph needs its first backward pass reduced, which accumulation does not do.
         data_parallel_wrapper=DefaultDataParallelWrapper(
             static_graph=not (accumulates or keeps_buckets), find_unused_parameters=keeps_buckets

@@ -42,11 +42,15 @@ def columns_per_dim(dims: Sequence[int]) -> int:
     return DIM_MULTIPLE // math.gcd(*dims, DIM_MULTIPLE)
 
 
+class EventTables(EmbeddingBagCollection):
+    """Holds the tables that sequences read un-pooled, as bags of one id each (``histories.EventIds``)."""
+
+
 class Tables(NamedTuple):
     """Holds the collections of a model."""
 
     pooled: EmbeddingBagCollection
-    events: EmbeddingBagCollection | None
+    events: EventTables | None
     """Of the tables that sequences read: a bag of one id an event, keyed by table (``histories.EventIds``)."""
 
     @property
@@ -177,7 +181,7 @@ def plain_tables(
         )
         (events if is_event else pooled).append(table)
     collection = EmbeddingBagCollection(device=device, tables=pooled)
-    return Tables(collection, EmbeddingBagCollection(device=device, tables=events) if events else None)
+    return Tables(collection, EventTables(device=device, tables=events) if events else None)
 
 
 class ConcatFields(nn.Module):

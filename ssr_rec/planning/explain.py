@@ -10,7 +10,8 @@ from torchrec.distributed.planner.types import ShardingOption
 
 from ssr_rec.planning.cases import Case
 from ssr_rec.planning.estimate import Estimate
-from ssr_rec.planning.search import Found, busy_shares, option_bytes
+from ssr_rec.planning.row_blocks import busy_shares
+from ssr_rec.planning.search import Found, option_bytes
 
 GIB = 2**30
 UNEVEN = 1.5

@@ -63,7 +63,7 @@ def try_remedies(planned: Planned) -> Iterator[Remedy]:
     """Re-plan with each single remedy, then, if none of those is enough, with all of them."""
     case = planned.case
     yield _more_nodes(planned)
-    changes = list(_changes(case.config, case.world.hardware.device))
+    changes = list(_changes(case))
     enough, together, settings = False, case.config, []
     for name, setting, change in changes:
         remedy = _tried(name, setting, replace(case, config=change(case.config)))
@@ -117,14 +117,18 @@ def _missing(planned: Planned) -> int:
 Change = Callable[[RunConfig], RunConfig]
 
 
-def _changes(config: RunConfig, device: str) -> Iterator[tuple[str, str, Change]]:
+def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
     """Yield name, settings and effect of every change of the config that this one does not have yet."""
+    config, device = case.config, case.world.hardware.device
     sharding, embeddings = config.sharding, config.embeddings
     allowed = sharding.types or SUPPORTED[device]
     rows_missing = [kind for kind in ROW_TYPES if kind in SUPPORTED[device] and kind not in allowed]
     cut = any(table.types and not set(ROW_TYPES) <= set(table.types) for table in sharding.per_table.values())
     if rows_missing or (cut and device == "cuda"):
         yield "row-wise", "--sharding.types=[] (all that the device has) for every table", _all_types
+    if device == "cpu" and case.reading.events and "row_wise" not in allowed:
+        more = f"--sharding.types=[{', '.join([*allowed, 'row_wise'])}] (row-wise: of tables read un-pooled)"
+        yield "row-wise", more, _rows_too
     if device == "cuda" and CACHING not in sharding.kernels:
         yield "UVM caching", f"--sharding.kernels=[fused,{CACHING}]", _cached
     if embeddings.is_fused(device) and (embeddings.dtype, *embeddings.dtypes.values()) != ("fp16",):
@@ -142,6 +146,10 @@ def _changes(config: RunConfig, device: str) -> Iterator[tuple[str, str, Change]
 def _all_types(config: RunConfig) -> RunConfig:
     per_table = {name: table.model_copy(update={"types": []}) for name, table in config.sharding.per_table.items()}
     return _with(config, "sharding", types=[], per_table=per_table)
+
+
+def _rows_too(config: RunConfig) -> RunConfig:
+    return _with(config, "sharding", types=[*(config.sharding.types or SUPPORTED["cpu"]), "row_wise"])
 
 
 def _cached(config: RunConfig) -> RunConfig:

@@ -29,7 +29,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CommOp
 
-from ssr_rec.embeddings.sharding import build_constraints, build_sharder
+from ssr_rec.embeddings.sharding import build_constraints, build_sharders, spread_tables
 from ssr_rec.embeddings.tables import build_tables
 from ssr_rec.planning.cases import Case
 from ssr_rec.planning.costs import (
@@ -44,6 +44,7 @@ from ssr_rec.planning.costs import (
     extra_tables,
     shard_bytes,
 )
+from ssr_rec.planning.row_blocks import block_times, busy_shares
 
 TORCHREC_LOAD_FACTOR = 0.2
 """Of a cached table without a cache_load_factor: UVM_CACHING_RATIO in torchrec/distributed/planner/constants.py."""
@@ -110,29 +111,9 @@ class CaseEstimator(ShardEstimator):
                 size = option_bytes(self.case, option, shard.size)
                 device = size.weights + size.state + size.gradients + size.buffers
                 shard.storage = Storage(hbm=device if on_gpu else 0, ddr=size.host if on_gpu else device)
-                shard.perf = _times(perfs[tuple(shard.size)], shares[place % len(shares)])
+                shard.perf = block_times(self.case, option, perfs[tuple(shard.size)], shares[place % len(shares)])
                 if self.by_memory:
                     shard.perf = Perf(fwd_compute=device / 2**20, fwd_comms=0, bwd_compute=0, bwd_comms=0)
-
-
-def busy_shares(case: Case, option: ShardingOption) -> list[float]:
-    """Return how many times the mean block's lookups each block of rows gets, where rows are cut; else one 1."""
-    blocks = {"row_wise": case.world.size, "table_row_wise": case.world.per_node}.get(option.sharding_type)
-    if blocks is None:
-        return [1.0]
-    return (case.block_shares(option.name.split("@")[0], blocks) * blocks).tolist()
-
-
-def _times(perf: Perf | None, busy: float) -> Perf:
-    """Return the times of a block with ``busy`` times the mean block's lookups; pooled rows are as many for all."""
-    assert perf is not None
-    return replace(
-        perf,
-        fwd_compute=perf.fwd_compute * busy,
-        bwd_compute=perf.bwd_compute * busy,
-        prefetch_compute=perf.prefetch_compute * busy,
-        input_dist_comms=perf.input_dist_comms * busy,
-    )
 
 
 def _in_float32(sharders: SharderDataMap) -> SharderDataMap:
@@ -231,7 +212,9 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
     left = max(left, 1)
     fused = case.config.embeddings.is_fused(device)
     prefetch = case.config.train.pipeline == "prefetch"
-    allowed = build_constraints([table.name for table in configs], case.config.sharding, device, fused, prefetch)
+    names = [table.name for table in configs]
+    spread = spread_tables(tables.events, case.world.size)
+    allowed = build_constraints(names, case.config.sharding, device, fused, prefetch, spread)
     sizes = {t.name: (t.num_embeddings, t.embedding_dim) for t in configs}
     keys = {t.name: t.feature_names for t in configs}
     constraints = {
@@ -320,7 +303,7 @@ def _search(
         callbacks=[keep],
     )
     try:
-        planner.plan(model, [build_sharder(case.config.sharding, topology.compute_device)])
+        planner.plan(model, build_sharders(case.config.sharding, topology.compute_device))
     except PlannerError:
         return None
     return best

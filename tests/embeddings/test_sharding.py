@@ -10,7 +10,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ssr_rec.config.run import load_config
 from ssr_rec.config.sharding import ShardingConfig
-from ssr_rec.embeddings.sharding import build_constraints, build_sharder, build_topology, plan_sharding
+from ssr_rec.embeddings.sharding import build_constraints, build_sharders, build_topology, plan_sharding
 
 ROWS = {"small": 1_000, "wide": 200_000, "huge": 40_000_000}
 
@@ -75,10 +75,10 @@ def test_prefetching_is_told_to_the_cache():
 
 
 def test_half_precision_communication_is_what_the_sharder_carries():
-    assert not build_sharder(config(), "cpu").qcomm_codecs_registry
+    assert not any(sharder.qcomm_codecs_registry for sharder in build_sharders(config(), "cpu"))
     for device, forward, backward in (("cpu", "fp16", "fp32"), ("cuda", "bf16", "fp16"), ("cuda", "fp32", "bf16")):
-        codecs = build_sharder(config(f"qcomms={{forward: {forward}, backward: {backward}}}"), device)
-        for codec in codecs.qcomm_codecs_registry.values():
+        sharders = build_sharders(config(f"qcomms={{forward: {forward}, backward: {backward}}}"), device)
+        for codec in [codec for sharder in sharders for codec in sharder.qcomm_codecs_registry.values()]:
             names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
             assert codec.forward.quantized_dtype == names[forward], (device, forward)
             assert codec.backward.quantized_dtype == names[backward], (device, backward)
@@ -155,3 +155,43 @@ def test_prefetching_needs_a_table_that_is_cached(monkeypatch):
 def test_values_no_setting_takes_are_refused_by_name(override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["per_table={user: {types: [row_wise]}}"],
+            "per_table.user.types: 'row_wise' is not supported on cpu; ",
+        ),
+        (
+            ["per_table={age: {types: [row_wise]}}"],
+            "types: 'row_wise' .* few rows that a rank would have none; use",
+        ),
+        (["types=[table_row_wise]"], "sharding.types: 'table_row_wise' is not supported on cpu; use .*, row_wise"),
+    ],
+)
+def test_row_wise_on_cpu_is_refused_where_it_cannot_be(overrides: list[str], message: str) -> None:
+    spread = {"item": True, "age": False}
+    with pytest.raises(ValueError, match=message) as refused:
+        build_constraints(["user", "item", "age"], config(*overrides), "cpu", True, spread=spread)
+    assert "\n" not in str(refused.value)
+
+
+def test_row_wise_on_cpu_is_for_the_tables_that_can_be() -> None:
+    def types(*overrides: str, **spread: bool) -> dict[str, list[str] | None]:
+        found = build_constraints(["user", "item", "age"], config(*overrides), "cpu", True, spread=spread)
+        return {name: constraint.sharding_types for name, constraint in found.items()}
+
+    both = {"item": True, "age": False}
+    rest = {name: ["table_wise", "column_wise"] for name in ("user", "age")}
+    assert types("types=[row_wise]", **both) == {**rest, "item": ["row_wise"]}
+    assert types("types=[column_wise, row_wise]", **both) == {
+        "user": ["column_wise"],
+        "item": ["column_wise", "row_wise"],
+        "age": ["column_wise"],
+    }
+    assert types("per_table={item: {types: [row_wise]}}", **both) == {**rest, "item": ["row_wise"]}
+    assert types(**both) == {**rest, "item": ["table_wise", "column_wise"]}
+    with pytest.raises(ValueError, match=r"sharding.types: 'row_wise' is not supported on cpu; use table_wise, col"):
+        types("types=[row_wise]", age=False)

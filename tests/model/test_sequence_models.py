@@ -138,17 +138,33 @@ def options(log: Path, runs: Path, encoder: str, *more: str) -> list[str]:
     ]
 
 
+TABLES = ("user", "tags", "item", "kind", "clicked_age")
+HALVES = ", ".join(f"{table}: {{min_partition: 4}}" for table in TABLES)
+SHARDINGS = {
+    "table_wise": ["--sharding.types=[table_wise]"],
+    # Row-wise Adagrad would have a state for each half of a row.
+    "column_wise": [
+        "--sharding.types=[column_wise]",
+        f"--sharding.per_table={{{HALVES}}}",
+        *("--embeddings.optimizer=sgd", "--embeddings.learning_rate=1.0"),
+    ],
+    "row_wise": ["--sharding.types=[row_wise]"],
+}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "sharding"),
     [
-        pytest.param("target_attention", "[table_wise]", marks=pytest.mark.slow),
-        pytest.param("din", "[column_wise]", marks=pytest.mark.slow),
-        pytest.param("transformer", "[table_wise]", marks=pytest.mark.slow),
+        ("target_attention", "table_wise"),
+        ("din", "column_wise"),
+        ("din", "row_wise"),
+        ("transformer", "row_wise"),
     ],
 )
 def test_world_size_does_not_change_the_losses(log: Path, tmp_path: Path, encoder: str, sharding: str) -> None:
     for world_size in (1, 2, 4):
-        more = [f"--sharding.types={sharding}", "--train.epochs=4"]
+        more = [*SHARDINGS[sharding], "--train.epochs=4"]
         report = run_ranks(train_job, world_size, options(log, tmp_path / str(world_size), encoder, *more))[0]
         assert report["sequences"]["clicked"]["encoder"] == encoder
     alone = losses(tmp_path / "1")
@@ -158,9 +174,10 @@ def test_world_size_does_not_change_the_losses(log: Path, tmp_path: Path, encode
 
 
 def test_two_ranks_train_as_one(log: Path, tmp_path: Path) -> None:
-    """The quick form of the test above."""
+    """The quick form of the test above, two kinds of sharding in one model."""
     for world_size in (1, 2):
-        more = ["--sharding.types=[column_wise]", "--train.max_steps=10"]
+        mixed = ["--sharding.types=[row_wise]", "--sharding.per_table={kind: {types: [column_wise]}}"]
+        more = [*mixed, "--train.max_steps=10"]
         run_ranks(train_job, world_size, options(log, tmp_path / str(world_size), "target_attention", *more))
     assert np.abs(losses(tmp_path / "1") - losses(tmp_path / "2")).max() < 1e-5
     alone, two = (read_report(tmp_path / str(n) / "run").sequences["clicked"] for n in (1, 2))
@@ -179,12 +196,32 @@ def test_world_size_does_not_change_the_losses_of_hstu(log: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_resuming_on_another_number_of_ranks(log: Path, tmp_path: Path) -> None:
-    run_ranks(train_job, 2, options(log, tmp_path / "whole", "din", "--train.epochs=2"))
-    parts = options(log, tmp_path / "parts", "din", "--train.epochs=2")
+@pytest.mark.parametrize(
+    ("sharding", "before", "after"), [("table_wise", 2, 1), ("row_wise", 2, 1), ("row_wise", 2, 4)]
+)
+def test_resuming_on_another_number_of_ranks(log: Path, tmp_path: Path, sharding: str, before: int, after: int) -> None:
+    more = [*SHARDINGS[sharding], "--train.epochs=2"]
+    run_ranks(train_job, 2, options(log, tmp_path / "whole", "din", *more))
+    parts = options(log, tmp_path / "parts", "din", *more)
     run_ranks(stopped_job, 2, parts, 20)
-    run_ranks(train_job, 1, parts)
+    run_ranks(train_job, after, parts)
     assert np.abs(losses(tmp_path / "parts") - losses(tmp_path / "whole")).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_rows_of_two_ranks_warm_start_and_export_as_whole_tables(log: Path, tmp_path: Path) -> None:
+    steps = ["--train.max_steps=12", "--train.eval_every=12"]
+    run_ranks(train_job, 2, options(log, tmp_path / "first", "din", *SHARDINGS["row_wise"], *steps))
+    run = tmp_path / "first" / "run"
+    exported = export_run(run, tmp_path / "artifact")
+    assert exported["parity"]["rows"] == ROWS["test"]
+    [checkpoint] = (run / "checkpoints").glob("best*")
+    warm = [*steps, f"--warm_start={checkpoint}"]
+    run_ranks(train_job, 1, options(log, tmp_path / "alone", "din", *SHARDINGS["table_wise"], *warm))
+    run_ranks(train_job, 2, options(log, tmp_path / "rows", "din", *SHARDINGS["row_wise"], *warm))
+    run_ranks(train_job, 1, options(log, tmp_path / "cold", "din", *steps))
+    assert np.abs(losses(tmp_path / "rows") - losses(tmp_path / "alone")).max() < 1e-5
+    assert np.abs(losses(tmp_path / "rows") - losses(tmp_path / "cold")).max() > 1e-3
 
 
 @pytest.mark.slow

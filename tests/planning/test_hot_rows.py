@@ -13,7 +13,7 @@ from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.planning.cases import RowLookups, table_lookups
 from ssr_rec.planning.explain import table_plans
 from ssr_rec.planning.remedies import plan_case
-from ssr_rec.planning.search import busy_shares
+from ssr_rec.planning.row_blocks import busy_shares
 from tests.planning.small import make_case
 from tests.prepare_log import make_rows, spec_with, write_csv
 from tools.plan_sharding import main

@@ -8,7 +8,7 @@ from torchrec.distributed.planner.proposers import UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import SharderData, ShardingOption
 
-from ssr_rec.embeddings.sharding import build_sharder
+from ssr_rec.embeddings.sharding import build_sharders
 from ssr_rec.planning.explain import overflows, table_plans
 from ssr_rec.planning.remedies import Planned, plan_case, try_balancing, try_remedies
 from ssr_rec.planning.search import MOST_PLACED, PATIENCE, CaseEstimator, Limited, make_topology
@@ -175,7 +175,7 @@ def test_one_estimate_for_equal_shards_is_torchrecs_for_each() -> None:
     case = make_case({"user": 1_000_003, "item": 77}, [], nodes=2, per_node=4)
     planned = plan_case(case)
     topology = make_topology(case, planned.found.table_bytes)
-    sharder = build_sharder(case.config.sharding, "cuda")
+    [sharder, _] = build_sharders(case.config.sharding, "cuda")
     options = [option for options in planned.found.alternatives.values() for option in options]
     assert {option.sharding_type for option in options} == {"table_wise", "row_wise", "table_row_wise"}
     data = SharderData({}, {}, sharder.storage_usage_type if hasattr(sharder, "storage_usage_type") else None)  # type: ignore[arg-type]
