@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class Reader:
                         slices.append((block, position, stop))
                         left[index] = (block, stop) if stop < block.num_rows else None
                         wanted -= stop - position
-                batch = self._assemble(slices, lanes.rows_in_step(step))
+                batch = assemble(self.schema, slices, lanes.rows_in_step(step))
                 yield hide_new_ids(batch, self.schema, self.new_from) if self.new_from else batch
         finally:
             pool.shutdown(cancel_futures=True)
@@ -179,44 +179,46 @@ class Reader:
             self.oov_dropout.apply(block, rows[piece.start : piece.stop], piece.group, epoch)
         return block
 
-    def _assemble(self, slices: list[tuple[Block, int, int]], global_rows: int) -> Batch:
-        num_rows = sum(stop - start for _, start, stop in slices)
-        features, labels = self.schema.features, np.empty((num_rows, len(self.schema.labels)), dtype=np.float32)
-        groups = np.empty(num_rows, dtype=np.int64) if self.schema.group_id is not None else None
-        ends = np.cumsum([stop - start for _, start, stop in slices]).tolist()
-        rows = [slice(end - (stop - start), end) for end, (_, start, stop) in zip(ends, slices, strict=True)]
+
+def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_rows: int) -> Batch:
+    """Return the batch of rows ``start:stop`` of blocks, one after the other; ``global_rows``: those of all ranks."""
+    num_rows = sum(stop - start for _, start, stop in slices)
+    features, labels = schema.features, np.empty((num_rows, len(schema.labels)), dtype=np.float32)
+    groups = np.empty(num_rows, dtype=np.int64) if schema.group_id is not None else None
+    ends = np.cumsum([stop - start for _, start, stop in slices]).tolist()
+    rows = [slice(end - (stop - start), end) for end, (_, start, stop) in zip(ends, slices, strict=True)]
+    for there, (block, start, stop) in zip(rows, slices, strict=True):
+        labels[there] = block.labels[start:stop]
+        if groups is not None and block.group_ids is not None:
+            groups[there] = block.group_ids[start:stop]
+    lengths = np.ones((len(features), num_rows), dtype=np.int64)
+    items = sum(
+        int(lists.offsets[stop] - lists.offsets[start]) for block, start, stop in slices for lists in block.lists
+    )
+    ids = np.empty(sum(f.kind != "list" for f in features) * num_rows + items, dtype=np.int64)
+    at = scalar = listed = first = 0
+    for row, feature in enumerate([*features, None]):
+        if feature is not None and feature.kind != "list":
+            scalar += 1
+            continue
+        run = ids[at : at + (scalar - first) * num_rows].reshape(scalar - first, num_rows)
         for there, (block, start, stop) in zip(rows, slices, strict=True):
-            labels[there] = block.labels[start:stop]
-            if groups is not None and block.group_ids is not None:
-                groups[there] = block.group_ids[start:stop]
-        lengths = np.ones((len(features), num_rows), dtype=np.int64)
-        items = sum(
-            int(lists.offsets[stop] - lists.offsets[start]) for block, start, stop in slices for lists in block.lists
-        )
-        ids = np.empty(sum(f.kind != "list" for f in features) * num_rows + items, dtype=np.int64)
-        at = scalar = listed = first = 0
-        for row, feature in enumerate([*features, None]):
-            if feature is not None and feature.kind != "list":
-                scalar += 1
-                continue
-            run = ids[at : at + (scalar - first) * num_rows].reshape(scalar - first, num_rows)
-            for there, (block, start, stop) in zip(rows, slices, strict=True):
-                run[:, there] = block.scalars[first:scalar, start:stop]
-            at, first = at + run.size, scalar
-            for there, (block, start, stop) in zip(rows, slices if feature is not None else [], strict=False):
-                lists = block.lists[listed]
-                part = lists.ids[lists.offsets[start] : lists.offsets[stop]]
-                ids[at : at + len(part)], lengths[row, there] = part, lists.lengths[start:stop]
-                at += len(part)
-            listed += 1
-        sparse = KeyedJaggedTensor(
-            keys=self.schema.feature_names,
-            values=torch.from_numpy(ids),
-            lengths=torch.from_numpy(lengths.reshape(-1)),
-            stride=num_rows,
-        )
-        group_ids = torch.from_numpy(groups) if groups is not None else None
-        return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows)
+            run[:, there] = block.scalars[first:scalar, start:stop]
+        at, first = at + run.size, scalar
+        for there, (block, start, stop) in zip(rows, slices if feature is not None else [], strict=False):
+            lists = block.lists[listed]
+            part = lists.ids[lists.offsets[start] : lists.offsets[stop]]
+            ids[at : at + len(part)], lengths[row, there] = part, lists.lengths[start:stop]
+            at += len(part)
+        listed += 1
+    sparse = KeyedJaggedTensor(
+        keys=schema.feature_names,
+        values=torch.from_numpy(ids),
+        lengths=torch.from_numpy(lengths.reshape(-1)),
+        stride=num_rows,
+    )
+    group_ids = torch.from_numpy(groups) if groups is not None else None
+    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows)
 
 
 def check_rows(folder: Path, schema: Schema, split: str, world_size: int) -> None:

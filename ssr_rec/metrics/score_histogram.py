@@ -63,6 +63,12 @@ def _centre_bins(scores: Tensor) -> Tensor:
     return (scores * BINS_PER_UNIT).floor().to(torch.int64) + (_CENTRE_BINS // 2 + _TAIL_BINS)
 
 
+def middles_of_bins(bins: np.ndarray) -> np.ndarray:
+    """Return the score in the middle of each bin, that of the tails where they begin: no probability is 2e-6 off."""
+    middles = (bins - (_CENTRE_BINS // 2 + _TAIL_BINS) + 0.5) / BINS_PER_UNIT
+    return np.clip(middles, -CENTRE, CENTRE)
+
+
 def auc_of_histogram(positives: np.ndarray, negatives: np.ndarray) -> BoundedAUC:
     """Return AUC from the counts ``(NUM_BINS,)``, or of any other bins in rising order, and its bound.
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +22,8 @@ from torch import Tensor
 from ssr_rec.common.errors import UserError
 from ssr_rec.metrics.exact import evaluate_predictions, gather_predictions, gather_rows, with_equal_rows_tied
 from ssr_rec.metrics.group_sample import GroupSample, sampled_gauc
-from ssr_rec.metrics.score_histogram import NUM_BINS, auc_of_histogram, bins_of
+from ssr_rec.metrics.reliability import deciles, deciles_of_scores, sigmoid
+from ssr_rec.metrics.score_histogram import NUM_BINS, auc_of_histogram, bins_of, middles_of_bins
 
 Mode = Literal["exact", "bounded"]
 Tasks = dict[str, dict[str, float]]
@@ -44,6 +46,9 @@ class FoldMetrics(Protocol):
             UserError: a label is neither 0 nor 1.
         """
 
+    def deciles(self) -> dict[str, list[dict[str, Any]]]:
+        """Return label -> calibration by decile (``reliability.deciles``), on rank 0 and after ``compute``."""
+
 
 def fold_metrics(mode: str, max_rows: int, fold_rows: int, label_names: Sequence[str]) -> FoldMetrics:
     """Return what ``train.metrics`` and ``train.metrics_rows`` ask for on a fold of ``fold_rows`` rows."""
@@ -60,6 +65,7 @@ class ExactMetrics:
     def __init__(self, label_names: Sequence[str]) -> None:
         self.label_names = label_names
         self._batches: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self._ranked: tuple[np.ndarray, np.ndarray] | None = None
 
     def update(self, logits: Tensor, labels: Tensor, groups: Tensor | None, rows: Tensor | None = None) -> None:
         self._batches.append((logits, labels, groups, rows))
@@ -73,7 +79,13 @@ class ExactMetrics:
         if gathered is None:
             return None
         ranked = gathered[0] if keys is None else with_equal_rows_tied(gathered[0], keys)
+        self._ranked = ranked, gathered[1]
         return evaluate_predictions(ranked, gathered[1], gathered[2], self.label_names)
+
+    def deciles(self) -> dict[str, list[dict[str, Any]]]:
+        assert self._ranked is not None
+        logits, labels = self._ranked
+        return {name: deciles(logits[:, task], labels[:, task]) for task, name in enumerate(self.label_names)}
 
 
 class BoundedMetrics:
@@ -145,6 +157,16 @@ class BoundedMetrics:
                     "gauc_rows": found.rows,
                 }
         return measures
+
+    def deciles(self) -> dict[str, list[dict[str, Any]]]:
+        assert self._sums is not None
+        tasks, found = len(self.label_names), {}
+        counts = self._sums[: tasks * 2 * NUM_BINS].cpu().numpy().reshape(tasks, 2, NUM_BINS)
+        for name, (negatives, positives) in zip(self.label_names, counts, strict=True):
+            used = np.flatnonzero(negatives + positives)
+            rows = (negatives + positives)[used]
+            found[name] = deciles_of_scores(sigmoid(middles_of_bins(used)), rows, positives[used])
+        return found
 
 
 def _averages(loss: float, predicted: float, positives: int, negatives: int) -> dict[str, float]:

@@ -81,6 +81,9 @@ class Report(Figures):
     hardware: dict[str, Any] = {}
     failed_checkpoints: int | None = None
     metrics: str | None = Field(None, description="how the test was measured: exact or bounded")
+    deciles: dict[str, list[dict[str, int | float]]] = Field(
+        {}, description="task -> of each tenth of the test rows by rising prediction: rows, predicted and observed rate"
+    )
     days: list[DayFigures] = Field([], description="of a run by days")
     warm_start: dict[str, Any] | None = Field(None, description="what was taken over")
     following: dict[str, Any] | None = Field(None, description="of a search: the over-arch to train next")

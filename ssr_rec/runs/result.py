@@ -68,7 +68,7 @@ def build_report(
         "git_commit": git_commit(),
         "hardware": hardware(),
         "failed_checkpoints": trainer.checkpoints.failures,
-        **{key: ended[key] for key in ("metrics", "days") if key in ended},
+        **{key: ended[key] for key in ("metrics", "deciles", "days") if key in ended},
         "warm_start": warm_start,
         "following": following and following.model_dump(mode="json"),
     }

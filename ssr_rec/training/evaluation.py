@@ -58,15 +58,17 @@ def evaluate(
     reader: Reader,
     config: EvaluationConfig,
     beat: Callable[[str], None],
+    deciles: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a split, the same on every rank and for every world size. Collective.
 
     Args:
         beat: told of every batch, for the watch over stalled ranks.
+        deciles: also compute calibration by decile.
 
     Returns:
         ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
-        (exact or bounded).
+        (exact or bounded); with ``deciles`` also these, label -> what ``metrics.reliability.deciles`` returns.
     """
     metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, reader.schema.labels)
     model.eval()
@@ -83,5 +85,7 @@ def evaluate(
     if tasks is not None:
         loss = sum(task["logloss"] for task in tasks.values()) / len(tasks)
         found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
+        if deciles:
+            found[0]["deciles"] = metrics.deciles()
     dist.broadcast_object_list(found)
     return found[0]

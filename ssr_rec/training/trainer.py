@@ -182,14 +182,14 @@ class Trainer:
         if checkpoints.config.is_on and checkpoints.last_step < fitted.steps:
             checkpoints.save_training(self.state_dict())
 
-    def evaluate(self, reader: Reader) -> dict[str, Any]:
-        """Return the measures of a split with the weights as they are, see ``evaluation.evaluate``."""
-        return evaluate(self.pipeline, self.model, reader, self.config, self._beat)
+    def evaluate(self, reader: Reader, deciles: bool = False) -> dict[str, Any]:
+        """See ``evaluation.evaluate``: of the weights as they are."""
+        return evaluate(self.pipeline, self.model, reader, self.config, self._beat, deciles)
 
     def test(self, of_the_best: bool = True) -> dict[str, Any]:
         """Return what the run ends with: ``test`` (task -> measures), ``metrics`` and what ``capture`` saw.
 
-        Of splits also the test ``row`` of metrics.jsonl, of days ``days``, whose mean the test is.
+        Of splits also ``deciles`` and the test ``row`` of metrics.jsonl, of days ``days``, whose mean the test is.
 
         Args:
             of_the_best: with the weights of the best evaluation, not those of the end.
@@ -197,16 +197,16 @@ class Trainer:
         self._beat("the test")
         rows, fitted = self.rows, self.fitted
         if rows.test is None:
-            seen = self._see_first_rows(rows.open_split(fitted.days[-1]["day"], False))
-            return {**report_of_days(fitted.days), **seen}
+            last = rows.open_split(fitted.days[-1]["day"], False)
+            return {**report_of_days(fitted.days), **self._see_first_rows(last)}
         if of_the_best:
             load_weights(self.model, self.checkpoints.best_folder)
         with capture(self.dense) as captured:
-            found = self.evaluate(rows.test)
-        row = self.row("test", fitted.best["epoch"], **found)
-        if of_the_best:
-            row |= {key: fitted.best[key] for key in ("step", "samples", "seconds")}
-        return {"test": found["tasks"], "metrics": found["metrics"], "row": row, **captured.found()}
+            found = self.evaluate(rows.test, deciles=True)
+        ended = {"test": found["tasks"], "metrics": found["metrics"], "deciles": found.pop("deciles")}
+        as_of = {key: fitted.best[key] for key in ("step", "samples", "seconds")} if of_the_best else {}
+        row = self.row("test", fitted.best["epoch"], **found) | as_of
+        return {**ended, "row": row, **captured.found()}
 
     def _see_first_rows(self, reader: Reader) -> dict[str, Any]:
         """Return what ``Captured.found`` does of the first rows of a split."""
