@@ -119,7 +119,8 @@ def _splits(restored: Restored, wanted: str | None) -> tuple[list[str], str]:
     if split not in schema.splits:
         raise UserError(f"--split {split}: the dataset has the days {', '.join(schema.days.names)}")
     # What came before a day is what its evaluation was trained on; of a later part of the model's life nothing is told.
-    before = [day for day in chosen if day < split] or [day for day in chosen if day != split]
+    earlier = schema.days.names[: schema.days.names.index(split)]
+    before = [day for day in chosen if day in earlier] or [day for day in chosen if day != split]
     return before, split
 
 

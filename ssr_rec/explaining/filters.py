@@ -90,7 +90,7 @@ def dynamic_view(first: Filter, x: Tensor, names: Sequence[str], dims: Sequence[
     views = first.num_views
     kept = first.sparse(x) if isinstance(first, IcsFilter) else first(x)
     survives = kept != 0
-    totals = torch.zeros(x.shape[0], views * first.view_dim, dtype=x.dtype)
+    totals = torch.zeros(x.shape[0], views * first.out_dim, dtype=x.dtype)
     parts = list(zip(x.split(list(dims), 1), first.proj.weight.split(list(dims), 1), strict=True))
     for own, weight in parts:
         totals += (own @ weight.t()).abs()

@@ -23,9 +23,11 @@ def test_coverage_of_static_views_is_what_counting_gives():
     assert found["expected_covered"] == pytest.approx(1 - (1 - 8 / (F * D)) ** V)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "topk"])
-def test_shares_of_survivors_are_what_a_loop_gives(kind):
-    first = build(**{**SMALL, "filter": kind, **({"top_k": 3} if kind == "topk" else {})}).blocks()[0].filter
+@pytest.mark.parametrize(
+    ("kind", "dims", "more"), [("dynamic", 8, {}), ("dynamic", 13, {"filter_dim": 13}), ("topk", 8, {"top_k": 3})]
+)
+def test_shares_of_survivors_are_what_a_loop_gives(kind, dims, more):
+    first = build(**{**SMALL, "filter": kind, **more}).blocks()[0].filter
     x = batch(5)
     found = dynamic_view(first, x, NAMES, DIMS)
     kept = (first.sparse(x) if kind == "dynamic" else first(x)) != 0
@@ -34,19 +36,19 @@ def test_shares_of_survivors_are_what_a_loop_gives(kind):
     after, alive = torch.zeros(V, F, dtype=x.dtype), torch.zeros(V)
     for row in range(5):
         for view in range(V):
-            for dim in range(8):
-                w = weight[view * 8 + dim]
+            for dim in range(dims):
+                w = weight[view * dims + dim]
                 parts = torch.stack([(x[row, f * D : f * D + D] @ w[f * D : f * D + D]).abs() for f in range(F)])
-                before += parts / parts.sum() / (5 * V * 8)
+                before += parts / parts.sum() / (5 * V * dims)
                 if kept[row, view, dim]:
                     after[view] += parts / parts.sum()
                     alive[view] += 1
-    assert 0 < alive.sum() < 5 * V * 8
+    assert 0 < alive.sum() < 5 * V * dims
     assert [one["before"] for one in found["fields"]] == pytest.approx(before.tolist())
     overall = (after.sum(0) / alive.sum()).tolist()
     assert [one["after"] for one in found["fields"]] == pytest.approx(overall)
     assert [one["lift"] for one in found["fields"]] == pytest.approx(
         [a / b for a, b in zip(overall, before.tolist(), strict=True)]
     )
-    assert found["alive"] == pytest.approx((alive / 40).tolist())
-    assert found["dead_dims"] == [sum(not kept[:, v, j].any() for j in range(8)) for v in range(V)]
+    assert found["alive"] == pytest.approx((alive / (5 * dims)).tolist())
+    assert found["dead_dims"] == [sum(not kept[:, v, j].any() for j in range(dims)) for v in range(V)]
