@@ -43,5 +43,9 @@ def draw_filter_curves(rows: Sequence[Mapping[str, Any]], title: str, path: str 
         lay_grid(ax)
         legend_below(ax, ax.get_lines())
     panels[0].set_ylim(0, 100)
-    panels[1].set_ylim(bottom=0)
+    sizes = [layer["magnitude"] for row in rows for layer in row["filters"]]
+    if 0 < 10 * min(sizes) < max(sizes):
+        panels[1].set_yscale("log")  # layers of different size, each with a shape to see
+    else:
+        panels[1].set_ylim(bottom=0)
     figure.savefig(path)

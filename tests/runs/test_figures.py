@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from ssr_rec.runs.curves import COLORS, _series, _smooth, draw_comparison, draw_curves, style
 from ssr_rec.runs.event_shares import draw_event_shares, shares_of
+from ssr_rec.runs.filter_curves import draw_filter_curves, filter_rows
 from ssr_rec.runs.report import Report, Run
 
 TASKS = ("click", "like")
@@ -113,3 +114,18 @@ def test_event_shares_of_any_sequences(tmp_path):
     draw_event_shares(found, tmp_path / "shares.png")
     picture = imread(tmp_path / "shares.png")
     assert picture.shape == (936, 1320, 4) and picture[..., :3].min() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scale"),
+    [((0.5, 0.8), "linear"), ((0.01, 0.8), "log"), ((0.0, 0.8), "linear")],
+    ids=["alike", "apart", "dead"],
+)
+def test_filters_are_drawn_on_a_scale_that_shows_every_layer(tmp_path, monkeypatch, sizes, scale):
+    seen = []
+    monkeypatch.setattr("ssr_rec.runs.filter_curves.legend_below", lambda ax, _: seen.append(ax))
+    layers = [{"sparsity": 0.5, "magnitude": size} for size in sizes]
+    rows = filter_rows([{"step": 1, "split": "train", "filters": layers}, {"step": 2, "split": "validation"}])
+    draw_filter_curves(rows, "a run", tmp_path / "filters.png")
+    assert imread(tmp_path / "filters.png").ndim == 3
+    assert [ax.get_yscale() for ax in seen] == ["linear", scale]
