@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json
-from ssr_rec.data.features import LISTED, Hashing, LogBuckets, RawHash, Vocabulary
-from ssr_rec.data.preparation.encode import Lookup
+from ssr_rec.data.features import LISTED, Feature, Hashing, LogBuckets, RawHash, Vocabulary
+from ssr_rec.data.preparation.encode import Lookup, cut_sequences
 from ssr_rec.data.preparation.engines import EngineSettings, connect
 from ssr_rec.data.preparation.fit import VOCABULARY_FOLDER, SplitPlan, by_days, count_splits, hashed, shuffled
 from ssr_rec.data.preparation.grown_columns import staged_as, without_later_ids
@@ -65,10 +65,11 @@ def add(
     with _locked(folder):
         schema = Schema.read(folder)
         spec, staged = _spec_of(schema, folder, preset)
-        if schema.sequences or any(feature.vocabulary is not None for feature in schema.features):
+        if spec.histories:
             raise UserError(
-                f"--add-to {folder}: it has sequences or shared vocabularies, to which no days can be added yet; "
-                "prepare the whole log anew"
+                f"--add-to {folder}: its sequence {next(iter(spec.histories))!r} is made from the log, whose earlier "
+                "events are not in the dataset, so that the histories of new days would begin anew; prepare the whole "
+                "log again, old days and new"
             )
         _check_text(schema, folder, staged)
         if extend and not any(isinstance(feature.encoding, Vocabulary) for feature in schema.features):
@@ -197,25 +198,31 @@ def _lookups(
 ) -> tuple[dict[str, Lookup], dict[str, Growth]]:
     """Return the ids of every column's values, and by how much the vocabularies of features have grown."""
     engine = plan.log.engine
-    rows = engine.create_view("keyed", plan.rows(plan.spec.used))
-    lookups, grown = {}, {}
-    for number, feature in enumerate(schema.features):
-        name, table = feature.name, f"lookup{number}"
+    rows = engine.create_view("keyed", cut_sequences(plan.rows(plan.spec.used), plan.spec))
+    tables: dict[str, list[Feature]] = {}
+    for feature in schema.features:
+        tables.setdefault(feature.table, []).append(feature)
+    lookups: dict[str, Lookup] = {}
+    grown: dict[str, Growth] = {}
+    for number, sharing in enumerate(tables.values()):
+        feature, names, staged = sharing[0], [one.name for one in sharing], f"lookup{number}"
         if isinstance(feature.encoding, Hashing):
-            lookups[name] = hashed(plan.log, [name], feature.encoding, table)
+            ids = hashed(plan.log, names, feature.encoding, staged).table
         elif isinstance(feature.encoding, LISTED):
-            values = known_values(folder, feature.encoding, rows[name])
-            lookups[name] = Lookup(engine.store(table, values), feature.encoding)
-            if not extend or not isinstance(feature.encoding, Vocabulary):
-                continue
-            found = growth(
-                rows, name, lookups[name].table, feature.num_embeddings, feature.encoding.min_count, len(plan.splits)
-            )
-            if len(found.values):
-                grown[name] = found
-                new = found.values.select(["value", "id"]).cast(values.schema)
-                more = engine.store(f"{table}_more", pa.concat_tables([values, new]))
-                lookups[name] = Lookup(more, feature.encoding)
+            values = known_values(folder, feature.encoding, rows[feature.name])
+            ids = engine.store(staged, values)
+            if extend and isinstance(feature.encoding, Vocabulary):
+                min_count = feature.encoding.min_count
+                found = growth(rows, names, ids, feature.num_embeddings, min_count, len(plan.splits))
+                if len(found.values):
+                    grown |= dict.fromkeys(names, found)
+                    new = found.values.select(["value", "id"]).cast(values.schema)
+                    ids = engine.store(f"{staged}_more", pa.concat_tables([values, new]))
+        else:
+            continue
+        for one in sharing:
+            assert isinstance(one.encoding, (Hashing, *LISTED))
+            lookups[one.name] = Lookup(ids, one.encoding)
     return lookups, grown
 
 

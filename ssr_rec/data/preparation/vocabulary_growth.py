@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
+import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,7 +37,7 @@ def known_values(folder: Path, encoding: Vocabulary | AdmittedHashing, column: C
     return pa.table({"value": table["value"].cast(kind), "id": table["id"].cast(pa.int32())})
 
 
-def growth(rows: Table, column: str, known: Table, size: int, min_count: int, days: int) -> Growth:
+def growth(rows: Table, columns: Sequence[str], known: Table, size: int, min_count: int, days: int) -> Growth:
     """Return the values without id that occur ``min_count`` times on one of ``days`` days, with ids from ``size`` on.
 
     Days come one after the other, as if each had been added by itself; within a day ids are given by descending
@@ -44,11 +45,12 @@ def growth(rows: Table, column: str, known: Table, size: int, min_count: int, da
 
     Args:
         rows: with ``SPLIT``, the number of the day.
+        columns: that share the vocabulary, counted together.
         known: (value, id) of the vocabulary so far.
     """
-    values = rows.select(value=rows[column], day=rows[SPLIT])
-    if values["value"].type().is_array():
-        values = values.unnest("value")
+    each = [rows.select(value=rows[column], day=rows[SPLIT]) for column in columns]
+    each = [values.unnest("value") if values["value"].type().is_array() else values for values in each]
+    values = ibis.union(*each) if len(each) > 1 else each[0]
     values = values.filter(values["value"].notnull())
     counted = values.group_by("value", "day").agg(count=lambda t: t.count())
     counted = counted.filter(counted["count"] >= min_count)
@@ -76,9 +78,10 @@ def write_grown(encoding: Vocabulary, values: pa.Table, folder: Path, work: Path
     Args:
         place: folder for it within the dataset's vocabularies: who has read the old schema reads the old file.
     """
-    written = encoding.model_copy(
-        update={"file": f"{VOCABULARY_FOLDER}/{place}/{quote(encoding.column, safe='')}.parquet"}
-    )
+    # Named as before, so that columns that share a vocabulary go on to share a file.
+    written = encoding.model_copy(update={"file": f"{VOCABULARY_FOLDER}/{place}/{Path(encoding.file).name}"})
+    if (work / written.file).exists():
+        return written
     old = pq.read_table(folder / encoding.file)
     columns = [values["value"].cast(pa.string()), values["id"].cast(pa.int64()), values["count"]]
     (work / written.file).parent.mkdir(parents=True, exist_ok=True)
