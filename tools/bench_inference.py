@@ -170,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument(
         "--keep", type=Path, help="folder for the artifacts of aot, used again if there; default: deleted at the end"
     )
-    part.add_argument("--raw", action="store_true", help="artifacts also with raw rows: mappings in, probabilities out")
+    part.add_argument(
+        "--raw", action="store_true", help="artifacts also with raw rows, as mappings and as Arrow tables"
+    )
     part = parser.add_argument_group("load")
     part.add_argument("--batch", type=int, nargs="+", default=[256], help="rows of a request")
     part.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads of a case")

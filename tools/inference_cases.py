@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class Case:
         config: what is built where there is no source.
         schema: of the rows, as in the run or the artifact.
         data: the prepared log whose test fold the rows are; None draws ids.
-        raw: raw rows go in, and probabilities come out.
+        raw: raw rows go in, as mappings or as an Arrow table, and probabilities come out; empty: prepared ids go in.
         fixed: figures about the model that need not be measured.
     """
 
@@ -59,7 +59,7 @@ class Case:
     source: Path | None = None
     config: RunConfig | None = None
     data: Path | None = None
-    raw: bool = False
+    raw: Literal["", "mappings", "Arrow"] = ""
     fixed: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -170,7 +170,8 @@ def cases_of(sources: Sequence[Source], options: argparse.Namespace, keep: Path)
             for folder in folders:
                 cases.append(_aot_case(source, folder, common, more))
                 if options.raw:
-                    cases.append(replace(cases[-1], label=f"{cases[-1].label}, raw rows", raw=True))
+                    made = cases[-1]
+                    cases += [replace(made, label=f"{made.label}, {kind}", raw=kind) for kind in ("mappings", "Arrow")]
     return cases
 
 

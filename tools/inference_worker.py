@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from inference_cases import Case, Rows, Score, draw_rows, read_rows, requests_of, timed_load
 from inference_raw import raw_rows
@@ -121,11 +122,12 @@ class Served:
             }
         self.loaded = {"load_s": seconds, "before_bytes": before["now"]}
 
-    def _raw(self, batch: int) -> list[list[dict[str, Any]]]:
+    def _raw(self, batch: int) -> list[list[dict[str, Any]]] | list[pa.Table]:
         assert self.case.source is not None
         last = len(self.rows) - batch
         starts = [last * i // (RAW_REQUESTS - 1) for i in range(RAW_REQUESTS)]
-        return [raw_rows(self.case.schema, self.case.source, self.rows, at, at + batch) for at in starts]
+        mappings = [raw_rows(self.case.schema, self.case.source, self.rows, at, at + batch) for at in starts]
+        return [pa.Table.from_pylist(rows) for rows in mappings] if self.case.raw == "Arrow" else mappings
 
     def drive(self, batch: int, clients: int, requests: int | np.ndarray, warmup: int, clock: str) -> Requests:
         """``warmup`` requests unrecorded, since another process has just had the caches, then those asked for."""

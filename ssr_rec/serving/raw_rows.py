@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,10 +19,10 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.data.features import Feature, LogBuckets
 from ssr_rec.data.preparation.spec import ListColumn, nearest
 from ssr_rec.data.schema import VALUES, VALUES_KEY, Schema
-from ssr_rec.serving.raw_values import ToId, WrongValue, id_column, items_of, make_to_id
+from ssr_rec.serving.id_columns import Column, make_to_ids, write_columns
+from ssr_rec.serving.raw_values import WrongValue, each, items_of
 
 Rows: TypeAlias = pd.DataFrame | pa.Table | pa.RecordBatch | str | Path | Iterable[Mapping[str, Any]]
-Column: TypeAlias = Sequence[Any] | pa.Array
 
 
 class Encoded(NamedTuple):
@@ -44,7 +47,7 @@ class Encoder:
         self.features = schema.features
         self.columns = [feature.encoding.column for feature in schema.features]
         canonical = schema.preparation.get(VALUES_KEY, 1) >= VALUES
-        self.to_ids: list[ToId] = [make_to_id(feature, folder, canonical) for feature in schema.features]
+        self.to_ids = make_to_ids(schema.features, folder, canonical)
         self.sequences = schema.sequences
         settings = dict(schema.preparation.get("lists", {}))
         for sequence in schema.sequences:
@@ -68,22 +71,37 @@ class Encoder:
                 wrong type; the message names row, feature and value.
         """
         columns, num_rows = columns_of(rows, self.columns)
-        singles, lists = [], []
+        singles = np.empty((sum(feature.kind != "list" for feature in self.features), num_rows), np.int64)
+        lists, free, outs = [], iter(singles), []
         lengths: dict[str, np.ndarray] = {}
-        for feature, to_id, column in zip(self.features, self.to_ids, columns, strict=True):
+        for place, (feature, column) in enumerate(zip(self.features, columns, strict=True)):
             try:
                 if feature.kind != "list":
                     _refuse_lists(column)
-                    singles.append(id_column(column, to_id))
+                    outs.append(next(free))
                 else:
-                    values, offsets, lengths[feature.name] = self._list(feature, to_id, column)
-                    lists.append((values, offsets))
+                    columns[place], offsets, lengths[feature.name] = self._items(feature, column)
+                    outs.append(np.empty(len(columns[place]), np.int64))
+                    lists.append((outs[-1], offsets))
             except WrongValue as error:
                 raise UserError(f"row {first_row + error.row}: feature {feature.name!r} {error.problem}") from None
             except ValueError as error:
                 raise UserError(f"feature {feature.name!r} {error}") from None
+        try:
+            write_columns(self.to_ids, columns, outs)
+        except WrongValue as error:
+            raise self._located(error, lists, first_row) from None
         self._check_aligned(lengths, first_row)
-        return Encoded(np.stack(singles) if singles else np.empty((0, num_rows), np.int64), lists)
+        return Encoded(singles, lists)
+
+    def _located(self, error: WrongValue, lists: Sequence[tuple[np.ndarray, np.ndarray]], first_row: int) -> UserError:
+        """Return what is wrong with a value, by its row and feature."""
+        feature, row, problem = self.features[error.column], error.row, error.problem
+        if feature.kind == "list":
+            place = sum(other.kind == "list" for other in self.features[: error.column])
+            row = int(np.searchsorted(lists[place][1], row, side="right")) - 1
+            problem += " in its list"
+        return UserError(f"row {first_row + row}: feature {feature.name!r} {problem}")
 
     def _check_aligned(self, lengths: Mapping[str, np.ndarray], first_row: int) -> None:
         """Refuse a row whose events have columns of different lengths: the k-th items of all are one event."""
@@ -98,42 +116,49 @@ class Encoder:
                         f"{other!r} has {lengths[other][row]} items; the columns of an event must be aligned"
                     )
 
-    def _list(self, feature: Feature, to_id: ToId, column: Column) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the ids of the kept items, where each row's begin, and how many items each row was given."""
+    def _items(self, feature: Feature, column: Column) -> tuple[Column, np.ndarray, np.ndarray]:
+        """Return the kept items, where each row's begin, and how many items each row was given."""
         settings = self.list_settings[feature.name]
         if isinstance(column, pa.Array) and _is_text(column.type) and settings.separator is not None:
             column = pc.split_pattern(pc.if_else(pc.equal(column, ""), None, column), settings.separator)
         if isinstance(column, pa.Array) and not _is_list(column.type):
             column = column.to_pylist()
         if isinstance(column, pa.Array):
-            column = column.cast(pa.large_list(column.type.value_type))
-            starts = column.offsets.to_numpy()[:-1]
-            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-            items: Column = column.values
+            wanted, offsets, lengths = _kept_of_array(column, settings)
         else:
-            cut: list[Sequence[Any]] = []
-            for row, value in enumerate(column):
-                try:
-                    cut.append(items_of(value, settings.separator))
-                except ValueError as error:
-                    raise WrongValue(row, str(error)) from None
-            lengths = np.array([len(part) for part in cut], dtype=np.int64)
-            starts = np.cumsum(lengths) - lengths
-            items = [item for part in cut for item in part]
-        kept = np.minimum(lengths, settings.max_length)
-        if settings.keep == "last":
-            starts = starts + lengths - kept
-        offsets = np.zeros(len(kept) + 1, dtype=np.int64)
-        np.cumsum(kept, out=offsets[1:])
-        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], kept)
-        wanted = items.take(pa.array(places)) if isinstance(items, pa.Array) else [items[place] for place in places]
+            wanted, offsets, lengths = _kept_of_values(column, settings)
         if settings.separator is not None and isinstance(feature.encoding, LogBuckets):
             wanted = [_number(item) for item in (wanted.to_pylist() if isinstance(wanted, pa.Array) else wanted)]
-        try:
-            return id_column(wanted, to_id), offsets, lengths
-        except WrongValue as error:
-            row = int(np.searchsorted(offsets, error.row, side="right")) - 1
-            raise WrongValue(row, f"{error.problem} in its list") from None
+        return wanted, offsets, lengths
+
+
+def _kept_of_array(column: pa.Array, settings: ListColumn) -> tuple[Column, np.ndarray, np.ndarray]:
+    """Return the items to keep of all rows, where each row's begin, and how many each row was given."""
+    column = column.cast(pa.large_list(column.type.value_type))
+    starts = column.offsets.to_numpy()[:-1]
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    kept = np.minimum(lengths, settings.max_length)
+    if settings.keep == "last":
+        starts = starts + lengths - kept
+    offsets = _offsets(kept)
+    gaps = starts - offsets[:-1]
+    if len(starts) and (gaps == gaps[0]).all():
+        return column.values.slice(gaps[0], offsets[-1]), offsets, lengths
+    return column.values.take(pa.array(np.arange(offsets[-1]) + np.repeat(gaps, kept))), offsets, lengths
+
+
+def _kept_of_values(column: Sequence[Any], settings: ListColumn) -> tuple[Column, np.ndarray, np.ndarray]:
+    cut = each(column, lambda value: items_of(value, settings.separator))
+    most = slice(-settings.max_length, None) if settings.keep == "last" else slice(settings.max_length)
+    kept = [part[most] for part in cut]
+    lengths = np.array([len(part) for part in cut], dtype=np.int64)
+    return list(chain.from_iterable(kept)), _offsets([len(part) for part in kept]), lengths
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def columns_of(rows: Rows, names: Sequence[str]) -> tuple[list[Column], int]:
@@ -150,11 +175,12 @@ def columns_of(rows: Rows, names: Sequence[str]) -> tuple[list[Column], int]:
         rows = pa.Table.from_batches([rows])
     if isinstance(rows, pa.Table):
         check_columns(rows.column_names, names)
-        return [_whole(rows.column(name)) for name in names], rows.num_rows
+        columns = _whole_columns(rows.select(list(dict.fromkeys(names))))
+        return [columns[name] for name in names], rows.num_rows
     if isinstance(rows, pd.DataFrame):
         check_columns([str(name) for name in rows.columns], names)
-        by_name = {str(name): place for place, name in enumerate(rows.columns)}
-        return [_of_series(rows.iloc[:, by_name[name]]) for name in names], len(rows)
+        by_name = {str(name): series for name, series in rows.items()}
+        return [_of_series(by_name[name]) for name in names], len(rows)
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         raise UserError(
             f"rows are a {type(rows).__name__}; give a list of mappings, a DataFrame, an Arrow table or a path"
@@ -163,7 +189,15 @@ def columns_of(rows: Rows, names: Sequence[str]) -> tuple[list[Column], int]:
     for number, row in enumerate(listed):
         if not isinstance(row, Mapping):
             raise UserError(f"row {number} is a {type(row).__name__}, not a mapping of feature names to values")
-    return [[row.get(name) for row in listed] for name in names], len(listed)
+    return _columns_of_mappings(listed, names), len(listed)
+
+
+def _columns_of_mappings(rows: list[Mapping[str, Any]], names: Sequence[str]) -> list[Column]:
+    if len(names) > 1 and set(map(type, rows)) == {dict}:
+        # Twice as fast as key by key, where no row lacks one.
+        with suppress(KeyError):
+            return list(zip(*map(itemgetter(*names), rows), strict=True))
+    return [[row.get(name) for row in rows] for name in names]
 
 
 def read_parquet(path: Path, names: Sequence[str]) -> pa.Table:
@@ -181,7 +215,10 @@ def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
     Raises:
         UserError: naming the columns, and the nearest spelling of the first.
     """
-    lacking = [name for name in names if name not in columns]
+    there = set(columns)
+    if len(there) == len(columns) and there.issuperset(names):
+        return
+    lacking = [name for name in names if name not in there]
     if lacking:
         raise UserError(
             f"no column {', '.join(map(repr, lacking[:10]))}{nearest(lacking[0], columns)}; a table needs a column for "
@@ -192,6 +229,16 @@ def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
             raise UserError(f"column {name!r} is there {columns.count(name)} times; give it once")
 
 
+def _whole_columns(rows: pa.Table) -> dict[str, pa.Array]:
+    if not rows.num_rows:
+        return {name: pa.array([], kind) for name, kind in zip(rows.schema.names, rows.schema.types, strict=True)}
+    # All columns at once: one by one costs a request more than its ids do.
+    batches = rows.combine_chunks().to_batches()
+    if len(batches) > 1:
+        raise UserError(f"{rows.num_rows} rows with 2 GB of text or more in a column; give fewer rows at once")
+    return dict(zip(rows.schema.names, batches[0].columns, strict=True))
+
+
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     whole = column.combine_chunks()
     if isinstance(whole, pa.ChunkedArray):
@@ -200,6 +247,8 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _of_series(series: pd.Series) -> Column:
+    if series.dtype == object:  # Arrow would take a type that a part of the values is not of
+        return series.tolist()
     try:
         array = pa.Array.from_pandas(series)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):  # values of several types: each by itself

@@ -13,6 +13,7 @@ import pytest
 from ssr_rec.data.preparation.engines import EngineSettings
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.schema import SPLITS
+from ssr_rec.serving.id_columns import write_columns
 from ssr_rec.serving.raw_rows import Encoder
 from ssr_rec.serving.score_file import score_file
 from tests.prepare_log import make_rows, read_split, spec_with, write_csv
@@ -46,8 +47,10 @@ def assert_scored(log: Any, target: Path) -> None:
     assert found.column_names == ["uid", "p_click"] and found.num_rows == 2_000
     uids = found["uid"].cast(pa.string()).to_pylist()
     assert uids == [str(number) for number in range(2_000)]
-    to_id = scorer.encoder.to_ids[[f.name for f in scorer.encoder.features].index("uid")]
-    np.testing.assert_allclose(found["p_click"].to_numpy(), [wanted[to_id(uid)] for uid in uids], rtol=1e-6)
+    ids = np.empty(len(uids), np.int64)
+    place = [feature.name for feature in scorer.encoder.features].index("uid")
+    write_columns([scorer.encoder.to_ids[place]], [uids], [ids])
+    np.testing.assert_allclose(found["p_click"].to_numpy(), [wanted[one] for one in ids.tolist()], rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "parquet"])

@@ -223,7 +223,7 @@ def test_a_run_in_every_mode_from_processes_of_their_own(bench, dataset, tmp_pat
     few = ["--repetitions", "1", "--seconds", ".02", "--batch", "4", "--clock", "cpu"]
     assert bench.main(["--artifact", str(artifact), "--raw", "--data", str(dataset), *few]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [case["label"].endswith("raw rows") for case in found["cases"]] == [False, True]
+    assert [case["label"].rpartition(", ")[2] for case in found["cases"]] == ["fp32 dense", "mappings", "Arrow"]
     for task, measures in found["cases"][0]["quality"].items():
         assert measures["auc"] == int8[task]["auc"] and measures["auc_loss"] is None
     assert found["closed"][0]["batch"] == 4

@@ -1,0 +1,155 @@
+"""Turns columns of raw values into ids, in C++ on the buffers of Arrow arrays (``cpu/value_ids.cpp``).
+
+Its functions know text, int64 and float64; ``ssr_rec.serving.raw_values`` brings every other kind of value to these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import byref, c_double, c_int64, c_void_p
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.kernels import extension
+
+MAX_VALUES = 2**32 - 2
+"""Of a vocabulary: a slot of its index has 32 bits for the number of a value."""
+KINDS = ["vocabulary", "hash", "raw_hash"]
+INTEGER, FLOAT = pa.int64().id, pa.float64().id
+TEXT, LARGE_TEXT = pa.string().id, pa.large_string().id
+BYTES, LARGE_BYTES = pa.binary().id, pa.large_binary().id
+TEXTS = {TEXT: 0, LARGE_TEXT: 0, BYTES: 0, LARGE_BYTES: 0, INTEGER: 1, FLOAT: 2}
+BUCKETS = {INTEGER: 3, FLOAT: 4}
+"""Type of a column -> the function of ``cpu/value_ids.cpp``."""
+
+
+class _TextIds(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("text", "offsets", "ids", "slots")),
+        *((name, c_int64) for name in ("mask", "kind", "is_canonical", "missing", "other", "num_buckets")),
+    ]
+
+
+class _Buckets(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_double) for name in ("low", "width")),
+        *((name, c_int64) for name in ("num_buckets", "missing", "first")),
+    ]
+
+
+class ValueIndex:
+    """Holds the values of a vocabulary and their ids, and finds them by a hash of their text; features may share it.
+
+    Args:
+        values: text, or its bytes; of equal ones the last counts.
+        ids: (n,) int64.
+
+    Raises:
+        UserError: the C++ operators are not there, or there are more values than an index can hold.
+    """
+
+    def __init__(self, values: pa.Array | pa.ChunkedArray, ids: np.ndarray) -> None:
+        if len(values) > MAX_VALUES:
+            raise UserError(f"a vocabulary of {len(values):,} values: at most {MAX_VALUES:,} can be looked up")
+        whole = pa.concat_arrays([*_chunks(values), pa.array([], values.type)]).cast(pa.large_binary())
+        _, offsets, text = whole.buffers()
+        self.offsets = np.frombuffer(offsets, np.int64, len(whole) + 1, whole.offset * 8)
+        self.text = np.frombuffer(text if text is not None else b"", np.uint8)
+        self.ids = np.ascontiguousarray(ids, dtype=np.int64)
+        # Twice as many slots as values, so that a look is at one or two.
+        self.slots = np.zeros(2 ** max(1, (2 * len(whole)).bit_length()), dtype=np.uint64)
+        index = _library().ssr_rec_index_values
+        index(_at(self.slots), self.slots.size - 1, _at(self.text), _at(self.offsets), len(whole))
+
+
+class TextIds:
+    """Gives ids to text, and to integers and whole floats by their text.
+
+    Args:
+        kind: of ``KINDS``.
+        other: the id of unknown values of a vocabulary; of a hash the first one.
+        is_canonical: text first gets the one form that preparation gives it (``canonical_text``).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        missing: int,
+        other: int,
+        is_canonical: bool,
+        index: ValueIndex | None = None,
+        num_buckets: int = 0,
+    ) -> None:
+        self.index = index
+        arrays = [_at(a) for a in (index.text, index.offsets, index.ids, index.slots)] if index else [None] * 4
+        mask = index.slots.size - 1 if index else 0
+        self._c = _TextIds(*arrays, mask, KINDS.index(kind), is_canonical, missing, other, num_buckets)
+        self.address, self.functions = ctypes.addressof(self._c), TEXTS
+
+
+class BucketIds:
+    """Gives ids of equal-width buckets of ``sign(v) * log1p(|v|)`` to numbers; one bucket if ``num_buckets`` is 0."""
+
+    def __init__(self, low: float, width: float, num_buckets: int, missing: int, first: int) -> None:
+        self._c = _Buckets(low, width, num_buckets, missing, first)
+        self.address, self.functions = ctypes.addressof(self._c), BUCKETS
+
+
+class Part(NamedTuple):
+    """Names some rows of an Arrow array of text, bytes of text, int64 or float64."""
+
+    array: pa.Array
+    addresses: tuple[int, int, int]
+    """Of its values, of the offsets of texts, of its nulls; 0 where it has none."""
+    first: int
+    """In the buffers, which an array may share."""
+    rows: int
+
+    @classmethod
+    def of(cls, array: pa.Array) -> Part:
+        validity, *others = array.buffers()
+        data, offsets = others[-1], others[0] if len(others) > 1 else None
+        addresses = [buffer.address if buffer is not None else 0 for buffer in (data, offsets, validity)]
+        return cls(array, (addresses[0], addresses[1], addresses[2]), array.offset, len(array))
+
+
+def write_ids(tos: Sequence[TextIds | BucketIds], parts: Sequence[Part], outs: Sequence[int]) -> tuple[int, int] | None:
+    """Write the ids of columns, each to the address of its array (n,) int64; null and NaN are missing.
+
+    Returns:
+        the first column with a number that is refused, and its row: for ``TextIds`` one that is not whole or beyond
+        2^53, for ``BucketIds`` an infinite one. None if there is none.
+    """
+    jobs: list[int] = []
+    for to, (array, addresses, first, rows), out in zip(tos, parts, outs, strict=True):
+        kind = array.type.id
+        jobs += (to.functions[kind], to.address, *addresses, first, rows, kind in (LARGE_TEXT, LARGE_BYTES), out)
+    row = c_int64()
+    packed = np.array(jobs, dtype=np.int64)
+    job = _library().ssr_rec_write_ids(_at(packed), len(parts), byref(row))
+    return None if job < 0 else (job, row.value)
+
+
+def _chunks(values: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
+    return values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+
+
+def _at(array: np.ndarray) -> int:
+    return int(array.ctypes.data)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    if not extension.load():
+        raise UserError("raw values need ssr_rec's C++ operators, which could not be built here; see the warning")
+    library = ctypes.CDLL(str(extension.build()))
+    library.ssr_rec_index_values.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_int64]
+    library.ssr_rec_index_values.restype = None
+    library.ssr_rec_write_ids.argtypes = [c_void_p, c_int64, c_void_p]
+    library.ssr_rec_write_ids.restype = c_int64
+    return library
