@@ -1,5 +1,5 @@
-# make train and make test do all set-up on a machine with Python 3.11 and make; nothing else is needed.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# make train and make test do all set-up on a machine with Python 3.11 to 3.14 and make; nothing else is needed.
+PYTHON ?= $(shell for version in 3.11 3.12 3.13 3.14 3; do command -v python$$version && break; done)
 STACK ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo cuda; else echo cpu; fi)
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -14,8 +14,12 @@ setup: $(READY)
 
 # The stamp is as new as what was installed; the sources are linked, not copied, so edits need no reinstall.
 $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-		{ echo "error: Python 3.11 is needed, $(PYTHON) is not; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || \
+		{ echo "error: Python 3.11 to 3.14 is needed, and '$(PYTHON)' is not; install one, such as by" \
+		"apt install python3.12 python3.12-venv, or set PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install" \
+		"python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" >&2; exit 2; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/$(STACK).txt

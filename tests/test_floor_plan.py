@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ssr_rec"
 ORDER = [
     "common", "kernels", "metrics", "data", "over_archs", "sequences", "config", "embeddings", "model", "checkpointing",
-    "training", "runs", "serving", "explaining", "planning", "train", "estimator", "studies",
+    "training", "runs", "serving", "explaining", "planning", "train", "estimator", "studies", "commands",
 ]  # fmt: skip
 
 

@@ -5,6 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ssr_rec.common.errors import UserError
 
+INSTALL = (
+    "install it with make setup, or: pip install 'ssr_rec[cpu]' && pip install --no-deps torchrec==1.8.0 (with a GPU: "
+    "pip install 'ssr_rec[cuda]')"
+)
 TRIOS = {"2.13": "1.8", "2.11": "1.6"}
 """torch minor -> torchrec and fbgemm minor, https://github.com/meta-pytorch/torchrec/releases."""
 
@@ -32,7 +36,7 @@ def check_stack(installed: dict[str, str | None] | None = None) -> None:
         raise UserError(f"torch {torch} is not supported; install one of torch {', '.join(TRIOS)} (make setup)")
     for name, have in {"torchrec": torchrec, **(fbgemms or {"fbgemm-gpu or fbgemm-gpu-cpu": None})}.items():
         if have is None or _minor(have) != wanted:
-            raise UserError(f"torch {torch} needs {name} {wanted}.x, found {have}; install it with make setup")
+            raise UserError(f"torch {torch} needs {name} {wanted}.x, found {have}; {INSTALL}")
 
 
 def _minor(full: str) -> str:

@@ -42,12 +42,12 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
     """Predicts clicks, and any other label of two classes, from a DataFrame of ids, texts, numbers and lists.
 
     Example:
-        >>> model = CTRClassifier(over_arch={"name": "ssr", "filter": "dynamic"}, epochs=3)
+        >>> model = CTRClassifier(over_arch="dcn_v2", epochs=3)
         >>> model.fit(log, labels="click", group_id="user_id")
         >>> model.predict_proba(new_rows)[:, 1]
 
     Args:
-        over_arch: a name such as ``ssr``, ``mlp`` or ``dcn_v2``, or a mapping of it and its settings.
+        over_arch: a name such as ``ssr``, ``mlp`` or ``dcn_v2``, or a mapping of it and its settings; None: SSR-D.
         encoders: sequence -> name of an encoder such as ``din``, or a mapping of it and its settings; without one its
             events are pooled.
         embedding_dim: D of every table, a multiple of 4.
@@ -69,7 +69,7 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        over_arch: str | Mapping[str, Any] = "ssr",
+        over_arch: str | Mapping[str, Any] | None = None,
         *,
         encoders: Mapping[str, Any] | None = None,
         embedding_dim: int = 16,

@@ -20,6 +20,8 @@ PARAMETERS = {
 }
 """Parameter -> its section and key in a config."""
 LANES = 16
+ANY_WIDTH = {"name": "ssr", "filter": "dynamic"}
+"""The over-arch when none is named: SSR-D, as the views of SSR-S must not be wider than the input."""
 
 
 def run_config(parameters: Mapping[str, Any], run: Path, data: Path) -> RunConfig:
@@ -61,7 +63,8 @@ def run_config(parameters: Mapping[str, Any], run: Path, data: Path) -> RunConfi
     values["data"]["path"] = str(data)
     for name, (section, key) in PARAMETERS.items():
         values.setdefault(section, {})[key] = _plain(parameters[name])
-    values["over_arch"] = _named(parameters["over_arch"], "over_arch")
+    over_arch = parameters["over_arch"]
+    values["over_arch"] = ANY_WIDTH if over_arch is None else _named(over_arch, "over_arch")
     encoders = parameters["encoders"] or {}
     values["sequences"] = {name: {"encoder": _named(one, f"encoders: {name}")} for name, one in encoders.items()}
     values |= {"seed": _plain(parameters["seed"]), "name": run.name, "runs": str(run.parent)}
