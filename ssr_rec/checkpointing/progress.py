@@ -33,6 +33,12 @@ class Fitted:
     steps_before: int = 0
     days: list[dict[str, Any]] = field(default_factory=list)
 
+    def count(self, samples: int, seconds: float, wait_seconds: float) -> None:
+        """Add what a window of steps took."""
+        self.samples += samples
+        self.seconds += seconds
+        self.wait_seconds += wait_seconds
+
     @property
     def samples_per_s(self) -> float:
         return self.samples / self.seconds if self.seconds else 0.0

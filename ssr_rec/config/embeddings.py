@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Settings
+from ssr_rec.config.schedule import ScheduleConfig
 from ssr_rec.data.features import Feature
 
 
@@ -42,6 +43,9 @@ class EmbeddingsConfig(Settings):
     learning_rate: float = Field(0.01, ge=0)
     weight_decay: float = Field(
         0.0, ge=0, description="adam: L2 of all rows; lazy_adam: decoupled, of the rows of a batch; others have none"
+    )
+    schedule: ScheduleConfig = Field(
+        ScheduleConfig(), description="of the tables' learning rate after optimizer.warmup_steps"
     )
     eps: float = Field(1e-8, gt=0, description="added to the optimizer's denominator; sgd ignores it")
 

@@ -28,14 +28,15 @@ from ssr_rec.metrics.running import RunningAUC
 from ssr_rec.model.ctr_model import DenseArch, average_running_statistics
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.training.accumulation import Accumulation
+from ssr_rec.training.averaging import averaged_weights
 from ssr_rec.training.bad_steps import note_bad_steps
 from ssr_rec.training.captured import capture
 from ssr_rec.training.datasets import Rows, report_of_days
 from ssr_rec.training.evaluation import evaluate, run_steps
 from ssr_rec.training.filter_watch import FilterWatch, per_layer
 from ssr_rec.training.monitor import monitored, say_what_cannot_choose
-from ssr_rec.training.optimizer import Schedule
 from ssr_rec.training.pipeline import build_pipeline
+from ssr_rec.training.schedule import Schedule
 from ssr_rec.training.stall_watch import Preempted, StallWatch, stop_when_asked
 from ssr_rec.training.window import Window
 
@@ -77,8 +78,8 @@ class Trainer:
         self.optimizer, self.checkpoints, self.watch = optimizer, checkpoints, watch
         self.dense: DenseArch = model.module.model.dense
         self.train, self.schema = rows.train, rows.train.schema
-        self.fitted = Fitted()
-        self.schedule = Schedule(optimizer, config.optimizer.warmup_steps)
+        self.fitted, self._values = Fitted(), config.model_dump(mode="json")
+        self.schedule = Schedule(optimizer, config)
         self.running = RunningAUC(self.schema.labels, window=PROGRESS_ROWS)
         self.filter_watch = FilterWatch(self.over_arch.sparse_filters())
         self.accumulation = Accumulation(model, optimizer) if self.config.accumulate > 1 else None
@@ -97,8 +98,7 @@ class Trainer:
 
     def state_dict(self) -> Contents:
         """Return a training checkpoint: tensors, which are the run's own, and JSON values."""
-        values = self.run_config.model_dump(mode="json")
-        return training_now(self.model, self.optimizer, self.running, self.fitted, self.train, values)
+        return training_now(self.model, self.optimizer, self.running, self.fitted, self.train, self._values)
 
     def load_state_dict(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Go on from a training checkpoint, written by any number of ranks.
@@ -134,7 +134,7 @@ class Trainer:
             wanted = self.optimizer if config.warm_start_optimizer else None
             report = warm_start(self.model, Path(config.warm_start), here, wanted)
             self.fitted.steps_before = report["optimizer"]["steps"] if wanted is not None else 0
-        self.schedule = Schedule(self.optimizer, config.optimizer.warmup_steps, self.fitted.steps_before)
+        self.schedule = Schedule(self.optimizer, config, self.fitted.steps_before)
         return report
 
     def fit(self) -> Iterator[dict[str, Any]]:
@@ -201,7 +201,7 @@ class Trainer:
             return {**report_of_days(fitted.days), **self._see_first_rows(last)}
         if of_the_best:
             load_weights(self.model, self.checkpoints.best_folder)
-        with capture(self.dense) as captured:
+        with capture(self.dense) as captured, nullcontext() if of_the_best else averaged_weights(self.optimizer):
             found = self.evaluate(rows.test, deciles=True)
         ended = {"test": found["tasks"], "metrics": found["metrics"], "deciles": found.pop("deciles")}
         as_of = {key: fitted.best[key] for key in ("step", "samples", "seconds")} if of_the_best else {}
@@ -243,7 +243,8 @@ class Trainer:
             return
         reader, said = chosen
         average_running_statistics(self.model)
-        row = self.row("validation", epoch, **said, **self.evaluate(reader))
+        with averaged_weights(self.optimizer):
+            row = self.row("validation", epoch, **said, **self.evaluate(reader))
         yield row
         if "day" in said:
             fitted.days.append(row)
@@ -252,8 +253,8 @@ class Trainer:
         here = monitored(row["tasks"], self.config)
         if not fitted.best or here == -math.inf or here > monitored(fitted.best["tasks"], self.config):
             fitted.best, fitted.bad_evaluations = row, 0
-            values = self.run_config.model_dump(mode="json")
-            self.checkpoints.save_best(weights_now(self.model, fitted, self.schema.dataset_id, values))
+            with averaged_weights(self.optimizer):
+                self.checkpoints.save_best(weights_now(self.model, fitted, self.schema.dataset_id, self._values))
         else:
             fitted.bad_evaluations += 1
         fitted.stopped_early = fitted.bad_evaluations >= (self.config.patience or math.inf)
@@ -325,9 +326,7 @@ class Trainer:
         losses, rest = sums[: len(window.losses)].double().cpu(), sums[len(window.losses) :].tolist()
         stop, is_time, *filtered = rest
         seconds, wait_seconds = time.perf_counter() - window.clock, window.batches.wait_seconds - window.waited
-        fitted.samples += window.samples
-        fitted.seconds += seconds
-        fitted.wait_seconds += wait_seconds
+        fitted.count(window.samples, seconds, wait_seconds)
         fitted.epochs = self.train.epochs_done(fitted.steps)
         good = losses.isfinite() & (losses <= (config.max_loss or math.inf))
         trained = losses[good] if config.skip_bad_steps and good.any() else losses
@@ -337,7 +336,7 @@ class Trainer:
             loss=trained.mean().item(),
             samples_per_s=window.samples / seconds,
             data_wait=wait_seconds / seconds,
-            lr=self.schedule.base[-1] * self.schedule.factor(fitted.steps - 1),
+            lr=self.schedule.rate(fitted.steps - 1),
             tasks={label: {"auc": value} for label, value in self.running.compute().items()},
             **({"filters": per_layer(filtered, dist.get_world_size())} if filtered else {}),
         )

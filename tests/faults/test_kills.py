@@ -42,6 +42,24 @@ def test_killed_and_resumed_ends_as_if_undisturbed(dataset, tmp_path, undisturbe
     assert not [path for path in checkpoints.iterdir() if path.name.startswith(".")]
 
 
+OPTIMISATION = (
+    *("--optimizer.matrices=muon", "--optimizer.ema_decay=0.9", "--optimizer.warmup_steps=5"),
+    *("--optimizer.schedule={name: cosine, steps: 40}", "--embeddings.schedule={name: step, steps: 9, factor: 0.5}"),
+)
+
+
+def test_killed_with_muon_schedules_and_averages_ends_as_if_undisturbed(dataset, tmp_path):
+    whole = run_ranks(train_job, 2, options(dataset, tmp_path / "whole", *OPTIMISATION))[0]
+    arguments = options(dataset, tmp_path / "runs", *OPTIMISATION)
+    for attempt, moment in enumerate(("step", "save")):
+        job = Job(arguments, 2, tmp_path)
+        hurt_at_random(job, tmp_path / "runs", random.Random(200 + attempt), moment, None)
+        job.wait(60)
+    report = run_ranks(train_job, 2, arguments)[0]
+    for key in ("steps", "test", "validation", "best_step"):
+        assert report[key] == whole[key]
+
+
 def test_killed_again_and_again(dataset, tmp_path, undisturbed):
     """Every start gets some steps further; the last one is left alone."""
     arguments = options(dataset, tmp_path / "runs")
