@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -30,6 +31,10 @@ class Encoded(NamedTuple):
     """(S, B) int64."""
     lists: list[tuple[np.ndarray, np.ndarray]]
     """Ids (n,) and offsets (B + 1,) of each list feature, int64."""
+
+    @property
+    def rows(self) -> int:
+        return self.lists[0][1].size - 1 if self.lists else self.ids.shape[1]
 
 
 class Encoder:
@@ -59,6 +64,13 @@ class Encoder:
             for feature in schema.features
             if feature.kind == "list"
         }
+
+    def part(self, places: Sequence[int]) -> Encoder:
+        """Return an encoder of some of the features, by their places in schema order: all or none of a sequence."""
+        part = copy(self)
+        part.features, part.columns = [self.features[i] for i in places], [self.columns[i] for i in places]
+        part.to_ids = [self.to_ids[i] for i in places]
+        return part
 
     def encode(self, rows: Rows, first_row: int = 0) -> Encoded:
         """Return the ids of all rows.
@@ -107,6 +119,8 @@ class Encoder:
         """Refuse a row whose events have columns of different lengths: the k-th items of all are one event."""
         for sequence in self.sequences:
             first, *others = sequence.features
+            if first not in lengths:
+                continue  # a part of the features, without this sequence
             for other in others:
                 wrong = lengths[first] != lengths[other]
                 if wrong.any():

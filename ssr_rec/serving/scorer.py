@@ -15,7 +15,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.data.batch import Batch
 from ssr_rec.kernels import extension
 from ssr_rec.serving.artifact import MODEL_FILE, Manifest, read_manifest
-from ssr_rec.serving.raw_rows import Encoder, Rows
+from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
 from ssr_rec.serving.value_shares import ValueShares
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,10 @@ class Scorer:
         Raises:
             UserError: rows that cannot be read; the message names row, feature and value.
         """
-        encoded = self.encoder.encode(rows, first_row)
+        return self.predict_encoded(self.encoder.encode(rows, first_row))
+
+    def predict_encoded(self, encoded: Encoded) -> dict[str, np.ndarray]:
+        """Return label -> probabilities (B,) float32 of rows that ``encoder`` has encoded."""
         probabilities = self.score_arrays(*encoded).sigmoid().numpy()
         if self.values.add(*encoded):
             self._warn_of_values()

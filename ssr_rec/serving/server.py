@@ -1,0 +1,209 @@
+"""Serves an artifact over HTTP: ``make_app(settings)`` is an ASGI application, ``serve(settings)`` runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.heap import keep_freed_memory
+from ssr_rec.serving.scorer import Scorer, load
+from ssr_rec.serving.server_batcher import Batcher, Busy, TooLate, Waiting
+from ssr_rec.serving.server_description import describe
+from ssr_rec.serving.server_metrics import FOLDER, ServerMetrics
+from ssr_rec.serving.server_requests import ARROW, JSON, TooLarge, read_request, write_answer
+from ssr_rec.serving.server_settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+SETTINGS = "SSR_REC_SERVER"
+"""The environment variable that tells a process of the server its settings, as JSON."""
+
+
+class Refused(Exception):
+    """A request is answered with an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class Service:
+    """Answers the requests of one process: reads a body, lets it wait for the scorer, writes the answer."""
+
+    def __init__(self, settings: ServerSettings, scorer: Scorer, version: str) -> None:
+        self.settings, self.scorer, self.version = settings, scorer, version
+        self.metrics = ServerMetrics()
+        self.is_ready = True
+        wait_s = settings.batch_wait_ms / 1000
+        self.batcher = Batcher(scorer, settings.batch_rows, wait_s, settings.queue_rows, self._told)
+
+    def _told(self, rows: int, requests: int) -> None:
+        self.metrics.batch_rows.observe(rows)
+        self.metrics.batch_requests.observe(requests)
+        self.metrics.queue_rows.set(self.batcher.rows_waiting)
+        self.metrics.tell_values(self.scorer.values)
+
+    def close(self) -> None:
+        """Score what waits; then nothing more is taken."""
+        self.is_ready = False
+        self.batcher.close()
+        self.metrics.tell_values(self.scorer.values, now=True)
+
+    async def predict(self, request: Request) -> Response:
+        """Return the answer to a request, whatever becomes of it, and log it without its contents."""
+        came, rows = time.monotonic(), 0
+        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        try:
+            if kind not in (JSON, ARROW):
+                raise Refused(415, f"content-type: give {JSON} or {ARROW}")
+            body = await self._body(request)
+            came = time.monotonic()
+            rows, answer = await self._answer(kind, body, came)
+            response = Response(answer, media_type=kind, headers={"x-model": self.version})
+        except Refused as refused:
+            again = {"retry-after": "1"} if refused.status in (429, 503) else {}
+            body = json.dumps({"error": refused.message}).encode()
+            response = Response(body, refused.status, media_type=JSON, headers={"x-model": self.version, **again})
+        seconds = time.monotonic() - came
+        self.metrics.requests.labels(str(response.status_code)).inc()
+        self.metrics.seconds.observe(seconds)
+        event = {"event": "predict", "status": response.status_code, "kind": kind[:100], "rows": rows}
+        logger.info(json.dumps({**event, "ms": round(1000 * seconds, 3), "model": self.version}))
+        return response
+
+    async def _body(self, request: Request) -> bytes:
+        most = self.settings.max_bytes
+        parts, size = [], 0
+        declared = request.headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared) > most:
+            raise Refused(413, f"a body of {declared[:30]} bytes: at most {most}")
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise Refused(413, f"a body of more than {most} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+    async def _answer(self, kind: str, body: bytes, came: float) -> tuple[int, bytes]:
+        try:
+            found = read_request(kind, body, self.settings.max_rows)
+            waiting = Waiting(found.encode, found.rows, came + self.settings.timeout_s)
+            self.batcher.submit(waiting)
+            probabilities = await asyncio.wrap_future(waiting.answer)
+        except TooLarge as error:
+            raise Refused(413, str(error)) from None
+        except Busy:
+            raise Refused(429, "too many rows wait; try again later, or elsewhere") from None
+        except TooLate:
+            raise Refused(503, f"not scored within {self.settings.timeout_s} s") from None
+        except UserError as error:
+            raise Refused(400, str(error)[:1000]) from None
+        except Exception as error:
+            # The message may have values of rows in it.
+            logger.error(json.dumps({"event": "fault", "type": type(error).__name__}))
+            raise Refused(500, "a fault of the server's own; its log has the type") from None
+        return found.rows, write_answer(kind, self.version, probabilities)
+
+
+def make_app(settings: ServerSettings) -> FastAPI:
+    """Return an application that loads the artifact when it starts, and scores what waits before it ends.
+
+    Raises:
+        UserError: when it starts; see ``ssr_rec.serving.load``.
+    """
+    services: list[Service] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        torch.set_num_threads(settings.threads)
+        keep_freed_memory()
+        service = Service(settings, load(settings.artifact), version_of(settings.artifact))
+        warm_up(service.scorer)
+        services.append(service)
+        try:
+            yield
+        finally:
+            services.clear()
+            service.close()
+
+    app = FastAPI(title="ssr_rec", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    async def predict(request: Request) -> Response:
+        return await services[0].predict(request)
+
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    async def ready(response: Response) -> dict[str, str]:
+        if not services:
+            response.status_code = 503
+            return {"status": "not ready"}
+        return {"status": "ready", "model": services[0].version}
+
+    async def metrics() -> Response:
+        return Response(services[0].metrics.text(), media_type="text/plain; version=0.0.4")
+
+    routes: list[tuple[str, str, Callable[..., Any]]] = [
+        ("/predict", "POST", predict),
+        ("/health", "GET", health),
+        ("/ready", "GET", ready),
+        ("/metrics", "GET", metrics),
+    ]
+    for path, method, function in routes:
+        app.add_api_route(path, function, methods=[method], **describe(path, settings))
+    return app
+
+
+def warm_up(scorer: Scorer) -> None:
+    """Score rows of missing values once, so that the first request does not pay for it."""
+    if all(feature.encoding.type != "drawn" for feature in scorer.schema.features):
+        scorer.score_arrays(*scorer.encoder.encode([{}]))
+
+
+def version_of(artifact: str) -> str:
+    """Return what answers call the model: the first digits of its manifest's digest."""
+    return str(json.loads((Path(artifact) / "artifact.json").read_text())["sha256"])[:12]
+
+
+def app_of_process() -> FastAPI:
+    """Return the application of one of the processes that ``serve`` starts."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return make_app(ServerSettings.model_validate_json(os.environ[SETTINGS]))
+
+
+def serve(settings: ServerSettings) -> None:
+    """Run the server until SIGTERM or SIGINT; then every request that was accepted is answered.
+
+    A process that dies is started again. The processes are started afresh, not forked.
+
+    Raises:
+        UserError: an artifact that cannot be served, before anything listens.
+    """
+    load(settings.artifact)  # its checksums; and the operators are built once, not by every process
+    with tempfile.TemporaryDirectory(prefix="ssr_rec.metrics.") as folder:
+        os.environ[SETTINGS] = settings.model_dump_json()
+        if settings.workers > 1:
+            os.environ[FOLDER] = folder
+        uvicorn.run(
+            "ssr_rec.serving.server:app_of_process",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            timeout_graceful_shutdown=int(settings.drain_s),
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+        )

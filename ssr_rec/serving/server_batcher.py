@@ -1,0 +1,156 @@
+"""Scores the requests that wait together, in a thread of its own, so that the event loop goes on answering."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ssr_rec.serving.raw_rows import Encoded
+from ssr_rec.serving.scorer import Scorer
+
+Probabilities = dict[str, np.ndarray]
+
+
+class Busy(Exception):
+    """Too many rows wait; the client should try again later."""
+
+
+class TooLate(Exception):
+    """A request was not scored in time."""
+
+
+@dataclass
+class Waiting:
+    """Holds a request until it is scored."""
+
+    encode: Callable[[Scorer], Encoded]
+    """Refuses rows that cannot be read."""
+    rows: int
+    due: float
+    """Until when its answer is of use, by ``time.monotonic``."""
+    answer: Future[Probabilities] = field(default_factory=Future)
+    came: float = field(default_factory=time.monotonic)
+
+
+class Batcher:
+    """Scores waiting requests together; a request that stands alone is scored as ``Scorer.predict`` does, bit for bit.
+
+    Args:
+        batch_rows: requests are taken together while they have no more rows.
+        wait_s: how long the first one waits for others.
+        queue_rows: rows that may wait.
+        told: called after each batch with its rows and requests.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        batch_rows: int,
+        wait_s: float,
+        queue_rows: int,
+        told: Callable[[int, int], None] = lambda rows, requests: None,
+    ) -> None:
+        self.scorer, self.batch_rows, self.wait_s, self.queue_rows, self.told = (
+            scorer,
+            batch_rows,
+            wait_s,
+            queue_rows,
+            told,
+        )
+        self._waiting: deque[Waiting] = deque()
+        self._rows = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="scorer", daemon=True)
+        self._thread.start()
+
+    @property
+    def rows_waiting(self) -> int:
+        return self._rows
+
+    def submit(self, request: Waiting) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            Busy: too many rows wait already. One that is larger than the queue may wait alone.
+        """
+        with self._changed:
+            if self._closed or (self._waiting and self._rows + request.rows > self.queue_rows):
+                raise Busy
+            self._waiting.append(request)
+            self._rows += request.rows
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Score what waits, then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (batch := self._next()) is not None:
+            if batch:
+                self._answer(batch)
+
+    def _next(self) -> list[Waiting] | None:
+        """Return the requests of the next batch, None when the batcher is closed and nothing waits."""
+        with self._changed:
+            while not self._waiting:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            until = self._waiting[0].came + self.wait_s
+            while self._rows < self.batch_rows and not self._closed and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            batch: list[Waiting] = []
+            rows = 0
+            while self._waiting and (not batch or rows + self._waiting[0].rows <= self.batch_rows):
+                request = self._waiting.popleft()
+                self._rows -= request.rows
+                if time.monotonic() > request.due:
+                    request.answer.set_exception(TooLate())
+                elif request.answer.set_running_or_notify_cancel():
+                    batch.append(request)
+                    rows += request.rows
+            return batch
+
+    def _answer(self, batch: Sequence[Waiting]) -> None:
+        good: list[tuple[Waiting, Encoded]] = []
+        for request in batch:
+            try:
+                good.append((request, request.encode(self.scorer)))
+            except Exception as error:  # a fault in one request must not be an answer to another
+                request.answer.set_exception(error)
+        if not good:
+            return
+        try:
+            found = self.scorer.predict_encoded(_joined([encoded for _, encoded in good]))
+        except Exception as error:
+            for request, _ in good:
+                request.answer.set_exception(error)
+            return
+        self.told(sum(request.rows for request, _ in good), len(good))
+        start = 0
+        for request, encoded in good:
+            stop = start + encoded.rows
+            request.answer.set_result({label: values[start:stop] for label, values in found.items()})
+            start = stop
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    if len(parts) == 1:
+        return parts[0]
+    ids = np.concatenate([part.ids for part in parts], axis=1)
+    lists: list[tuple[np.ndarray, np.ndarray]] = []
+    for same in zip(*(part.lists for part in parts), strict=True):
+        sizes = np.cumsum([0, *(offsets[-1] for _, offsets in same)])
+        offsets = [(own if at == 0 else own[1:]) + sizes[at] for at, (_, own) in enumerate(same)]
+        lists.append((np.concatenate([values for values, _ in same]), np.concatenate(offsets)))
+    return Encoded(ids, lists)

@@ -1,0 +1,302 @@
+"""The HTTP server: the same probabilities as the scorer, bad requests refused alone, nothing accepted is lost."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import uvicorn
+
+from ssr_rec.serving import server
+from ssr_rec.serving.export import export_run
+from ssr_rec.serving.raw_rows import Encoder
+from ssr_rec.serving.scorer import Scorer, load
+from ssr_rec.serving.server_requests import ARROW, JSON
+from ssr_rec.serving.server_settings import ServerSettings
+from ssr_rec.serving.value_shares import ValueShares
+from tests.made_run import make_run
+from tests.odd_rows import odd_rows, prepared
+
+PLAIN = ["number", "text", "flag", "hashed", "small", "price", "count", "last", "words", "codes"]
+
+
+class SlowScorer(Scorer):
+    """A scorer without a compiled program: a sum of sines of the ids, row by row."""
+
+    def __init__(self, encoder: Encoder, schema: Any) -> None:
+        self.encoder, self.schema, self.labels = encoder, schema, ["click", "buy"]
+        self.values = ValueShares(schema.features, {})
+        self.seconds = 0.0
+        self.calls: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def score_arrays(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
+        self.gate.wait(20)
+        self.calls.append(ids.shape[1])
+        sums = np.sin(ids * np.arange(1, len(ids) + 1)[:, None]).sum(0)
+        for values, offsets in lists:
+            sums += [np.cos(values[a:b]).sum() for a, b in pairwise(offsets)]
+        return torch.from_numpy(np.stack([sums, -sums / 3], 1).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> SlowScorer:
+    schema, folder, _ = prepared(tmp_path_factory.mktemp("odd"), pa.Table.from_pylist(odd_rows(2_000, seed=1)))
+    return SlowScorer(Encoder(schema, folder), schema)
+
+
+class Client:
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def send(self, path: str, body: bytes | None = None, kind: str = JSON) -> tuple[int, Any, dict[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("POST" if body is not None else "GET", path, body, {"content-type": kind})
+            answer = connection.getresponse()
+            text, headers = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+        finally:
+            connection.close()
+        if headers["content-type"] == ARROW:
+            return answer.status, pa.ipc.open_stream(text).read_all(), headers
+        return answer.status, json.loads(text) if headers["content-type"] == JSON else text.decode(), headers
+
+    def predict(self, rows: Any, **others: Any) -> tuple[int, Any]:
+        return self.send("/predict", json.dumps({"rows": rows, **others}).encode())[:2]
+
+    def predict_arrow(self, table: pa.Table) -> tuple[int, Any]:
+        return self.send("/predict", stream(table), ARROW)[:2]
+
+
+@contextmanager
+def running(app: Any) -> Iterator[tuple[Client, uvicorn.Server]]:
+    listener = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
+    thread = threading.Thread(target=listener.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 60
+        while not listener.started and thread.is_alive() and time.monotonic() < until:
+            time.sleep(0.01)
+        yield Client(listener.servers[0].sockets[0].getsockname()[1]), listener
+    finally:
+        listener.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def serving(
+    monkeypatch: pytest.MonkeyPatch, scorer: SlowScorer, **settings: Any
+) -> Iterator[tuple[Client, uvicorn.Server]]:
+    monkeypatch.setattr(server, "load", lambda _: scorer)
+    monkeypatch.setattr(server, "version_of", lambda _: "0123456789ab")
+    with running(server.make_app(ServerSettings(artifact="x", threads=2, **settings))) as found:
+        yield found
+
+
+def plain_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows that JSON can say: no dates."""
+    rows = odd_rows(count, seed)
+    return [{k: row[k] for k in PLAIN if not (isinstance(row[k], float) and row[k] != row[k])} for row in rows]
+
+
+def assert_bits(found: Any, wanted: dict[str, np.ndarray]) -> None:
+    for label, values in wanted.items():
+        mine = found["probabilities"][label] if isinstance(found, dict) else found[f"p_{label}"].to_numpy()
+        assert np.array(mine, dtype=np.float32).tobytes() == values.tobytes()
+
+
+def test_probabilities_are_those_of_the_scorer_to_the_bit(monkeypatch, scorer):
+    rows = plain_rows(300, 7)
+    table = pa.Table.from_pylist(odd_rows(300, 8))
+    with serving(monkeypatch, scorer) as (client, _):
+        for part in (rows, rows[:1], []):
+            status, found = client.predict(part)
+            assert status == 200 and found["model"] == "0123456789ab"
+            assert_bits(found, scorer.predict(part))
+        status, found = client.predict_arrow(table)
+        assert status == 200 and found.column_names == ["p_click", "p_buy"]
+        assert_bits(found, scorer.predict(table))
+        assert client.send("/health")[:2] == (200, {"status": "alive"})
+        assert client.send("/ready")[:2] == (200, {"status": "ready", "model": "0123456789ab"})
+        paths = client.send("/openapi.json")[1]["paths"]
+        assert set(paths) == {"/predict", "/health", "/ready", "/metrics"}
+
+
+def test_user_once_is_the_flat_request(monkeypatch, scorer):
+    user = {name: value for name, value in plain_rows(1, 3)[0].items() if name in ("number", "text", "words", "codes")}
+    own = [{k: v for k, v in row.items() if k not in user} for row in plain_rows(50, 4)]
+    with serving(monkeypatch, scorer) as (client, _):
+        for candidates in (own, own[:1], []):
+            body = {"user": user, "candidates": candidates}
+            status, found, _ = client.send("/predict", json.dumps(body).encode())
+            assert status == 200
+            assert_bits(found, scorer.predict([{**user, **candidate} for candidate in candidates]))
+        twice = json.dumps({"user": user, "candidates": [own[0], {"number": 1}]}).encode()
+        status, found, _ = client.send("/predict", twice)
+        assert status == 400 and "row 1: 'number' is given for the user and for the candidate" in found["error"]
+        wrong = json.dumps({"user": {"text": [1]}, "candidates": own}).encode()
+        assert "user: feature 'text' holds a list" in client.send("/predict", wrong)[1]["error"]
+
+
+def stream(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, **options) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def broken_offsets(table: pa.Table) -> bytes:
+    """An IPC stream whose text column says that it ends far beyond the body."""
+    place = table.column_names.index("text")
+    written = stream(table.slice(0, 2).set_column(place, "text", pa.array(["abcdefghijk", "mno"])))
+    offsets = np.array([0, 11, 14], np.int32).tobytes()
+    assert written.count(offsets) == 1
+    return written.replace(offsets, np.array([0, 11, 2**30], np.int32).tobytes())
+
+
+def test_what_is_no_request_is_refused_by_name(monkeypatch, scorer):
+    table = pa.Table.from_pylist(odd_rows(5, seed=2))
+    dictionary = table.set_column(table.column_names.index("text"), "text", table["text"].dictionary_encode())
+    zstd = pa.ipc.IpcWriteOptions(compression="zstd")
+    with serving(monkeypatch, scorer, max_bytes=50_000, max_rows=20) as (client, _):
+        for body, status, message in [
+            (b"{", 400, "not JSON"),
+            (b"[" * 20_000, 400, "nested too deep"),
+            (b'{"rows": [{"price": NaN}]}', 400, "NaN is no JSON"),
+            (b'{"rows": {}}', 400, "rows: must be a list"),
+            (b'{"rows": [{}, 7]}', 400, "rows: row 1 is not an object"),
+            (b'{"rows": [], "model": "/etc/passwd"}', 400, "a request is"),
+            (b'{"rows": [{}, {"price": "12"}]}', 400, "row 1: feature 'price' holds the str '12', not a number"),
+            (b'{"rows": [{"codes": [1, [2]]}]}', 400, "row 0: feature 'codes' holds a list"),
+            (b'{"rows": [' + b"{}," * 20 + b"{}]}", 413, "21 rows: a request has at most 20"),
+            (b" " * 50_001, 413, "50001 bytes"),
+            (b"\xff", 400, "not JSON"),
+        ]:
+            found_status, found, _ = client.send("/predict", body)
+            assert (found_status, message in found["error"]) == (status, True), (body[:50], found)
+        for body, message in [
+            (b"", "not an Arrow IPC stream"),
+            (b"\xff\xff\xff\xff" + b"\x10\0\0\0" + b"\xff" * 60, "not an Arrow IPC stream"),
+            (stream(table, options=zstd), "compressed buffers are refused"),
+            (stream(dictionary), "column 'text' holds dictionary"),
+            (broken_offsets(table), "not an Arrow IPC stream"),
+        ]:
+            status, found, _ = client.send("/predict", body, ARROW)
+            assert (status, message in found["error"]) == (400, True), (message, found)
+        status, found = client.predict_arrow(table.drop(["price"]))
+        assert status == 400 and "no column 'price'" in found["error"]
+        assert client.send("/predict", b"x", "text/plain")[0] == 415
+        assert client.predict([{}])[0] == 200, "it still serves"
+
+
+def test_waiting_requests_are_scored_together_and_a_bad_one_alone_is_refused(monkeypatch, scorer):
+    rows = plain_rows(60, 9)
+    parts: list[Any] = [rows[start : start + 3] for start in range(0, 60, 3)]
+    parts[7] = [*parts[7][:2], {"price": "dear"}]
+    with serving(monkeypatch, scorer, batch_rows=32, timeout_s=20.0) as (client, _):
+        scorer.calls.clear()
+        scorer.gate.clear()
+        with ThreadPoolExecutor(20) as pool:
+            answers = [pool.submit(client.predict, part) for part in parts]
+            time.sleep(0.5)
+            scorer.gate.set()
+            found = [answer.result() for answer in answers]
+    assert found[7][0] == 400 and "row 2: feature 'price' holds the str 'dear'" in found[7][1]["error"]
+    for number, (status, answer) in enumerate(found):
+        if number != 7:
+            assert status == 200
+            # Vector instructions round the last rows of a batch otherwise.
+            for label, values in scorer.predict(parts[number]).items():
+                np.testing.assert_allclose(answer["probabilities"][label], values, atol=1e-6, rtol=0)
+    batches = scorer.calls[: -len(parts) + 1]
+    assert sum(batches) == 57 and max(batches) > 3 and max(batches) <= 32 and len(batches) < 10, batches
+
+
+def test_a_full_queue_is_429_and_a_late_answer_503(monkeypatch, scorer):
+    with serving(monkeypatch, scorer, queue_rows=4, timeout_s=0.5) as (client, _):
+        scorer.gate.clear()
+        with ThreadPoolExecutor(12) as pool:
+            first = pool.submit(client.predict, [{}])
+            time.sleep(0.2)  # in the scorer
+            waiting = [pool.submit(client.predict, [{}, {}]) for _ in range(2)]
+            time.sleep(0.2)
+            refused = [pool.submit(client.send, "/predict", b'{"rows": [{}]}') for _ in range(3)]
+            for status, found, headers in [answer.result() for answer in refused]:
+                assert status == 429 and "retry-after" in headers and "too many rows wait" in found["error"]
+            time.sleep(0.5)
+            scorer.gate.set()
+            assert first.result()[0] == 200
+            assert [answer.result()[0] for answer in waiting] == [503, 503]
+        assert client.predict([{}])[0] == 200
+
+
+def test_a_stopped_server_answers_what_it_has_accepted(monkeypatch, scorer):
+    rows = plain_rows(5, 1)
+    scorer.gate.clear()
+    with ThreadPoolExecutor(8) as pool, serving(monkeypatch, scorer, timeout_s=20.0) as (client, listener):
+        answers = [pool.submit(client.predict, rows) for _ in range(8)]
+        time.sleep(0.5)
+        listener.should_exit = True
+        time.sleep(0.5)
+        with pytest.raises(OSError):
+            client.predict(rows)
+        scorer.gate.set()
+        for answer in answers:
+            status, found = answer.result()
+            assert status == 200
+            for label, values in scorer.predict(rows).items():
+                np.testing.assert_allclose(found["probabilities"][label], values, atol=1e-6, rtol=0)
+
+
+def test_metrics_and_logs_say_what_happened_without_the_rows(monkeypatch, scorer, caplog):
+    caplog.set_level("INFO", "ssr_rec.serving.server")
+    with serving(monkeypatch, scorer) as (client, _):
+        client.predict([{"text": "a secret"}, {}])
+        client.predict([{"price": "a secret"}])
+        scorer.values = ValueShares(scorer.schema.features, {})
+        text = client.send("/metrics")[1]
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert lines['ssr_rec_requests_total{status="200"}'] == lines['ssr_rec_requests_total{status="400"}'] == "1.0"
+    assert lines["ssr_rec_batch_rows_sum"] == "2.0" and lines["ssr_rec_request_seconds_count"] == "2.0"
+    assert lines["ssr_rec_queue_rows"] == "0.0"
+    of_text = {kind: lines[f'ssr_rec_values_total{{feature="text",kind="{kind}"}}'] for kind in ("missing", "oov")}
+    assert float(of_text["missing"]) >= 1 and float(of_text["oov"]) >= 1
+    events = [json.loads(record.message) for record in caplog.records]
+    assert [(event["status"], event["rows"]) for event in events] == [(200, 2), (400, 0)]
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.slow
+def test_an_artifact_is_served_to_the_bit(tmp_path: Path, dataset: Path) -> None:
+    run = make_run(tmp_path / "run", dataset, ["--over_arch.num_views=2", "--over_arch.view_dim=8"])
+    export_run(run, tmp_path / "artifact")
+    scorer = load(tmp_path / "artifact")
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = [
+        {
+            "user": int(rng.integers(50)),
+            "item": int(rng.integers(30)),
+            "price": int(rng.integers(8)),
+            "history": rng.integers(0, 30, rng.integers(0, 5)).tolist(),
+            "tags": rng.integers(0, 12, rng.integers(0, 4)).tolist(),
+        }
+        for _ in range(200)
+    ]
+    with running(server.make_app(ServerSettings(artifact=str(tmp_path / "artifact")))) as (client, _):
+        for part in (rows, rows[:1], rows[:20]):
+            assert_bits(client.predict(part)[1], scorer.predict(part))
+            assert_bits(client.predict_arrow(pa.Table.from_pylist(part))[1], scorer.predict(part))
