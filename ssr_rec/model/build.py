@@ -17,7 +17,7 @@ from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.model.loss import TrainTask
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.over_archs.choice import OverArchConfig
-from ssr_rec.over_archs.registry import OVER_ARCHS
+from ssr_rec.over_archs.registry import build_over_arch
 
 
 def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
@@ -30,12 +30,7 @@ def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
     histories = HistoryFields(reading, config.embeddings) if reading.histories else None
     dims = [config.embeddings.dim_of(feature.table) for feature in reading.fields]
     dims += histories.dims if histories is not None else []
-    over_arch = OVER_ARCHS[config.over_arch.name](
-        len(dims),
-        dims,
-        len(schema.labels),
-        config.over_arch,  # type: ignore[call-arg]
-    )
+    over_arch = build_over_arch(len(dims), dims, len(schema.labels), config.over_arch)
     return DenseArch(reading.fields, over_arch, len(schema.labels), config.heads, config.train.bf16, histories)
 
 

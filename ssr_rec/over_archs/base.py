@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -58,6 +59,7 @@ class OverArch(nn.Module, ABC):
 
     Attributes:
         out_features: H.
+        settings_class: the pydantic model of its settings; of a class of one's own, which a config names by its path.
         extra_tables: further tables that every field has for this over-arch alone: name -> a dim per field. Their
             embeddings (B, sum of those dims) arrive as ``extra``, in this order, fields one after another.
         optimizers: parameters that the run's dense optimizer must leave alone: name -> what makes their own.
@@ -69,6 +71,7 @@ class OverArch(nn.Module, ABC):
     """
 
     out_features: int
+    settings_class: ClassVar[type[BaseModel]]
     forward: Callable[..., Tensor | tuple[Tensor, Tensor]]
 
     def __init__(self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int) -> None:

@@ -10,6 +10,7 @@ from ssr_rec.over_archs.autofis_settings import AutoFISConfig
 from ssr_rec.over_archs.settings import (
     AFNConfig,
     AutoIntConfig,
+    CustomOverArchConfig,
     DCNv2Config,
     DeepFMConfig,
     MLPConfig,
@@ -29,7 +30,8 @@ OverArchConfig = Annotated[
     | AutoFISConfig
     | AFNConfig
     | WukongConfig
-    | RankMixerConfig,
+    | RankMixerConfig
+    | CustomOverArchConfig,
     Field(discriminator="name"),
 ]
 """Any over-arch's config; ``name`` says which."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.own_classes import OWN_CLASS
 from ssr_rec.common.settings import Settings, Share, Widths
 
 Initializer = Literal["glorot", "torch"]
@@ -276,3 +277,18 @@ class RankMixerConfig(OverArchSettings):
     def label(self) -> str:
         """Return tokens x dims x layers."""
         return f"RankMixer {self.num_tokens}x{self.dim}x{self.num_layers}"
+
+
+class CustomOverArchConfig(OverArchSettings):
+    """Names an over-arch from outside this package by its import path."""
+
+    name: Literal["custom"] = "custom"
+    path: str = Field(pattern=OWN_CLASS, description="MODULE:CLASS, a subclass of OverArch")
+    settings: dict[str, Any] = Field(
+        default={}, description="that class's own settings, checked by its settings_class when the model is built"
+    )
+
+    @property
+    def label(self) -> str:
+        """Return the class, which is the name that a table shows."""
+        return self.path.rpartition(":")[2]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from pydantic import ValidationError
-
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.settings import first_problem
+from ssr_rec.common.own_classes import own_class, own_settings
 from ssr_rec.sequences.base import SequenceEncoder
 from ssr_rec.sequences.din import DIN
 from ssr_rec.sequences.hstu import HSTU
@@ -37,31 +34,12 @@ def build_encoder(
     """
     if not isinstance(settings, CustomEncoderConfig):
         return ENCODERS[settings.name](event_dim, target_dim, field_dim, max_length, settings)
-    encoder_class = _import(settings.path)
+    encoder_class: Any = own_class(settings.path, SequenceEncoder, "encoder")
     values: dict[str, Any] = dict(settings.settings)
     if settings.fields is not None:
         values.setdefault("fields", settings.fields)
-    try:
-        own = encoder_class.settings_class.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"encoder {settings.path}: settings.{first_problem(error)}") from None
-    encoder = encoder_class(event_dim, target_dim, field_dim, max_length, own)
+    own = own_settings(encoder_class, values, f"encoder {settings.path}")
+    encoder: SequenceEncoder = encoder_class(event_dim, target_dim, field_dim, max_length, own)
     if not isinstance(getattr(encoder, "out_fields", None), int):
         raise UserError(f"encoder {settings.path} has no out_fields: call set_output in its constructor")
     return encoder
-
-
-def _import(path: str) -> type[SequenceEncoder]:
-    where, _, name = path.partition(":")
-    try:
-        module = import_module(where)
-    except ImportError as error:
-        raise UserError(f"encoder {path}: cannot import {where} ({error}); is its folder in PYTHONPATH?") from None
-    if not hasattr(module, name):
-        raise UserError(f"encoder {path}: {where} has no {name}")
-    found = getattr(module, name)
-    if not (isinstance(found, type) and issubclass(found, SequenceEncoder)):
-        raise UserError(f"encoder {path}: must be a subclass of ssr_rec.sequences.SequenceEncoder")
-    if not hasattr(found, "settings_class"):
-        raise UserError(f"encoder {path}: must have a settings_class, a subclass of EncoderSettings")
-    return found

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.own_classes import OWN_CLASS
 from ssr_rec.common.settings import Settings, Share, Widths
 from ssr_rec.over_archs.settings import Start, sizes
 
@@ -158,9 +159,7 @@ class CustomEncoderConfig(EncoderSettings):
     """Names an encoder from outside this package by its import path."""
 
     name: Literal["custom"] = "custom"
-    path: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="MODULE:CLASS, a subclass of SequenceEncoder"
-    )
+    path: str = Field(pattern=OWN_CLASS, description="MODULE:CLASS, a subclass of SequenceEncoder")
     settings: dict[str, Any] = Field(
         default={}, description="that class's own settings, checked by its settings_class when the model is built"
     )

@@ -182,7 +182,7 @@ def test_every_over_arch_has_a_case_and_a_config() -> None:
     config_names = {
         get_args(config.model_fields["name"].annotation)[0] for config in get_args(get_args(OverArchConfig)[0])
     }
-    assert names == config_names == set(OVER_ARCHS)
+    assert names == config_names - {"custom"} == set(OVER_ARCHS)
 
 
 @every_case

@@ -1,5 +1,6 @@
 """Settings, and encoders made from them, of this package and from outside it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.sequences.contract import check_encoder
 from ssr_rec.sequences.registry import ENCODERS, build_encoder
 from ssr_rec.sequences.settings import EncoderSettings
 from tests.sequences.cases import CONFIGS, batch
@@ -43,6 +45,27 @@ class Largest(SequenceEncoder):
 
     def flops(self, length):
         return Flops(elementwise=length * self.event_dim)
+
+
+class RowsTogether(Largest):
+    def encode(self, events, target, ages, jagged):
+        return super().encode(events - events.mean(), target, ages, jagged)
+
+
+class NotDefined(Largest):
+    def encode(self, events, target, ages, jagged):
+        sums = super().encode(events, target, ages, jagged)
+        return sums / jagged.lengths.unsqueeze(1)
+
+
+class Unused(Largest):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.unused = torch.nn.Linear(2, 2)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def encode(self, events, target, ages, jagged):
+        return self.scale * super().encode(events, target, ages, jagged)
 
 
 class WithoutOutput(Largest):
@@ -102,6 +125,20 @@ def test_an_encoder_from_outside_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match=message) as refused:
         build_encoder(8, 8, 4, 6, custom(path, settings=settings))
     assert "\n" not in str(refused.value) and path in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "breach"),
+    [
+        ("Largest", None),
+        ("RowsTogether", "depends on the other rows"),
+        ("NotDefined", "a history may be empty"),
+        ("Unused", r"unused\.weight gets no gradient"),
+    ],
+)
+def test_the_contract_of_an_encoder_from_outside_is_checked(own: str, name: str, breach: str | None) -> None:
+    with pytest.raises(AssertionError, match=breach) if breach else nullcontext():
+        check_encoder(f"{own}:{name}")
 
 
 def test_an_error_inside_that_module_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
