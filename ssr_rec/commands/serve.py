@@ -11,6 +11,7 @@ require_stack()
 
 import argparse
 import sys
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(name, help=field.description)
         else:
             more = f"{field.description} (default {field.default})" if field.description else f"default {field.default}"
-            kind = field.annotation or str
+            kind: Any = field.annotation
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=more)
     return parser
 

@@ -56,13 +56,8 @@ class Batcher:
         queue_rows: int,
         told: Callable[[int, int], None] = lambda rows, requests: None,
     ) -> None:
-        self.scorer, self.batch_rows, self.wait_s, self.queue_rows, self.told = (
-            scorer,
-            batch_rows,
-            wait_s,
-            queue_rows,
-            told,
-        )
+        self.scorer, self.told = scorer, told
+        self.batch_rows, self.wait_s, self.queue_rows = batch_rows, wait_s, queue_rows
         self._waiting: deque[Waiting] = deque()
         self._rows = 0
         self._changed = threading.Condition()
@@ -114,9 +109,11 @@ class Batcher:
             while self._waiting and (not batch or rows + self._waiting[0].rows <= self.batch_rows):
                 request = self._waiting.popleft()
                 self._rows -= request.rows
+                if not request.answer.set_running_or_notify_cancel():
+                    continue  # nobody waits for it any more
                 if time.monotonic() > request.due:
                     request.answer.set_exception(TooLate())
-                elif request.answer.set_running_or_notify_cancel():
+                else:
                     batch.append(request)
                     rows += request.rows
             return batch

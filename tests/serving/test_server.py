@@ -23,6 +23,7 @@ from ssr_rec.serving import server
 from ssr_rec.serving.export import export_run
 from ssr_rec.serving.raw_rows import Encoder
 from ssr_rec.serving.scorer import Scorer, load
+from ssr_rec.serving.server_batcher import Batcher, TooLate, Waiting
 from ssr_rec.serving.server_requests import ARROW, JSON
 from ssr_rec.serving.server_settings import ServerSettings
 from ssr_rec.serving.value_shares import ValueShares
@@ -242,6 +243,29 @@ def test_a_full_queue_is_429_and_a_late_answer_503(monkeypatch, scorer):
             assert first.result()[0] == 200
             assert [answer.result()[0] for answer in waiting] == [503, 503]
         assert client.predict([{}])[0] == 200
+
+
+def test_a_request_that_nobody_waits_for_is_left_out_and_the_next_is_answered(scorer):
+    batcher = Batcher(scorer, batch_rows=8, wait_s=0.0, queue_rows=64)
+    rows, past = plain_rows(3, seed=5), time.monotonic() - 1
+    scorer.gate.clear()
+    first, gone, late, last = (
+        Waiting(lambda scorer: scorer.encoder.encode(rows), len(rows), due)
+        for due in (past + 60, past, past, past + 60)
+    )
+    try:
+        batcher.submit(first)
+        while batcher.rows_waiting:
+            time.sleep(0.001)
+        for request in (gone, late, last):
+            batcher.submit(request)
+        assert gone.answer.cancel()
+    finally:
+        scorer.gate.set()
+    wanted = scorer.predict(rows)
+    assert all((last.answer.result(20)[label] == wanted[label]).all() for label in wanted)
+    assert isinstance(late.answer.exception(20), TooLate) and first.answer.result(20)
+    batcher.close()
 
 
 def test_a_stopped_server_answers_what_it_has_accepted(monkeypatch, scorer):
