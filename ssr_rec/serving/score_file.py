@@ -107,7 +107,7 @@ def _or_an_empty_one(
 def _text(source: Path, schema: Schema, names: Sequence[str]) -> Iterator[pa.RecordBatchReader]:
     """Yield the rows of a text file as the preparation reads them, with its own reader."""
     form = TextFormat.model_validate(schema.preparation.get("text", {}))
-    numbers = {f.encoding.column for f in schema.features if isinstance(f.encoding, LogBuckets)}
+    numbers = {f.encoding.column for f in schema.features if f.kind != "list" and isinstance(f.encoding, LogBuckets)}
     with TemporaryDirectory(prefix="ssr_rec.") as spill:
         connection = open_duckdb(Path(spill), MEMORY_LIMIT, None)
         try:

@@ -13,6 +13,7 @@ from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.schema import Schema
 from ssr_rec.serving.raw_rows import Encoder
+from ssr_rec.serving.score_file import _pieces
 from tests.histories import GIVEN, decoded, given_log, raw, write
 from tests.sequence_log import features
 
@@ -64,6 +65,9 @@ def test_given_sequences_as_text_are_those_as_lists(tmp_path: Path) -> None:
         Encoder(Schema.read(tmp_path / "b"), tmp_path / "b").encode(log)[1],
         strict=True,
     ):
+        assert mine.tolist() == theirs.tolist()
+    [piece] = _pieces(tmp_path / "text" / "0.csv", Schema.read(tmp_path / "a"), list(encoder.columns))
+    for (mine, _), (theirs, _) in zip(encoder.encode(piece)[1], encoder.encode(as_text)[1], strict=True):
         assert mine.tolist() == theirs.tolist()
     as_text.loc[as_text.index[4], "ages"] = "soon"
     as_text.to_csv(tmp_path / "text" / "0.csv", index=False)
