@@ -193,6 +193,23 @@ def test_a_condition_is_read_from_the_left() -> None:
     ]
 
 
+def test_histories_go_on_across_days(tmp_path: Path) -> None:
+    """Each day is a split; the events of the days before belong to its rows' histories as those of one log do."""
+    log = random_log(3)
+    log["day"] = log.time // 8
+    spec = {**SPEC, "split": {"type": "days", "column": "day"}}
+    schema = prepare(write(log, tmp_path / "log", 2), tmp_path / "data", make_spec(spec, "spec"))
+    items = raw({f.name: f for f in schema.features}["item"].encoding, tmp_path / "data")
+    earlier = 0
+    for number, line in decoded(tmp_path / "data").items():
+        clicks = expected(log, log.iloc[number], LENGTH, True)
+        known = {int(value) for value in items.values()}
+        wanted = [item if item in known else None for item in clicks.item.tolist()]
+        assert [int(items[i]) if i in items else None for i in line["clicked_item"]] == wanted
+        earlier += int((clicks.day < log.day[number]).sum())
+    assert earlier > 100
+
+
 def test_days_are_not_added_to_histories(tmp_path: Path) -> None:
     log = random_log(0)
     log["time"] //= 10

@@ -61,26 +61,38 @@ class Reference:
 
     Attributes:
         names: features in the order of the spec.
+        made: feature of a history made from the log -> its source column, None for the age.
+        rows: those given, with the raw values of these.
         splits: split -> rows in their stored order, each ids by feature, labels, and the group id.
     """
 
     def __init__(self, rows: Sequence[Row], spec: dict[str, Any], seed: int) -> None:
         self.spec = spec
-        self.lists: dict[str, dict[str, Any]] = spec.get("lists", {})
-        self.names = [*spec["categorical"], *spec["numeric"], *self.lists]
+        self.lists: dict[str, dict[str, Any]] = dict(spec.get("lists", {}))
+        given = spec.get("sequences", {}).get("given", {})
+        numbers = [*given.get("numeric", []), *([given["age"]] if "age" in given else [])]
+        for name in (*given.get("columns", []), *numbers):
+            self.lists[name] = {"max_length": given["max_length"], "keep": "last"}
         chosen = splits_of(rows, spec, seed)
+        self.made: dict[str, str | None] = {}
+        self.rows = self._with_histories(rows, spec.get("sequences", {}).get("made"))
+        self.names = [*spec["categorical"], *spec["numeric"], *self.lists, *self.made]
         train = [row for row, split in zip(rows, chosen, strict=True) if split == "train"]
+        together = {name: names for names in spec.get("vocabularies", {}).values() for name in names}
         self.vocabularies = {
-            name: self._vocabulary(train, name)
+            name: self._vocabulary(train, together.get(name, [name]))
             for name in (*spec["categorical"], *self.lists)
-            if name not in spec["hash_buckets"]
+            if name not in spec["hash_buckets"] and name not in numbers
         }
-        self.ranges = {name: self._range(train, name) for name in spec["numeric"]}
+        self.ranges = {name: self._range(train, name) for name in (*spec["numeric"], *numbers)}
+        if "made_age" in self.made:
+            times = [row["t"] for row in train] or [0]
+            self.ranges["made_age"] = (0.0, transformed(float(max(times) - min(times))) or 0.0)
         groups = [row[spec["group_id"]] for row in rows]
         whole = all(re.fullmatch(r"-?[0-9]+", str(text_of(group))) for group in groups)
         self.splits: dict[str, list[Row]] = {split: [] for split in ("train", "validation", "test")}
         for number in sorted(range(len(rows)), key=lambda number: order_of(number, seed)):
-            row = rows[number]
+            row = self.rows[number]
             text = text_of(row[spec["group_id"]])
             assert text is not None
             stored = {name: self.encode(row, name) for name in self.names}
@@ -88,34 +100,63 @@ class Reference:
             stored["__group_id__"] = int(text) if whole else int(hashlib.md5(text.encode()).hexdigest()[:15], 16)
             self.splits[chosen[number]].append(stored)
 
-    def _items(self, row: Row, name: str) -> list[str | None]:
-        if name not in self.lists:
-            return [text_of(row[name])]
-        settings = self.lists[name]
-        items = list(row[name] or [])
-        most = settings["max_length"]
-        return [text_of(item) for item in (items[-most:] if settings.get("keep") == "last" else items[:most])]
+    def _with_histories(self, rows: Sequence[Row], settings: dict[str, Any] | None) -> list[Row]:
+        """Return the rows with the raw values of the last earlier events of their group, and their ages."""
+        if settings is None:
+            return list(rows)
+        wanted = settings["from_log"]
+        self.made = {f"made_{column}": column for column in wanted["columns"]}
+        self.made |= {"made_age": None} if wanted["age"] else {}
+        found = []
+        for row in rows:
+            events = [one for one in rows if text_of(one["g"]) == text_of(row["g"]) and one["t"] < row["t"]]
+            events = [one for one in events if "where" not in wanted or one["click"] == 1]
+            events = sorted(events, key=lambda one: one["t"])[-settings["max_length"] :]
+            history = {
+                name: [float(row["t"] - one["t"]) if source is None else one[source] for one in events]
+                for name, source in self.made.items()
+            }
+            found.append({**row, **history})
+        return found
 
-    def _vocabulary(self, train: Sequence[Row], name: str) -> dict[str, int]:
-        counts = Counter(text for row in train for text in self._items(row, name) if text is not None)
+    def _items(self, row: Row, name: str) -> list[str | None]:
+        return [text_of(item) for item in (self._kept(row, name) if name in self.lists else [row[name]])]
+
+    def _kept(self, row: Row, name: str) -> list[Any]:
+        settings, items = self.lists[name], list(row[name] or [])
+        most = settings["max_length"]
+        return items[-most:] if settings.get("keep") == "last" else items[:most]
+
+    def _vocabulary(self, train: Sequence[Row], names: Sequence[str]) -> dict[str, int]:
+        texts = (text for row in train for name in names for text in self._items(row, name))
+        counts = Counter(text for text in texts if text is not None)
         kept = [text for text, count in counts.items() if count >= self.spec["min_count"]]
         return {text: 2 + i for i, text in enumerate(sorted(kept, key=lambda t: (-counts[t], t.encode())))}
 
     def _range(self, train: Sequence[Row], name: str) -> tuple[float, float]:
-        values = [transformed(row[name]) for row in train if transformed(row[name]) is not None]
+        items = [item for row in train for item in (self._kept(row, name) if name in self.lists else [row[name]])]
+        values = [found for found in map(transformed, items) if found is not None]
         return (min(values), max(values)) if values else (0.0, 0.0)
 
     def encode(self, row: Row, name: str) -> int | list[int]:
         """Return the id of a row's value, or those of its list."""
+        if name in self.made:
+            of = self.made[name] or name
+            return [self._bucket(v, of) if of in self.ranges else self._id(text_of(v), of) for v in row[name]]
         if name in self.ranges:
-            t, (low, high), buckets = transformed(row[name]), self.ranges[name], self.spec["num_buckets"]
-            if t is None:
-                return 0
-            if high <= low:
-                return 1
-            return 1 + min(max(math.floor((t - low) / ((high - low) / buckets)), 0), buckets - 1)
+            if name in self.lists:
+                return [self._bucket(item, name) for item in self._kept(row, name)]
+            return self._bucket(row[name], name)
         ids = [self._id(text, name) for text in self._items(row, name)]
         return ids if name in self.lists else ids[0]
+
+    def _bucket(self, value: Any, name: str) -> int:
+        t, (low, high), buckets = transformed(value), self.ranges[name], self.spec["num_buckets"]
+        if t is None:
+            return 0
+        if high <= low:
+            return 1
+        return 1 + min(max(math.floor((t - low) / ((high - low) / buckets)), 0), buckets - 1)
 
     def _id(self, text: str | None, name: str) -> int:
         if text is None:

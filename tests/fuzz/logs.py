@@ -131,7 +131,43 @@ def draw(seed: int) -> tuple[dict[str, Any], list[Row], dict[str, pa.DataType], 
     }
     cuts = sorted(r.randrange(0, count) for _ in range(r.randrange(0, 3)))
     sizes = np.diff([0, *cuts, count]).tolist()
-    return spec, rows, {name: kind for name, (kind, _) in columns.items()}, [size for size in sizes if size]
+    found = {name: kind for name, (kind, _) in columns.items()}
+    found |= draw_sequences(r, spec, rows)
+    return spec, rows, found, [size for size in sizes if size]
+
+
+def draw_sequences(r: random.Random, spec: dict[str, Any], rows: list[Row]) -> dict[str, pa.DataType]:
+    """Give the log a sequence of lists, a vocabulary shared with a column, a history of its own, or none of these."""
+    kinds: dict[str, pa.DataType] = {}
+    sequences: dict[str, Any] = {}
+    if r.random() < 0.4:
+        sequences["given"] = {"columns": ["s0", "s1"], "numeric": ["sn"], "max_length": r.randrange(1, 5)}
+        sequences["given"]["separator"] = "|"
+        if r.random() < 0.5:
+            sequences["given"]["age"] = sequences["given"]["numeric"].pop()
+        kinds |= {"s0": pa.list_(pa.int64()), "s1": pa.list_(pa.string()), "sn": pa.list_(pa.float64())}
+        for row in rows:
+            length = r.randrange(0, 6)
+            row["s0"] = [r.randrange(9) for _ in range(length)]
+            row["s1"] = [r.choice(ITEMS[:5]) for _ in range(length)]
+            row["sn"] = [round(abs(r.gauss(0, 50)), 2) for _ in range(length)]
+        if r.random() < 0.6:
+            kinds["sc"] = pa.int64()
+            spec["categorical"] = [*spec["categorical"], "sc"]
+            spec["vocabularies"] = {"shared": ["s0", "sc"]}
+            for row in rows:
+                row["sc"] = r.randrange(3, 12)
+    if r.random() < 0.4:
+        columns = r.sample([*spec["categorical"], *spec["numeric"]], r.randrange(1, 3))
+        where = {"where": "click = 1"} if r.random() < 0.5 else {}
+        from_log = {"by": "g", "order": "t", "columns": columns, "age": r.random() < 0.5, **where}
+        sequences["made"] = {"from_log": from_log, "max_length": r.randrange(1, 5)}
+        moments = r.randrange(2, 60)
+        for row in rows if spec["split"]["type"] == "random" else ():
+            row["t"] = r.randrange(moments)
+    if sequences:
+        spec["sequences"] = sequences
+    return kinds
 
 
 def write(rows: Sequence[Row], kinds: dict[str, pa.DataType], container: str, path: Path) -> Path:
@@ -207,23 +243,23 @@ def check(seed: int, work: Path, with_spark: bool) -> str | None:
                         return f"{where}: {split} row {number}: {different}"
                 if len(found) != len(expected):
                     return f"{where}: {split} has {len(found)} rows, not {len(expected)}"
-            if engine is None and (problem := scoring_problem(schema, output, in_order, kinds, files, wanted)):
+            if engine is None and (problem := scoring_problem(schema, output, kinds, files, wanted)):
                 return f"{where}: {problem}"
     return None
 
 
 def scoring_problem(
-    schema: Schema, folder: Path, rows: list[Row], kinds: dict[str, pa.DataType], files: list[Path], wanted: Reference
+    schema: Schema, folder: Path, kinds: dict[str, pa.DataType], files: list[Path], wanted: Reference
 ) -> str | None:
-    """Return how ids of scoring differ from the reference's."""
+    """Return how ids of scoring differ from the reference's; histories are in mappings and frames, not in the files."""
     encoder = Encoder(schema, folder)
+    rows = wanted.rows
     expected = [{name: wanted.encode(row, name) for name in schema.feature_names} for row in rows]
     names = list(dict.fromkeys(encoder.columns))
-    ways: list[tuple[str, Iterator[Any] | list[Any]]] = [
-        ("mappings", [rows]),
-        ("DataFrame", [frame(rows, kinds)]),
-        ("file", (piece for path in files for piece in _pieces(path, schema, names))),
-    ]
+    own = {**kinds, **dict.fromkeys(wanted.made, pa.list_(pa.string()))}
+    ways: list[tuple[str, Iterator[Any] | list[Any]]] = [("mappings", [rows]), ("DataFrame", [frame(rows, own)])]
+    if not wanted.made:
+        ways.append(("file", (piece for path in files for piece in _pieces(path, schema, names))))
     for way, pieces in ways:
         found: list[Row] = []
         for piece in pieces:
