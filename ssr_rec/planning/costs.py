@@ -5,17 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec.distributed.planner.types import CollectiveType, GeneralizedCommsBandwidth
 
+from ssr_rec.embeddings.histories import History
 from ssr_rec.embeddings.tables import ExtraTables, Tables
 from ssr_rec.model.build import build_dense
 from ssr_rec.model.ctr_model import DenseArch
+from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.planning.cases import Case
 from ssr_rec.planning.hardware import Hardware, Precision
+from ssr_rec.sequences.base import SequenceEncoder
 
 ID_BYTES = 8
 FLOAT_BYTES = 4
@@ -34,7 +38,7 @@ PROBE_ROWS = (64, 128)
 
 @dataclass(frozen=True)
 class DenseCost:
-    """Says what the over-arch and heads cost.
+    """Says what the encoders of sequences, the over-arch and heads cost.
 
     Attributes:
         parameters: trainable.
@@ -59,40 +63,73 @@ def extra_tables(case: Case) -> ExtraTables:
 
 def dense_cost(case: Case) -> DenseCost:
     """Count the real over-arch: its parameters and FLOPs, and what autograd keeps of a forward pass."""
+    encoders = [_encoder_cost(case, *pair) for pair in HistoryFields(case.reading, case.config.embeddings).pairs()]
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("ignore")
         dense = build_dense(case.config, case.schema)
         few, many = (_kept_bytes(dense, rows, case.config.train.bf16) for rows in PROBE_ROWS)
+        few, many = (kept + sum(cost.kept[at] for cost in encoders) for at, kept in enumerate((few, many)))
         heads = sum(2 * p.numel() for p in dense.heads.parameters() if p.dim() > 1)
         per_row = (many - few) / (PROBE_ROWS[1] - PROBE_ROWS[0])
         return DenseCost(
             parameters=sum(p.numel() for p in dense.parameters() if p.requires_grad),
             buffer_bytes=sum(b.nbytes for b in dense.buffers()),
-            matmul_flops=dense.over_arch.flops().matmul + heads,
+            matmul_flops=dense.over_arch.flops().matmul + heads + sum(cost.matmul_flops for cost in encoders),
             activation_bytes=per_row,
             fixed_bytes=max(0.0, few - per_row * PROBE_ROWS[0]),
         )
 
 
 def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
-    """Return bytes that autograd keeps of one forward pass, parameters and buffers apart."""
-    own = {t.untyped_storage()._cdata for t in [*dense.parameters(), *dense.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = tensor
-        return tensor
-
     over_arch = dense.over_arch
     widths = [over_arch.in_features, *(sum(dims) for dims in over_arch.extra_tables.values())]
     inputs = [torch.empty(rows, width, requires_grad=True) for width in widths]
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+    kept = _Kept([*dense.parameters(), *dense.buffers()])
+    with kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         features = over_arch(*inputs)
         dense.heads(features if isinstance(features, Tensor) else features[0])
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return kept.bytes
+
+
+class _EncoderCost(NamedTuple):
+    """Says what an encoder costs: products of one row, and bytes kept of each of ``PROBE_ROWS``."""
+
+    matmul_flops: int
+    kept: list[int]
+
+
+def _encoder_cost(case: Case, history: History, encoder: SequenceEncoder) -> _EncoderCost:
+    """Count an encoder on rows that all have the mean number of events; what it does depends on their lengths."""
+    length = max(1, round(case.lengths.get(history.columns[0].name, 1.0)))
+    kept_bytes = []
+    for rows in PROBE_ROWS:
+        events = torch.zeros(rows * length, encoder.event_dim, requires_grad=True)
+        target = torch.zeros(rows, encoder.target_dim, requires_grad=True) if history.targets else None
+        ages = torch.zeros(rows * length) if history.age is not None else None
+        kept = _Kept([*encoder.parameters(), *encoder.buffers()])
+        with kept:
+            encoder(events, torch.full((rows,), length), target, ages)
+        kept_bytes.append(kept.bytes)
+    return _EncoderCost(encoder.flops(length).matmul, kept_bytes)
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Adds up, while it is entered, the bytes that autograd keeps, those of ``own`` tensors apart."""
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        self.own = {tensor.untyped_storage()._cdata for tensor in own}
+        self.sizes: dict[int, UntypedStorage] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.own:
+            self.sizes[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.sizes.values())
 
 
 def state_bytes(optimizer: str, rows: int, columns: int) -> int:

@@ -11,7 +11,10 @@ import pytest
 from ssr_rec.config.run import load_config
 from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.plan_file import plan_of, write_plan
+from ssr_rec.model.build import build_dense
+from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.planning.cases import Case, RowLookups, make_world
+from ssr_rec.planning.costs import dense_cost
 from ssr_rec.planning.hardware import load_hardware
 from ssr_rec.planning.remedies import Planned, plan_case, try_remedies
 from tests.jobs import train_job
@@ -68,6 +71,18 @@ def test_row_wise_is_the_remedy_of_a_history_table_too_large_for_a_rank() -> Non
     remedy = next(remedy for remedy in try_remedies(planned) if remedy.name == "row-wise")
     assert remedy.settings.startswith("--sharding.types=[table_wise, column_wise, row_wise]")
     assert remedy.planned is not None and remedy.planned.fits and ways(remedy.planned)["item"] == "row_wise"
+
+
+def test_encoders_are_in_the_dense_part() -> None:
+    """Products as the encoder counts them at the mean length; of DIN, an event more keeps at least its hidden units."""
+    case = make_case()
+    longer = replace(case, lengths={**LENGTHS, "clicked_item": 6.0})
+    dense = build_dense(case.config, case.schema)
+    [(_, encoder)] = HistoryFields(case.reading, case.config.embeddings).pairs()
+    heads = 2 * 32
+    assert dense_cost(case).matmul_flops == dense.over_arch.flops().matmul + heads + encoder.flops(3).matmul
+    more = dense_cost(longer).activation_bytes - dense_cost(case).activation_bytes
+    assert 3 * 36 * 4 <= more <= 3 * 36 * 4 * 8
 
 
 @pytest.mark.slow
