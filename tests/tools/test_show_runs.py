@@ -1,6 +1,8 @@
 """The command line of tools/show_runs.py."""
 
 import importlib.util
+import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,44 @@ def test_a_missing_or_unfinished_run_is_one_line_and_exit_code_2(show_runs, runs
 def test_a_picture_that_cannot_be_written_is_one_line_and_exit_code_2(show_runs, runs, capsys):
     assert show_runs.main([str(runs / "mlp"), "--plot", str(runs / "nowhere" / "runs.png")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+class Page(HTMLParser):
+    """What a browser would show and fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.fetched: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.fetched += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
+
+
+def test_one_page_has_it_all_and_fetches_nothing(show_runs, runs, capsys):
+    report = json.loads((runs / "mlp" / "report.json").read_text())
+    report |= {"warnings": ["test click: <b>bad</b>"], "seconds": 90.0, "versions": {"torch": "2.13.0"}, "steps": 1234}
+    write_json(runs / "mlp" / "report.json", report)
+    (runs / "mlp" / "config.yaml").write_text("name: <i>mlp</i>\n")
+    (runs / "mlp" / "importance.png").write_bytes(b"\x89PNG of another tool")
+    assert show_runs.main([str(runs / "mlp"), str(runs / "ssr_s"), "--html", str(runs / "page.html")]) == 0
+    page = Page((runs / "page.html").read_text())
+    assert not page.open and not {"b", "i", "script", "link"} & page.tags
+    assert {".7100", ".7200", ".7600", "1m30s", "2.13.0", "1,234"} <= set(page.cells)
+    # The comparison, the curves of both, and the other picture in the folder.
+    assert len(page.fetched) == 4 and all(one.startswith("data:image/png;base64,") for one in page.fetched)
+    assert show_runs.main([str(runs / "mlp"), "--html", str(runs / "nowhere" / "page.html")]) == 2
+    assert capsys.readouterr().err.startswith("show_runs: ")
