@@ -32,11 +32,20 @@ def send_logs(write: Callable[[str], None] | None) -> None:
     logger.setLevel(logging.NOTSET if write is None else logging.INFO)
 
 
+def _says_something(record: logging.LogRecord) -> bool:
+    """Return whether a line of the root logger, which TorchRec's planner uses, is more than chatter.
+
+    It warns of every table that is kept whole on every rank, as such a table has no sharding to check.
+    """
+    return not record.getMessage().startswith("Sharding spec not found for ")
+
+
 def quiet() -> None:
     """Keep the libraries' start-up chatter out of the progress lines, and other ranks' lines out of rank 0's."""
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_says_something)
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger(ROOT).setLevel(logging.ERROR)
