@@ -115,7 +115,7 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             validation: rows that are not trained on: their share, of which one half chooses the best evaluation and
                 the other is the test of ``report_``; or a frame like X for both halves; or two frames. None: .2 of the
                 rows, drawn as ``tools/prepare_data.py`` draws them, or what ``split`` says.
-            spec: every other key of a table's spec (docs/data.md): ``lists``, ``ignore``, ``group_id``, ``split``,
+            **spec: every other key of a table's spec (docs/data.md): ``lists``, ``ignore``, ``group_id``, ``split``,
                 ``min_count``, ``hash_buckets``, ...
 
         Raises:
