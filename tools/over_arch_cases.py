@@ -33,7 +33,7 @@ from ssr_rec.kernels.reference import ics_reference, view_fusion_reference
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.over_archs.choice import OverArchConfig
 from ssr_rec.over_archs.filters import IcsFilter
-from ssr_rec.over_archs.registry import OVER_ARCHS
+from ssr_rec.over_archs.registry import build_over_arch
 from ssr_rec.over_archs.ssr import SSRLayer
 from ssr_rec.over_archs.ssr_settings import SSRConfig
 
@@ -96,7 +96,7 @@ def over_arch_case(config: OverArchConfig, fields: int, dim: int, batch: int, tr
 def build(config: OverArchConfig, fields: int, dim: int) -> OverArch:
     """Return the over-arch for one task, with the same weights every time."""
     torch.manual_seed(0)
-    return OVER_ARCHS[config.name](fields, dim, 1, config)
+    return build_over_arch(fields, dim, 1, config)
 
 
 def make_step(
