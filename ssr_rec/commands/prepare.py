@@ -26,7 +26,7 @@ from ssr_rec.data.schema import Schema
 
 SETTLED = (
     *("spec", "seed", "ratios", "time_column", "boundaries", "days", "fit_days"),
-    *("min_count", "num_buckets", "hash_buckets", "hash_min_count", "spread_ids", "max_list_length"),
+    *("negatives", "min_count", "num_buckets", "hash_buckets", "hash_min_count", "spread_ids", "max_list_length"),
 )
 """Options that a dataset was made with, and rows added later follow."""
 
@@ -93,7 +93,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Read, TableSpec]:
         read, spec = PRESETS[options.preset].read, PRESETS[options.preset].spec
     changes: dict[str, Any] = {
         name: value
-        for name in ("min_count", "num_buckets", "hash_buckets", "hash_min_count", "spread_ids")
+        for name in ("negatives", "min_count", "num_buckets", "hash_buckets", "hash_min_count", "spread_ids")
         if (value := getattr(options, name)) is not None
     }
     if options.max_list_length is not None:
@@ -156,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--boundaries", nargs=2, metavar=("A", "B"), help="train < A <= validation < B <= test")
     parser.add_argument("--days", metavar="COLUMN", help="split by the days in this column, for day-by-day training")
     parser.add_argument("--fit-days", type=int, metavar="N", help="days that fit vocabularies and ranges (default 1)")
+    parser.add_argument(
+        "--negatives", type=float, metavar="SHARE", help="keep this share of the negative training rows (default 1)"
+    )
     parser.add_argument("--min-count", type=int, help="training occurrences that earn a value an id (default 6)")
     parser.add_argument("--num-buckets", type=int, help="buckets of a numeric column (default 64)")
     parser.add_argument("--hash-buckets", type=int, metavar="N", help="hash every column instead of a vocabulary")

@@ -127,6 +127,7 @@ class Schema(Settings):
     sequences: list[EventSequence] = Field(default_factory=list)
     labels: list[Column] = Field(min_length=1)
     group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
+    negatives: float = Field(1.0, gt=0, le=1, description="share of the negative training rows that was kept")
     splits: dict[str, Split]
     days: Days | None = Field(None, description="None: the splits are train, validation and test")
     additions: list[Addition] = Field(default_factory=list, description="in the order they were made")
@@ -135,6 +136,8 @@ class Schema(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
+        if self.negatives < 1 and len(self.labels) > 1:
+            raise UserError("negatives: below 1 there can be one label alone")
         _refuse_repeated("names", [*self.feature_names, *self.labels, GROUP_COLUMN])
         check_vocabularies(self.features)
         check_sequences(self.sequences, self.features)
@@ -225,6 +228,8 @@ class Schema(Settings):
         for key in ("days", "additions", "shard_ids", "sequences"):
             if not values[key]:  # so that programs from before there were any read it
                 del values[key]
+        if self.negatives == 1:
+            del values["negatives"]
         text = json.dumps({**values, CHECKSUM_KEY: _checksum(values)}, indent=1)
         (folder / SCHEMA_FILE).write_text(text + "\n")
 

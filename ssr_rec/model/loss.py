@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,17 +22,21 @@ class TrainTask(nn.Module):
 
     Args:
         task_weights: weight of each task's mean cross-entropy in the loss, in label order; scaled to sum to 1.
+        negatives: share of the negative rows that training sees. Of such rows the odds are ``1 / negatives`` times
+            those of all, so the loss is of the logits plus ``-log(negatives)``, and the logits themselves are of all.
     """
 
-    def __init__(self, model: CTRModel, task_weights: list[float]) -> None:
+    def __init__(self, model: CTRModel, task_weights: list[float], negatives: float = 1.0) -> None:
         super().__init__()
         self.model = model
+        self.shift = -math.log(negatives)
         self.loss = WeightedCrossEntropy(task_weights)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         logits = self.model(batch.sparse)
-        loss = self.loss(logits, batch.labels) / batch.global_rows
+        sampled = logits + self.shift if self.training and self.shift else logits
+        loss = self.loss(sampled, batch.labels) / batch.global_rows
         return loss * self.world_size, (loss.detach(), logits.detach(), batch.labels, batch.group_ids)
 
 

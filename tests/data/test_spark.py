@@ -69,6 +69,13 @@ def same(tmp_path: Path, inputs: list[Path], spec: TableSpec, read: Read = read_
     return schema
 
 
+def test_down_sampled_rows_are_the_same(tmp_path):
+    split = {"type": "time", "column": "day", "boundaries": ["2024-01-12", "2024-01-16"]}
+    spec = spec_with(split=split, negatives=0.3)
+    schema = same(tmp_path, [write_parquet(make_rows(900), tmp_path / "log.parquet")], spec, seed=3)
+    assert schema.negatives == 0.3 and schema.splits["train"].num_rows < 400
+
+
 def refusal(inputs: list[Path], output: Path, spec: TableSpec, **options: Any) -> str:
     before = sorted(output.parent.rglob("*"))
     with pytest.raises(ValueError) as raised:

@@ -39,6 +39,7 @@ from ssr_rec.data.preparation.split import (
     with_order,
     with_split,
     with_time,
+    without_some_negatives,
 )
 from ssr_rec.data.schema import SPLITS
 
@@ -62,6 +63,11 @@ class SplitPlan:
     def rows(self, columns: Sequence[str]) -> Table:
         """Return some columns with ``ORDER`` and ``SPLIT``; only those, since wide expressions are slow to compile."""
         spec = self.spec
+        if spec.negatives < 1:
+            whole = replace(self, spec=spec.model_copy(update={"negatives": 1.0}))
+            label = spec.labels[0]
+            rows = without_some_negatives(whole.rows([*dict.fromkeys([*columns, label])]), label, spec.negatives)
+            return rows if label in columns else rows.drop(label)
         if isinstance(spec.split, DaySplit):
             return self.log.rows([*columns, ORDER, SPLIT])
         if not isinstance(spec.split, TimeSplit):
@@ -123,6 +129,8 @@ def count_splits(plan: SplitPlan) -> dict[str, dict[str, int]]:
                 f"the {split} split is empty: {sum(line['rows'] for line in found)} rows, split rule "
                 f"{spec.split.model_dump_json(exclude_none=True)}; change --ratios or --boundaries, or give more rows"
             )
+    if spec.negatives < 1 and by_split["train"]["label0"] == by_split["train"]["rows"]:
+        raise UserError(f"negatives={spec.negatives}: no negative row is left to train on; keep more of them")
     return {split: by_split[split] for split in plan.splits}
 
 

@@ -168,7 +168,7 @@ def _schema(
     """Return the schema, the shards of its splits still missing."""
     spec = plan.spec
     preparation = {**preparation, VALUES_KEY: VALUES, **spec.model_dump(mode="json", exclude={"name"})}
-    for key in ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences"):
+    for key in ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences", "negatives"):
         if preparation[key] == TableSpec.model_fields[key].get_default(call_default_factory=True):
             del preparation[key]  # so that the dataset_id is that of before there was such a key
     shared = vocabulary_of(spec)
@@ -190,6 +190,7 @@ def _schema(
         sequences=[sequence.event_sequence(name) for name, sequence in spec.sequences.items()],
         labels=spec.labels,
         group_id=spec.group_id,
+        negatives=spec.negatives,
         splits=empty_splits(counts, spec.labels),
         days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
         preparation=preparation,

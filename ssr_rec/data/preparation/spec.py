@@ -105,6 +105,9 @@ class TableSpec(Settings):
     ignore: list[str] = Field(default_factory=list)
     group_id: str | None = None
     split: RandomSplit | TimeSplit | DaySplit = Field(default_factory=RandomSplit, discriminator="type")
+    negatives: float = Field(
+        1.0, gt=0, le=1, description="share of the training rows without a positive label that is kept"
+    )
     min_count: int = Field(6, ge=1, description="training occurrences that earn a value an id of its own")
     num_buckets: int = Field(64, ge=1, le=MAX_BUCKETS, description="buckets of a numeric column")
     hash_buckets: int | dict[str, int] = Field(
@@ -151,6 +154,8 @@ class TableSpec(Settings):
                 raise UserError(f"raw_hash: {column!r} is not categorical")
             if isinstance(self.hash_buckets, dict) and column in self.hash_buckets:
                 raise UserError(f"raw_hash: {column!r} is under hash_buckets, too")
+        if self.negatives < 1:
+            _check_negatives(self)
         if self.hash_min_count > 1 and not counts:
             raise UserError(f"hash_min_count: {self.hash_min_count} has no effect without hash_buckets; see min_count")
         return self
@@ -235,6 +240,23 @@ class TableSpec(Settings):
         for column in self.ignore:
             if column not in columns:
                 raise UserError(f"{source}: ignore names {column!r}, no such column{nearest(column, columns)}")
+
+
+def _check_negatives(spec: TableSpec) -> None:
+    """Refuse down-sampling where one shift of the logits would not undo it, or where rows that are left out count.
+
+    Raises:
+        UserError: says why.
+    """
+    problem = None
+    if len(spec.labels) > 1:
+        problem = f"labels {', '.join(spec.labels)}: a row that is negative for one may be kept for another; name one"
+    elif isinstance(spec.split, DaySplit):
+        problem = "the splits are days, which are evaluated, too; split by time"
+    elif spec.histories:
+        problem = f"sequence {next(iter(spec.histories))!r} is made from the log and would miss the rows left out"
+    if problem is not None:
+        raise UserError(f"negatives={spec.negatives}: {problem}, or set negatives to 1")
 
 
 MAX_NAME_BYTES = 200

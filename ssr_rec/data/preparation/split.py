@@ -36,6 +36,7 @@ DECIMAL = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?\z"
 Numbers = bool | Literal["decimal"]
 """Of a column whose values may be numbers in text: True, whole ones throughout; decimal, any; False, it is text."""
 
+_DRAW = "__draw__"
 _BITS = 31
 _MASK = 2**_BITS - 1
 # Odd multipliers with well spread bits: those of lowbias32 and murmur3, cut to 31 bits.
@@ -80,6 +81,20 @@ def with_split(rows: Table, spec: TableSpec) -> Table:
         bounds = [round(share * 2**_BITS) * 2**_BITS for share in (rule.ratios[0], rule.ratios[0] + rule.ratios[1])]
     split = ibis.cases((cut < bounds[0], 0), (cut < bounds[1], 1), else_=2)
     return rows.mutate(**{SPLIT: split.cast("int8")})
+
+
+def without_some_negatives(rows: Table, label: str, share: float) -> Table:
+    """Return ``rows``, which have ``ORDER`` and ``SPLIT``, without ``1 - share`` of the negative ones of training.
+
+    Which ones, the row's place in the shuffle decides: of any engine, file or thread they are the same. Its bits are
+    mixed once more, as a random split has already chosen by them.
+    """
+    place = rows[ORDER] >> _BITS
+    rows = rows.mutate(**{_DRAW: ((place ^ (place >> _SHIFTS[0])) * _MULTIPLIERS[2]) & _MASK})
+    for shift, multiplier in zip(_SHIFTS[1:], _MULTIPLIERS[:2], strict=True):
+        rows = rows.mutate(**{_DRAW: ((rows[_DRAW] ^ (rows[_DRAW] >> shift)) * multiplier) & _MASK})
+    drawn = (rows[_DRAW] ^ (rows[_DRAW] >> 16)) < round(share * 2**_BITS)
+    return rows.filter((rows[SPLIT] != 0) | (rows[label] == 1) | drawn).drop(_DRAW)
 
 
 def _moments(rows: Table, rule: TimeSplit) -> list[Any]:
