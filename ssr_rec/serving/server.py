@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import uvicorn
@@ -19,8 +20,10 @@ from fastapi import FastAPI, Request, Response
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.heap import keep_freed_memory
+from ssr_rec.common.plain_values import canonical_json
+from ssr_rec.serving.artifact import MANIFEST_FILE
 from ssr_rec.serving.scorer import Scorer, load
-from ssr_rec.serving.server_batcher import Batcher, Busy, TooLate, Waiting
+from ssr_rec.serving.server_batcher import Batcher, Busy, Closed, TooLate, Waiting
 from ssr_rec.serving.server_description import describe
 from ssr_rec.serving.server_metrics import FOLDER, ServerMetrics
 from ssr_rec.serving.server_requests import ARROW, JSON, TooLarge, read_request, write_answer
@@ -29,6 +32,9 @@ from ssr_rec.serving.server_settings import ServerSettings
 logger = logging.getLogger(__name__)
 SETTINGS = "SSR_REC_SERVER"
 """The environment variable that tells a process of the server its settings, as JSON."""
+
+KEEP_ALIVE_S = 75
+"""So long an idle connection stays open; longer than the 60 s that proxies keep theirs, so that they close first."""
 
 
 class Refused(Exception):
@@ -39,48 +45,90 @@ class Refused(Exception):
         self.status, self.message = status, message
 
 
+class Model(NamedTuple):
+    scorer: Scorer
+    version: str
+    batcher: Batcher
+
+
 class Service:
-    """Answers the requests of one process: reads a body, lets it wait for the scorer, writes the answer."""
+    """Answers the requests of one process: reads a body, lets it wait for the scorer, writes the answer.
 
-    def __init__(self, settings: ServerSettings, scorer: Scorer, version: str) -> None:
-        self.settings, self.scorer, self.version = settings, scorer, version
-        self.metrics = ServerMetrics()
-        self.is_ready = True
-        wait_s = settings.batch_wait_ms / 1000
-        self.batcher = Batcher(scorer, settings.batch_rows, wait_s, settings.queue_rows, self._told)
+    Raises:
+        UserError: see ``ssr_rec.serving.load``.
+    """
 
-    def _told(self, rows: int, requests: int) -> None:
-        self.metrics.batch_rows.observe(rows)
-        self.metrics.batch_requests.observe(requests)
-        self.metrics.queue_rows.set(self.batcher.rows_waiting)
-        self.metrics.tell_values(self.scorer.values)
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings, self.metrics = settings, ServerMetrics()
+        self._seen = stamp_of(settings.artifact)
+        self.model = self._load()
+
+    def _load(self) -> Model:
+        """Return the artifact's model, checked and warm."""
+        scorer = load(str(Path(self.settings.artifact).resolve()))  # of a link, one target throughout
+        warm_up(scorer)
+
+        def told(rows: int, requests: int) -> None:
+            self.metrics.batch_rows.observe(rows)
+            self.metrics.batch_requests.observe(requests)
+            self.metrics.queue_rows.set(self.model.batcher.rows_waiting)
+            self.metrics.tell_values(scorer.values)
+
+        settings = self.settings
+        batcher = Batcher(scorer, settings.batch_rows, settings.batch_wait_ms / 1000, settings.queue_rows, told)
+        self.metrics.models.labels("loaded").inc()
+        return Model(scorer, version_of(scorer), batcher)
+
+    def refresh(self) -> None:
+        """Take the artifact's new model, if it was replaced, and drain the old one; a bad one changes nothing."""
+        stamp = stamp_of(self.settings.artifact)
+        if stamp is None or stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            model = self._load()
+        except (UserError, OSError, RuntimeError) as error:
+            self.metrics.models.labels("refused").inc()
+            logger.error(json.dumps({"event": "model refused", "reason": str(error)[:500]}))
+            return
+        if stamp_of(self.settings.artifact) != stamp:
+            # Replaced again while it was read: its files may be of both.
+            self._seen = None
+            model.batcher.close()
+            return
+        # One assignment: a request is scored by the model that it sees here, and answers with its version.
+        old, self.model = self.model, model
+        logger.info(json.dumps({"event": "model", "from": old.version, "to": model.version}))
+        self._end(old)
 
     def close(self) -> None:
         """Score what waits; then nothing more is taken."""
-        self.is_ready = False
-        self.batcher.close()
-        self.metrics.tell_values(self.scorer.values, now=True)
+        self._end(self.model)
+
+    def _end(self, model: Model) -> None:
+        model.batcher.close()
+        self.metrics.tell_values(model.scorer.values, now=True)
 
     async def predict(self, request: Request) -> Response:
         """Return the answer to a request, whatever becomes of it, and log it without its contents."""
-        came, rows = time.monotonic(), 0
+        came, rows, version = time.monotonic(), 0, self.model.version
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         try:
             if kind not in (JSON, ARROW):
                 raise Refused(415, f"content-type: give {JSON} or {ARROW}")
             body = await self._body(request)
             came = time.monotonic()
-            rows, answer = await self._answer(kind, body, came)
-            response = Response(answer, media_type=kind, headers={"x-model": self.version})
+            rows, version, answer = await self._answer(kind, body, came)
+            response = Response(answer, media_type=kind, headers={"x-model": version})
         except Refused as refused:
             again = {"retry-after": "1"} if refused.status in (429, 503) else {}
             body = json.dumps({"error": refused.message}).encode()
-            response = Response(body, refused.status, media_type=JSON, headers={"x-model": self.version, **again})
+            response = Response(body, refused.status, media_type=JSON, headers={"x-model": version, **again})
         seconds = time.monotonic() - came
         self.metrics.requests.labels(str(response.status_code)).inc()
         self.metrics.seconds.observe(seconds)
         event = {"event": "predict", "status": response.status_code, "kind": kind[:100], "rows": rows}
-        logger.info(json.dumps({**event, "ms": round(1000 * seconds, 3), "model": self.version}))
+        logger.info(json.dumps({**event, "ms": round(1000 * seconds, 3), "model": version}))
         return response
 
     async def _body(self, request: Request) -> bytes:
@@ -96,14 +144,24 @@ class Service:
             parts.append(part)
         return b"".join(parts)
 
-    async def _answer(self, kind: str, body: bytes, came: float) -> tuple[int, bytes]:
+    async def _answer(self, kind: str, body: bytes, came: float) -> tuple[int, str, bytes]:
+        """Return the rows, the version of the model that scored them, and the answer's body."""
         try:
             found = read_request(kind, body, self.settings.max_rows)
             waiting = Waiting(found.encode, found.rows, came + self.settings.timeout_s)
-            self.batcher.submit(waiting)
+            while True:
+                model = self.model
+                try:
+                    model.batcher.submit(waiting)
+                    break
+                except Closed:
+                    if model is self.model:  # the server ends
+                        raise Refused(503, "the server is about to end") from None
             probabilities = await asyncio.wrap_future(waiting.answer)
         except TooLarge as error:
             raise Refused(413, str(error)) from None
+        except Refused:
+            raise
         except Busy:
             raise Refused(429, "too many rows wait; try again later, or elsewhere") from None
         except TooLate:
@@ -114,7 +172,7 @@ class Service:
             # The message may have values of rows in it.
             logger.error(json.dumps({"event": "fault", "type": type(error).__name__}))
             raise Refused(500, "a fault of the server's own; its log has the type") from None
-        return found.rows, write_answer(kind, self.version, probabilities)
+        return found.rows, model.version, write_answer(kind, model.version, probabilities)
 
 
 def make_app(settings: ServerSettings) -> FastAPI:
@@ -129,12 +187,14 @@ def make_app(settings: ServerSettings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(settings.threads)
         keep_freed_memory()
-        service = Service(settings, load(settings.artifact), version_of(settings.artifact))
-        warm_up(service.scorer)
+        service = Service(settings)
         services.append(service)
+        watch = asyncio.create_task(_watch(service)) if settings.reload_s else None
         try:
             yield
         finally:
+            if watch is not None:
+                watch.cancel()
             services.clear()
             service.close()
 
@@ -150,7 +210,7 @@ def make_app(settings: ServerSettings) -> FastAPI:
         if not services:
             response.status_code = 503
             return {"status": "not ready"}
-        return {"status": "ready", "model": services[0].version}
+        return {"status": "ready", "model": services[0].model.version}
 
     async def metrics() -> Response:
         return Response(services[0].metrics.text(), media_type="text/plain; version=0.0.4")
@@ -172,9 +232,24 @@ def warm_up(scorer: Scorer) -> None:
         scorer.score_arrays(*scorer.encoder.encode([{}]))
 
 
-def version_of(artifact: str) -> str:
-    """Return what answers call the model: the first digits of its manifest's digest."""
-    return str(json.loads((Path(artifact) / "artifact.json").read_text())["sha256"])[:12]
+async def _watch(service: Service) -> None:
+    while True:
+        await asyncio.sleep(service.settings.reload_s)
+        await asyncio.to_thread(service.refresh)
+
+
+def version_of(scorer: Scorer) -> str:
+    """Return what answers call the model: the first digits of a digest of its manifest."""
+    return hashlib.sha256(canonical_json(scorer.manifest.model_dump(mode="json"))).hexdigest()[:12]
+
+
+def stamp_of(artifact: str) -> tuple[int, int] | None:
+    """Return what changes when an artifact is replaced, None where there is none at the moment."""
+    try:
+        found = (Path(artifact) / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def app_of_process() -> FastAPI:
@@ -202,6 +277,7 @@ def serve(settings: ServerSettings) -> None:
             host=settings.host,
             port=settings.port,
             workers=settings.workers,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(settings.drain_s),
             access_log=False,
             log_level="warning",

@@ -21,6 +21,10 @@ class Busy(Exception):
     """Too many rows wait; the client should try again later."""
 
 
+class Closed(Exception):
+    """The batcher takes nothing more; another model's may."""
+
+
 class TooLate(Exception):
     """A request was not scored in time."""
 
@@ -74,9 +78,12 @@ class Batcher:
 
         Raises:
             Busy: too many rows wait already. One that is larger than the queue may wait alone.
+            Closed: the batcher was closed.
         """
         with self._changed:
-            if self._closed or (self._waiting and self._rows + request.rows > self.queue_rows):
+            if self._closed:
+                raise Closed
+            if self._waiting and self._rows + request.rows > self.queue_rows:
                 raise Busy
             self._waiting.append(request)
             self._rows += request.rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -43,7 +44,8 @@ class ServerMetrics:
             ["feature", "kind"],
             registry=kept,
         )
-        self._told: dict[str, tuple[int, ...]] = {}
+        self.models = Counter("ssr_rec_models", "Models: loaded, or refused.", ["outcome"], registry=kept)
+        self._told: WeakKeyDictionary[ValueShares, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
         self._next = 0.0
 
     def tell_values(self, values: ValueShares, now: bool = False) -> None:
@@ -51,13 +53,14 @@ class ServerMetrics:
         if not now and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY_S
+        told = self._told.setdefault(values, {})
         for name, found in values.counts().items():
             counts = (found.total, found.missing, found.oov)
-            before = self._told.get(name, (0, 0, 0))
+            before = told.get(name, (0, 0, 0))
             for kind, count, old in zip(KINDS, counts, before, strict=True):
                 if count > old:
                     self._values.labels(name, kind).inc(count - old)
-            self._told[name] = counts
+            told[name] = counts
 
     def text(self) -> bytes:
         """Return the page of metrics, of all processes where they share a folder."""

@@ -19,6 +19,7 @@ import pytest
 import torch
 import uvicorn
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.serving import server
 from ssr_rec.serving.export import export_run
 from ssr_rec.serving.raw_rows import Encoder
@@ -36,10 +37,10 @@ PLAIN = ["number", "text", "flag", "hashed", "small", "price", "count", "last", 
 class SlowScorer(Scorer):
     """A scorer without a compiled program: a sum of sines of the ids, row by row."""
 
-    def __init__(self, encoder: Encoder, schema: Any) -> None:
+    def __init__(self, encoder: Encoder, schema: Any, bias: float = 0.0) -> None:
         self.encoder, self.schema, self.labels = encoder, schema, ["click", "buy"]
         self.values = ValueShares(schema.features, {})
-        self.seconds = 0.0
+        self.bias = bias
         self.calls: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -48,6 +49,7 @@ class SlowScorer(Scorer):
         self.gate.wait(20)
         self.calls.append(ids.shape[1])
         sums = np.sin(ids * np.arange(1, len(ids) + 1)[:, None]).sum(0)
+        sums += self.bias
         for values, offsets in lists:
             sums += [np.cos(values[a:b]).sum() for a, b in pairwise(offsets)]
         return torch.from_numpy(np.stack([sums, -sums / 3], 1).astype(np.float32))
@@ -302,6 +304,51 @@ def test_metrics_and_logs_say_what_happened_without_the_rows(monkeypatch, scorer
     events = [json.loads(record.message) for record in caplog.records]
     assert [(event["status"], event["rows"]) for event in events] == [(200, 2), (400, 0)]
     assert "secret" not in caplog.text
+
+
+def test_models_change_under_load_without_a_failed_or_mixed_answer(monkeypatch, scorer, tmp_path):
+    """Every answer is wholly of the model that it names; a bad artifact changes nothing."""
+    stamp = tmp_path / "artifact.json"
+    stamp.write_text("0")
+    rows = plain_rows(7, 5)
+    opened: list[SlowScorer] = []
+
+    def load_next(_: str) -> SlowScorer:
+        if stamp.read_text() == "bad":
+            raise UserError("damaged")
+        opened.append(SlowScorer(scorer.encoder, scorer.schema, bias=float(len(opened))))
+        return opened[-1]
+
+    monkeypatch.setattr(server, "load", load_next)
+    monkeypatch.setattr(server, "version_of", lambda one: str(one.bias))
+    settings = ServerSettings(artifact=str(tmp_path), threads=2, reload_s=0.02, timeout_s=20.0)
+    found: list[tuple[int, Any]] = []
+    done = threading.Event()
+
+    def ask(client: Client) -> None:
+        while not done.is_set():
+            found.append(client.predict(rows))
+
+    with running(server.make_app(settings)) as (client, _), ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask, client) for _ in range(4)]
+        for number in range(6):
+            time.sleep(0.2)
+            new = tmp_path / "new"
+            new.write_text("bad" if number == 3 else str(number))
+            new.rename(stamp)
+        time.sleep(0.3)
+        done.set()
+        for one in asking:
+            one.result()
+        metrics = client.send("/metrics")[1]
+    versions = {answer["model"] for _, answer in found}
+    assert {status for status, _ in found} == {200} and len(found) > 20 and len(versions) > 2
+    assert 'ssr_rec_models_total{outcome="refused"} 1.0' in metrics
+    for _, answer in found:
+        wanted = next(one for one in opened if str(one.bias) == answer["model"]).predict(rows)
+        for label, values in wanted.items():
+            np.testing.assert_allclose(answer["probabilities"][label], values, atol=1e-6, rtol=0)
+    assert all(not thread.name.startswith("scorer") for thread in threading.enumerate()), "old models are let go"
 
 
 @pytest.mark.slow
