@@ -272,8 +272,8 @@ def test_a_request_that_nobody_waits_for_is_left_out_and_the_next_is_answered(sc
 
 def test_a_stopped_server_answers_what_it_has_accepted(monkeypatch, scorer):
     rows = plain_rows(5, 1)
-    scorer.gate.clear()
     with ThreadPoolExecutor(8) as pool, serving(monkeypatch, scorer, timeout_s=20.0) as (client, listener):
+        scorer.gate.clear()  # now, as a model is warmed up before the server takes requests
         answers = [pool.submit(client.predict, rows) for _ in range(8)]
         time.sleep(0.5)
         listener.should_exit = True
