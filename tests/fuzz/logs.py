@@ -158,7 +158,8 @@ def draw_sequences(r: random.Random, spec: dict[str, Any], rows: list[Row]) -> d
             for row in rows:
                 row["sc"] = r.randrange(3, 12)
     if r.random() < 0.4:
-        columns = r.sample([*spec["categorical"], *spec["numeric"]], r.randrange(1, 3))
+        named = [*spec["categorical"], *spec["numeric"]]
+        columns = r.sample(named, min(len(named), r.randrange(1, 3)))
         where = {"where": "click = 1"} if r.random() < 0.5 else {}
         from_log = {"by": "g", "order": "t", "columns": columns, "age": r.random() < 0.5, **where}
         sequences["made"] = {"from_log": from_log, "max_length": r.randrange(1, 5)}
