@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,23 +32,24 @@ BACKWARD = "autograd::engine::evaluate_function"
 
 def kind_of(event: FunctionEvent) -> str:
     """Return what an operator is for: by its own name, else by the names of those that called it."""
-    at: FunctionEvent | None = event
-    while at is not None:
+    for name in names_outwards(event):
         for kind, names in KINDS:
-            if re.search(names, at.name):
+            if re.search(names, name):
                 return kind
-        at = at.cpu_parent
     # Spans that Python opened round other operators, such as a module's forward, have no namespace.
     return ELEMENTWISE if "::" in event.name and not event.name.startswith(BACKWARD) else OUTSIDE
 
 
 def is_backward(event: FunctionEvent) -> bool:
+    return any(name.startswith(BACKWARD) for name in names_outwards(event))
+
+
+def names_outwards(event: FunctionEvent) -> Iterator[str]:
+    """Yield the name of an operator, then of the one that called it, and so on."""
     at: FunctionEvent | None = event
     while at is not None:
-        if at.name.startswith(BACKWARD):
-            return True
+        yield at.name
         at = at.cpu_parent
-    return False
 
 
 def profile_steps(job: Callable[[int], None], steps: int) -> dict[str, Any]:

@@ -64,25 +64,23 @@ def _check_rows(over_arch: OverArch, inputs: list[Tensor]) -> None:
     for rows in (ROWS, 1, 0):
         features, *logits = _parts(over_arch(*(x[:rows] for x in inputs)))
         shapes = ((rows, over_arch.out_features), (rows, TASKS, over_arch.out_features))
-        _require(features.shape in shapes, f"forward of {rows} rows gives {tuple(features.shape)}, not one of {shapes}")
+        require(features.shape in shapes, f"forward of {rows} rows gives {tuple(features.shape)}, not one of {shapes}")
         for added in logits:
-            _require(added.shape == (rows, TASKS), f"its logits are {tuple(added.shape)}, not ({rows}, {TASKS})")
+            require(added.shape == (rows, TASKS), f"its logits are {tuple(added.shape)}, not ({rows}, {TASKS})")
         for alone, all_of_them in zip((features, *logits), together, strict=True):
-            _require(bool(alone.isfinite().all()), "an output is not finite")
+            require(bool(alone.isfinite().all()), "an output is not finite")
             # Of one row and of none: what a row gives must not depend on the others.
             worst = (alone - all_of_them[:rows]).abs().max().item() if rows else 0.0
-            _require(worst < TOLERANCE, f"in eval mode a row's output depends on the other rows, by {worst:.1e}")
+            require(worst < TOLERANCE, f"in eval mode a row's output depends on the other rows, by {worst:.1e}")
 
 
 def _check_gradients(over_arch: OverArch, inputs: list[Tensor]) -> None:
     inputs = [x.clone().requires_grad_() for x in inputs]
     loss = torch.stack([(part * torch.randn_like(part)).sum() for part in _parts(over_arch(*inputs))]).sum()
     loss.backward()
-    named = [*zip(("x", *over_arch.extra_tables), inputs, strict=True), *over_arch.named_parameters()]
-    for name, tensor in named:
+    for name, tensor in [*zip(("x", *over_arch.extra_tables), inputs, strict=True), *over_arch.named_parameters()]:
         if tensor.requires_grad:
-            _require(tensor.grad is not None, f"{name} gets no gradient, for which other ranks would wait")
-            _require(bool(tensor.grad.isfinite().all()), f"the gradient of {name} is not finite")  # type: ignore[union-attr]
+            require_gradient(name, tensor)
 
 
 def _check_weights(made: Any, inputs: list[Tensor]) -> None:
@@ -90,19 +88,26 @@ def _check_weights(made: Any, inputs: list[Tensor]) -> None:
     wanted = _parts(first(*inputs))
     for source in (again, first):
         same = all(map(torch.equal, _parts(source(*inputs)), wanted))
-        _require(same, "the same seed, weights and rows give another output in eval mode")
+        require(same, "the same seed, weights and rows give another output in eval mode")
     other.load_state_dict(first.state_dict())
     same = all(map(torch.equal, _parts(other(*inputs)), wanted))
-    _require(same, "its state_dict does not hold all that its output depends on; register buffers")
+    require(same, "its state_dict does not hold all that its output depends on; register buffers")
 
 
 def _check_flops(over_arch: OverArch, inputs: list[Tensor]) -> None:
     with FlopCounterMode(display=False) as counter:
         over_arch(*inputs)
     counted, said = counter.get_total_flops() / ROWS, over_arch.flops().matmul
-    _require(counted == said, f"flops() says {said} of matrix products for a sample, torch counts {counted:g}")
+    require(counted == said, f"flops() says {said} of matrix products for a sample, torch counts {counted:g}")
 
 
-def _require(holds: bool, otherwise: str) -> None:
+def require_gradient(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that has no gradient, or one that is not finite."""
+    require(tensor.grad is not None, f"{name} gets no gradient, for which other ranks would wait")
+    require(bool(tensor.grad.isfinite().all()), f"the gradient of {name} is not finite")  # type: ignore[union-attr]
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Say which part of a contract is broken, where it does not hold."""
     if not holds:
         raise AssertionError(otherwise)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssr_rec.over_archs.contract import require, require_gradient
 from ssr_rec.sequences.base import SequenceEncoder
 from ssr_rec.sequences.registry import build_encoder
 from ssr_rec.sequences.settings import CustomEncoderConfig
@@ -45,20 +46,19 @@ def check_encoder(path: str, settings: Mapping[str, Any] | None = None) -> None:
         encoder = made(0).eval()
         together = encoder(*given)
         wanted = (rows, encoder.out_fields * FIELD_DIM)
-        _require(together.shape == wanted, f"forward gives {tuple(together.shape)}, not {wanted}")
-        _require(bool(together.isfinite().all()), "an output is not finite; a history may be empty")
+        require(together.shape == wanted, f"forward gives {tuple(together.shape)}, not {wanted}")
+        require(bool(together.isfinite().all()), "an output is not finite; a history may be empty")
         _check_rows(encoder, given, together)
         other = made(1).eval()
         other.load_state_dict(encoder.state_dict())
-        _require(torch.equal(other(*given), together), "its state_dict does not hold all; register buffers")
+        require(torch.equal(other(*given), together), "its state_dict does not hold all; register buffers")
         trained = made(0)
         loss = (trained(*given) * torch.randn_like(together)).sum()
         if loss.requires_grad:
             loss.backward()
         for name, tensor in trained.named_parameters():
-            _require(tensor.grad is not None, f"{name} gets no gradient, for which other ranks would wait")
-            _require(bool(tensor.grad.isfinite().all()), f"the gradient of {name} is not finite")  # type: ignore[union-attr]
-        _require(encoder.flops(MAX_LENGTH).total >= 0, "flops() is negative")
+            require_gradient(name, tensor)
+        require(encoder.flops(MAX_LENGTH).total >= 0, "flops() is negative")
 
 
 def _check_rows(encoder: SequenceEncoder, given: tuple[Tensor, ...], together: Tensor) -> None:
@@ -68,10 +68,5 @@ def _check_rows(encoder: SequenceEncoder, given: tuple[Tensor, ...], together: T
         part = slice(first, first + length)
         alone = encoder(events[part], lengths[row : row + 1], target[row : row + 1], ages[part])
         worst = (alone - together[row]).abs().max().item()
-        _require(worst < TOLERANCE, f"a row's output depends on the other rows, by {worst:.1e}")
+        require(worst < TOLERANCE, f"a row's output depends on the other rows, by {worst:.1e}")
         first += length
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise AssertionError(otherwise)

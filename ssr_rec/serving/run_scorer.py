@@ -41,11 +41,10 @@ class RunScorer:
     def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
         """Return label -> probabilities (B,) float32 of raw rows, in their order; see ``Scorer.predict``."""
         encoded = self.encoder.encode(rows, first_row)
-        count = encoded.lists[0][1].size - 1 if encoded.lists else encoded.ids.shape[1]
         logits = [torch.empty(0, len(self.labels))]
         with torch.no_grad():
-            for start in range(0, count, ROWS_AT_ONCE):
-                part = slice(start, min(start + ROWS_AT_ONCE, count))
+            for start in range(0, encoded.rows, ROWS_AT_ONCE):
+                part = slice(start, min(start + ROWS_AT_ONCE, encoded.rows))
                 logits.append(self.restored.model(sparse_of(self.restored.schema, encoded, part)))
         probabilities = torch.cat(logits).sigmoid().numpy()
         return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
