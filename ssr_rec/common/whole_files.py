@@ -20,6 +20,11 @@ def new_file(path: Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
+def partial_files(folder: Path) -> list[Path]:
+    """Return the files in ``folder`` that ``new_file`` is writing, or was when its process was killed."""
+    return sorted(folder.glob(".*.partial"))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file whole or not at all: a crash, also of the machine, leaves the old one."""
     with new_file(Path(path)) as work, open(work, "w") as file:

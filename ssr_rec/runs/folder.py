@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.whole_files import write_text
+from ssr_rec.common.whole_files import partial_files, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CONFIG_FILE = "config.yaml"
+JOB_FILE = "job"
+"""Holds the launcher's id of the job, by which a restarted job without a name finds its run folder again."""
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -34,6 +36,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 def create_run_folder(runs: str | Path, name: str | None, stem: str = "run") -> Path:
     """Create ``runs/name``, or ``runs/<stem>-<YYYYmmdd-HHMMSS>`` (local time) without a name. For rank 0.
+
+    A folder that a process was killed in before it had written its config is as good as none.
 
     Raises:
         UserError: the folder has something in it, or cannot be made.
@@ -43,12 +47,18 @@ def create_run_folder(runs: str | Path, name: str | None, stem: str = "run") -> 
         if name is None:
             return _create_timed_folder(runs, stem)
         folder = runs / name
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or _has_more_than_a_start(folder)):
             raise UserError(f"run folder {folder} is not empty; choose another name, resume that run, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs={runs}: cannot make a run folder there: {error.strerror}; give another") from None
     return folder
+
+
+def _has_more_than_a_start(folder: Path) -> bool:
+    """Return whether the folder holds more than what is there before its config: the job's id and unfinished files."""
+    started = {JOB_FILE, *(path.name for path in partial_files(folder))}
+    return any(path.name not in started for path in folder.iterdir())
 
 
 def _create_timed_folder(runs: Path, stem: str) -> Path:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.whole_files import partial_files, write_text
 from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.config.same_run import check_same_run, is_same_job
-from ssr_rec.runs.folder import CONFIG_FILE, create_run_folder
+from ssr_rec.runs.folder import CONFIG_FILE, JOB_FILE, create_run_folder
 from ssr_rec.runs.report import REPORT_FILE, Report, read_report
-
-JOB_FILE = "job"
-"""Holds the launcher's id of the job, by which a restarted job without a name finds its run folder again."""
 
 
 class Opened(NamedTuple):
@@ -54,7 +52,7 @@ def open_run_folder(config: Mapping[str, Any], stem: str, label: str) -> Opened:
     folder = create_run_folder(runs, name, stem)
     lock = _locked(folder)
     if job is not None:
-        (folder / JOB_FILE).write_text(job)
+        write_text(folder / JOB_FILE, job)
     return Opened(folder, False, lock)
 
 
@@ -85,7 +83,7 @@ def finished_report(config: Mapping[str, Any], label: str, of_stage: bool = Fals
 
 
 def _locked(folder: Path) -> int:
-    """Take the folder's lock, which goes with the process, however it ends.
+    """Take the folder's lock, which goes with the process, however it ends; what killed ones left half-written goes.
 
     Raises:
         UserError: another process has it.
@@ -98,6 +96,8 @@ def _locked(folder: Path) -> int:
         raise UserError(
             f"run folder {folder}: another process is training this run; wait for it to end, or choose another --name"
         ) from None
+    for path in partial_files(folder):
+        path.unlink()
     return handle
 
 

@@ -1,6 +1,9 @@
 """A two-process run is killed at random moments; what goes on from there ends as if nothing had happened."""
 
+import os
 import random
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,26 @@ def test_killed_and_resumed_ends_as_if_undisturbed(dataset, tmp_path, undisturbe
         assert report[key] == undisturbed[key]
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
     assert not [path for path in checkpoints.iterdir() if path.name.startswith(".")]
+
+
+def die_before_the_config(rank: int) -> None:
+    rename = os.replace
+
+    def replace(source, target):
+        if Path(target).name == "config.yaml":
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    os.replace = replace
+
+
+def test_killed_before_the_run_folder_had_its_config(dataset, tmp_path, undisturbed):
+    arguments = options(dataset, tmp_path / "runs")
+    codes = Job(arguments, 2, tmp_path, die_before_the_config).wait(60)
+    assert codes[0] == -9
+    assert [path.suffix for path in (tmp_path / "runs" / "run").iterdir()] == [".partial"]
+    assert run_ranks(train_job, 2, arguments)[0]["test"] == undisturbed["test"]
+    assert not list((tmp_path / "runs" / "run").glob(".*"))
 
 
 OPTIMISATION = (

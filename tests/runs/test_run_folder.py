@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.common.whole_files import new_file
 from ssr_rec.config.run import load_config
 from ssr_rec.runs import folder as run_folder
 from ssr_rec.runs.folder import (
@@ -23,6 +24,7 @@ from ssr_rec.runs.folder import (
     write_json,
     write_scalars,
 )
+from ssr_rec.runs.open import open_run_folder
 from ssr_rec.runs.provenance import git_commit, hardware, versions
 from ssr_rec.runs.report import read_report, read_run
 
@@ -37,6 +39,22 @@ def test_create_refuses_a_folder_with_something_in_it(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "report.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'a'))} is not empty; choose another name"):
+        create_run_folder(tmp_path, "a")
+
+
+def test_a_folder_whose_process_was_killed_before_its_config_is_as_good_as_new(tmp_path):
+    config = {"runs": str(tmp_path), "name": "a", "resume": "auto"}
+    (tmp_path / "a").mkdir()
+    with new_file(tmp_path / "a" / "config.yaml") as half:
+        half.write_text("name: ")
+        (tmp_path / "a" / "job").write_text("17 SSR-S")
+        folder, goes_on, lock = open_run_folder(config, "run", "SSR-S")
+        with pytest.raises(ValueError, match="another process is training this run"):
+            open_run_folder(config, "run", "SSR-S")
+        os.close(lock)
+        assert (folder, goes_on, half.exists()) == (tmp_path / "a", False, False)
+        half.touch()  # for new_file to rename
+    with pytest.raises(ValueError, match="is not empty"):
         create_run_folder(tmp_path, "a")
 
 
