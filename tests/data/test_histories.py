@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from ssr_rec.data.preparation.append_days import add
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.preparation.where import parse_where
+from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
+from ssr_rec.serving.export import export_run
 from ssr_rec.serving.raw_rows import Encoder
+from ssr_rec.serving.scorer import load
 from tests.histories import GIVEN, LENGTH, SPEC, decoded, given_log, random_log, raw, write
+from tests.made_run import make_run
 
 
 def expected(log: pd.DataFrame, row: Any, length: int, only_clicks: bool) -> pd.DataFrame:
@@ -120,17 +125,24 @@ def test_times_of_every_kind_have_their_order_and_ages(tmp_path: Path, kind: str
         assert line["clicked_age"] == [min(math.floor(math.log(1 + s) / width), 15) + 1 for s in seconds]
 
 
-def test_raw_rows_are_encoded_as_the_preparation_does(tmp_path: Path) -> None:
-    log = random_log(3)
-    folder = prepared(log, tmp_path)
-    schema = Schema.read(folder)
-    lines, rows = decoded(folder), []
-    for number in lines:
+def rows_with_histories(log: pd.DataFrame, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    """The log's rows as one gives them to be scored: each with its user's earlier events."""
+    rows = []
+    for number in numbers:
         row = log.iloc[number]
         clicks, seen = expected(log, row, LENGTH, True), expected(log, row, 2, False)
         history = {f"clicked_{c}": clicks[c].tolist() for c in ("item", "price", "kind")}
         history |= {"clicked_age": (row.time - clicks.time).tolist(), "seen_item": seen.item.tolist()}
         rows.append({**row.to_dict(), **history})
+    return rows
+
+
+def test_raw_rows_are_encoded_as_the_preparation_does(tmp_path: Path) -> None:
+    log = random_log(3)
+    folder = prepared(log, tmp_path)
+    schema = Schema.read(folder)
+    lines = decoded(folder)
+    rows = rows_with_histories(log, lines)
     encoder = Encoder(schema, folder)
     _, lists = encoder.encode(rows)
     names = [feature.name for feature in schema.features if feature.kind == "list"]
@@ -140,6 +152,28 @@ def test_raw_rows_are_encoded_as_the_preparation_does(tmp_path: Path) -> None:
     rows[5]["clicked_age"] = [1.0, *rows[5]["clicked_age"]]
     with pytest.raises(ValueError, match="row 5: sequence 'clicked': 'clicked_item' has"):
         encoder.encode(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("clicked", "seen"),
+    [
+        ({"name": "transformer", "dim": 16, "num_heads": 2}, {"name": "target_attention"}),
+        ({"name": "hstu", "dim": 16, "num_heads": 2, "bias": "position_age"}, {"name": "din", "hidden": [8]}),
+    ],
+)
+def test_raw_rows_have_the_scores_of_the_prepared_ones_to_the_bit(tmp_path: Path, clicked: Any, seen: Any) -> None:
+    log = random_log(3)
+    folder = prepared(log, tmp_path)
+    encoders = {"clicked": {"encoder": clicked}, "seen": {"encoder": seen}}
+    small = ["--over_arch.name=mlp", "--over_arch.hidden=[8]", "--embeddings.dim=8"]
+    wanted = [*small, f"--sequences={json.dumps(encoders)}"]
+    export_run(make_run(tmp_path / "run", folder, wanted), tmp_path / "artifact")
+    scorer = load(tmp_path / "artifact")
+    batches = Reader(folder, Schema.read(folder), "train", batch_size=64, num_lanes=1).epoch(0)
+    for batch in batches:
+        found = scorer.predict(rows_with_histories(log, batch.group_ids.tolist()))["click"]
+        assert np.array_equal(found, scorer.score(batch.sparse).sigmoid()[:, 0].numpy()) and np.ptp(found) > 0.01
 
 
 @pytest.mark.parametrize(
