@@ -22,6 +22,7 @@ SMALL = {
     "deepfm": ["--over_arch.hidden=[16, 8]"],
     "dcn_v2": ["--over_arch.hidden=[16, 8]"],
     "mmoe": ["--over_arch.expert_hidden=[16]", "--over_arch.tower_hidden=[8]"],
+    "ple": ["--over_arch.expert_hidden=[16]", "--over_arch.tower_hidden=[8]"],
     "autoint": ["--over_arch.num_layers=1", "--over_arch.deep_hidden=[16]"],
     "autofis": ["--over_arch.hidden=[16, 8]"],
     "afn": [

@@ -21,6 +21,7 @@ SIZE_KEYS = {
     "deepfm": "hidden",
     "dcn_v2": "hidden",
     "mmoe": "expert_hidden",
+    "ple": "expert_hidden",
     "autoint": "attention_dim",
     "autofis": "hidden",
     "afn": "hidden",

@@ -35,6 +35,7 @@ _HOMES = {
     "deepfm": ("DeepFM",),
     "mlp": ("MLP",),
     "mmoe": ("MMoE",),
+    "ple": ("PLE",),
     "rankmixer": ("RankMixer",),
     "registry": ("OVER_ARCHS",),
     "settings": (
@@ -44,6 +45,7 @@ _HOMES = {
         "DeepFMConfig",
         "MLPConfig",
         "MMoEConfig",
+        "PLEConfig",
         "RankMixerConfig",
         "WukongConfig",
     ),

@@ -15,6 +15,7 @@ from ssr_rec.over_archs.settings import (
     DeepFMConfig,
     MLPConfig,
     MMoEConfig,
+    PLEConfig,
     RankMixerConfig,
     WukongConfig,
 )
@@ -26,6 +27,7 @@ OverArchConfig = Annotated[
     | DeepFMConfig
     | DCNv2Config
     | MMoEConfig
+    | PLEConfig
     | AutoIntConfig
     | AutoFISConfig
     | AFNConfig

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from ssr_rec.over_archs.base import SOFTMAX_FLOPS, Flops, OverArch, dense_flops
 from ssr_rec.over_archs.layers import Dropout, ViewLinear, init_dense_, make_input_norm
-from ssr_rec.over_archs.settings import MMoEConfig
+from ssr_rec.over_archs.settings import ExpertSettings, MMoEConfig
 
 
 class ReluStacks(nn.Module):
     """Runs V stacks of ReLU layers, each over its own input: (V, B, in) -> (V, B, hidden[-1]); empty: the identity."""
 
-    def __init__(self, num_stacks: int, fan_in: int, hidden: Sequence[int], config: MMoEConfig) -> None:
+    def __init__(self, num_stacks: int, fan_in: int, hidden: Sequence[int], config: ExpertSettings) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             ViewLinear(num_stacks, before, after, config.initializer) for before, after in pairwise([fan_in, *hidden])
@@ -45,7 +45,7 @@ class Experts(nn.Module):
     V times.
     """
 
-    def __init__(self, num_experts: int, fan_in: int, config: MMoEConfig) -> None:
+    def __init__(self, num_experts: int, fan_in: int, config: ExpertSettings) -> None:
         super().__init__()
         width = config.expert_hidden[0]
         self.num_experts = num_experts

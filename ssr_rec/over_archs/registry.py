@@ -15,6 +15,7 @@ from ssr_rec.over_archs.dcn_v2 import DCNv2
 from ssr_rec.over_archs.deepfm import DeepFM
 from ssr_rec.over_archs.mlp import MLP
 from ssr_rec.over_archs.mmoe import MMoE
+from ssr_rec.over_archs.ple import PLE
 from ssr_rec.over_archs.rankmixer import RankMixer
 from ssr_rec.over_archs.settings import CustomOverArchConfig, OverArchSettings
 from ssr_rec.over_archs.ssr import SSR
@@ -26,6 +27,7 @@ OVER_ARCHS: dict[str, type[OverArch]] = {
     "deepfm": DeepFM,
     "dcn_v2": DCNv2,
     "mmoe": MMoE,
+    "ple": PLE,
     "autoint": AutoInt,
     "autofis": AutoFIS,
     "afn": AFN,

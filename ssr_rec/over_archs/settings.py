@@ -122,11 +122,9 @@ class DCNv2Config(OverArchSettings):
         return f"{cross}{' + ' if self.structure == 'parallel' else ', then '}{sizes(self.hidden)}"
 
 
-class MMoEConfig(OverArchSettings):
-    """Configures the multi-gate mixture of experts."""
+class ExpertSettings(OverArchSettings):
+    """Defines what over-archs of experts, gates and towers have."""
 
-    name: Literal["mmoe"] = "mmoe"
-    num_experts: int = Field(default=8, ge=2, description="experts, all of them seen by every task (n in the paper)")
     expert_hidden: Widths = Field(default=[128], min_length=1, description="widths of each expert's ReLU layers")
     tower_hidden: Widths = Field(
         default=[64], description="widths of each task's ReLU layers; empty: the mixtures go to the heads"
@@ -137,11 +135,37 @@ class MMoEConfig(OverArchSettings):
         default="glorot", description="glorot: Glorot uniform, zero bias; torch: nn.Linear's own; fans of one expert"
     )
 
+    def widths_label(self) -> str:
+        """Return the experts' widths, then the towers'."""
+        towers = f" + {'-'.join(map(str, self.tower_hidden))}" if self.tower_hidden else ""
+        return f"{'-'.join(map(str, self.expert_hidden))}{towers}"
+
+
+class MMoEConfig(ExpertSettings):
+    """Configures the multi-gate mixture of experts."""
+
+    name: Literal["mmoe"] = "mmoe"
+    num_experts: int = Field(default=8, ge=2, description="experts, all of them seen by every task (n in the paper)")
+
     @property
     def label(self) -> str:
         """Return experts x their widths, then the towers' widths."""
-        towers = f" + {'-'.join(map(str, self.tower_hidden))}" if self.tower_hidden else ""
-        return f"MMoE {self.num_experts}x{'-'.join(map(str, self.expert_hidden))}{towers}"
+        return f"MMoE {self.num_experts}x{self.widths_label()}"
+
+
+class PLEConfig(ExpertSettings):
+    """Configures progressive layered extraction (Tang et al., RecSys 2020); one level is their CGC."""
+
+    name: Literal["ple"] = "ple"
+    num_levels: int = Field(default=2, ge=1, description="extraction levels, each fed with the mixtures before it")
+    num_task_experts: int = Field(default=2, ge=1, description="experts that one task alone sees, of each task")
+    num_shared_experts: int = Field(default=4, ge=1, description="experts that every task sees")
+
+    @property
+    def label(self) -> str:
+        """Return levels, experts of a task and shared ones x their widths, then the towers' widths."""
+        experts = f"{self.num_task_experts}+{self.num_shared_experts}"
+        return f"PLE {self.num_levels} levels {experts}x{self.widths_label()}"
 
 
 class AutoIntConfig(OverArchSettings):

@@ -103,6 +103,21 @@ CASES: dict[str, dict[str, Any]] = {
         "initializer": "torch",
     },
     "mmoe": {"name": "mmoe", "num_experts": 3, "expert_hidden": [8, 6], "tower_hidden": [5]},
+    "ple": {
+        "name": "ple",
+        "num_task_experts": 1,
+        "num_shared_experts": 2,
+        "expert_hidden": [8, 6],
+        "tower_hidden": [5],
+    },
+    "ple switched": {
+        "name": "ple",
+        "num_levels": 1,
+        "expert_hidden": [8],
+        "tower_hidden": [],
+        "input_norm": "per_dim",
+        "initializer": "torch",
+    },
     "mmoe switched": {
         "name": "mmoe",
         "num_experts": 2,
@@ -249,6 +264,7 @@ def test_num_parameters(case: str) -> None:
 @every_case
 def test_flops_per_sample(case: str) -> None:
     over_arch = build(case).eval()
+    over_arch(*batch(over_arch, 8))  # the counter takes the operators that are there when it is made
     with FlopCounterMode(display=False) as counter:
         over_arch(*batch(over_arch, 8))
     assert over_arch.flops().matmul * 8 == counter.get_total_flops()

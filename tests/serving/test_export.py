@@ -207,7 +207,7 @@ def test_raw_rows_of_a_drawn_log_are_its_ids(made, dataset):
 
 
 EXPORTED = [
-    *("ssr-d", "mlp switched", "deepfm", "dcn_v2 switched", "mmoe", "autoint", "autofis many pairs switched"),
+    *("ssr-d", "mlp switched", "deepfm", "dcn_v2 switched", "mmoe", "ple", "autoint", "autofis many pairs switched"),
     *("afn+", "wukong", "rankmixer"),
 ]
 
