@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +121,7 @@ def run_comparison(
                     free.append(process.core)
                     _finish(comparison, process, workers, clock, say)
         finally:
-            _stop(running)
+            stop_trainings([process.popen for process in running])
 
 
 def report_of_job(folder: Path, config: RunConfig, plan: Plan) -> Report | None:
@@ -199,13 +199,22 @@ class Clock:
         return self.seconds / self.runs * jobs_left / min(self.workers, max(1, jobs_left))
 
 
-@contextmanager
-def on_core(core: int) -> Iterator[None]:
-    """Let processes that are started inside run on this core, from their first instruction on."""
+def start_training(
+    command: Sequence[str], config_file: Path, log: Path, cores: Collection[int], lock: int
+) -> subprocess.Popen[bytes]:
+    """Start a training of its own: on these cores from its first instruction on, and holding the lock, an open file."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
-        yield
+        with open(log, "ab") as output:
+            return subprocess.Popen(
+                [*command, "--config", str(config_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
+                pass_fds=(lock,),
+            )
     finally:
         os.sched_setaffinity(0, before)
 
@@ -218,15 +227,8 @@ def _start(comparison: Comparison, job: Job, core: int, command: Sequence[str], 
     config_file = comparison.out / CONFIGS_FOLDER / f"{job.name}.yaml"
     write_text(config_file, dump_config(comparison.plan.config(job, runs)))
     log = comparison.out / LOGS_FOLDER / f"{job.name}.log"
-    with open(log, "wb") as output, on_core(core):
-        popen = subprocess.Popen(
-            [*command, "--config", str(config_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            pass_fds=(lock,),
-        )
+    log.unlink(missing_ok=True)
+    popen = start_training(command, config_file, log, {core}, lock)
     return Process(job, popen, core, log, time.monotonic())
 
 
@@ -251,8 +253,13 @@ def _finish(comparison: Comparison, process: Process, workers: int, clock: Clock
         f"  {duration(seconds)}  eta {duration(eta)}"
     )
     if report is None:
-        tail = process.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        say("\n".join([f"  exit code {process.popen.returncode}; {process.log} ends:", *(f"  | {t}" for t in tail)]))
+        say(how_it_ended(process.popen.returncode, process.log))
+
+
+def how_it_ended(code: int, log: Path) -> str:
+    """Return the exit code of a training without a report and the end of what it said."""
+    tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    return "\n".join([f"  exit code {code}; {log} ends:", *(f"  | {line}" for line in tail)])
 
 
 def _figures(report: Report, metric: str) -> str:
@@ -260,13 +267,14 @@ def _figures(report: Report, metric: str) -> str:
     return f"validation {metric} {', '.join(figures)}  {short_number(report.samples_per_s or math.nan)} samples/s"
 
 
-def _stop(running: Sequence[Process]) -> None:
-    for process in running:
-        process.popen.terminate()
+def stop_trainings(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask trainings to end, which lets them write a checkpoint, and end those that do not in time."""
+    for popen in running:
+        popen.terminate()
     deadline = time.monotonic() + SECONDS_TO_STOP
-    for process in running:
+    for popen in running:
         try:
-            process.popen.wait(max(0.0, deadline - time.monotonic()))
+            popen.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.popen.kill()
-            process.popen.wait()
+            popen.kill()
+            popen.wait()

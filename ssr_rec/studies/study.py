@@ -32,13 +32,13 @@ OWN_KEYS = {"seed": "--seeds", "name": "--out", "runs": "--out", "data.path": "-
 """Keys that differ between the runs of a comparison or are its own, and the option that sets them."""
 
 
-def _distinct(values: list[Any]) -> list[Any]:
+def distinct(values: list[Any]) -> list[Any]:
     if any(value in values[:index] for index, value in enumerate(values)):
         raise UserError(f"a value is listed twice: {values}; every trial must be another run")
     return values
 
 
-Search = dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]]
+Search = dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(distinct)]]
 
 
 class System(Settings):
@@ -216,13 +216,13 @@ def make_plan(
     systems, planned = {}, {}
     for name, system in study.systems.items():
         place = f"{where}: system {name!r}"
-        search = {key: values for key, values in {**study.search, **system.search}.items() if _is_free(key, overrides)}
+        search = {key: values for key, values in {**study.search, **system.search}.items() if is_free(key, overrides)}
         planned[name] = [
-            Trial(settings, _resolve(place, [study.base, system.base], settings, overrides, data))
+            Trial(settings, resolve_point(place, [study.base, system.base], settings, overrides, data))
             for settings in draw_trials(name, search, budget)
         ]
         for trial in planned[name]:
-            _check_with_data(place, trial.config, schema)
+            check_with_data(place, trial.config, schema)
         systems[name] = system.model_copy(update={"base": _shareable(planned[name][0].config), "search": search})
     _check_equal_terms(planned, where)
     return Plan(schema, Study(trials=budget, systems=systems), planned, seeds)
@@ -269,7 +269,7 @@ def choose(study: Study, over_archs: Sequence[str], where: str | Path = "study")
     return study.model_copy(update={"systems": systems})
 
 
-def _is_free(key: str, overrides: Sequence[str]) -> bool:
+def is_free(key: str, overrides: Sequence[str]) -> bool:
     """Return whether no override sets ``key``, a section around it or a key in it."""
     given = [override.removeprefix("--").split("=")[0] for override in overrides]
     return not any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in given)
@@ -296,10 +296,22 @@ def _point(search: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
     return settings
 
 
-def _resolve(
-    where: str, bases: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], overrides: Sequence[str], data: str
+def resolve_point(
+    where: str,
+    bases: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    overrides: Sequence[str],
+    data: str,
+    own: Mapping[str, str] = OWN_KEYS,
 ) -> RunConfig:
-    """Return the run on seed 0 of a point of a grid: bases, the point, the overrides, the later the stronger."""
+    """Return the run of a point of a search: bases, the point, the overrides, the later the stronger.
+
+    Args:
+        own: key that is not the file's to set -> the option that sets it.
+
+    Raises:
+        UserError: one of those keys, or a run that is refused.
+    """
     values: dict[str, Any] = {}
     for base in bases:
         merge(values, base)
@@ -307,14 +319,14 @@ def _resolve(
         put(where, values, key, value)
     for override in overrides:
         apply_override(values, override)
-    for key, option in OWN_KEYS.items():
+    for key, option in own.items():
         if has(values, key):
             raise UserError(f"{where}: {key} is not the study's to set; use {option}")
     put(where, values, "data.path", data)
     return resolve(values, f"{where} with {settings}" if settings else where)
 
 
-def _check_with_data(where: str, config: RunConfig, schema: Schema) -> None:
+def check_with_data(where: str, config: RunConfig, schema: Schema) -> None:
     """Refuse what a run would refuse as soon as it reads the dataset."""
     # Imported here: it starts the whole training stack, which reading a study does not need.
     from ssr_rec.training.setup import check_train_config
