@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from ssr_rec.config.embeddings import EmbeddingsConfig
 from ssr_rec.data.features import Feature, LogBuckets
 from ssr_rec.embeddings.histories import History, Reading, event_vectors
 from ssr_rec.sequences.base import SequenceEncoder
-from ssr_rec.sequences.jagged import Jagged
+from ssr_rec.sequences.jagged import Jagged, Shared
 from ssr_rec.sequences.registry import ENCODERS, build_encoder
 
 
@@ -74,20 +74,31 @@ class HistoryFields(nn.Module):
         fields = {name: self._own(feature, vectors[name], lengths[name]) for name, feature in self.own.items()}
         return fields, self.encode(vectors, ids, lengths)
 
-    def encode(self, vectors: Mapping[str, Tensor], ids: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> Tensor:
+    def encode(
+        self,
+        vectors: Mapping[str, Tensor],
+        ids: Mapping[str, Tensor],
+        lengths: Mapping[str, Tensor],
+        shared: Sequence[Shared] | None = None,
+    ) -> Tensor:
         """Return the encoders' fields (B, sum of D).
 
         Args:
             vectors: feature -> (n, D) of its ids; of the columns of sequences and of their targets.
             ids: feature -> (n,), of ages.
             lengths: feature -> (B,), of the columns of sequences.
+            shared: of each sequence, which history each row has; None: row k has the k-th.
         """
         encoded = []
-        for history, encoder in self.pairs():
+        for at, (history, encoder) in enumerate(self.pairs()):
             events = torch.cat([vectors[column.name] for column in history.columns], dim=1)
             target = torch.cat([vectors[f.name] for f in history.targets], dim=1) if history.targets else None
             ages = None if history.age is None else getattr(self, f"ages_{history.name}")[ids[history.age.name]]
-            encoded.append(encoder(events, lengths[history.columns[0].name], target, ages))
+            of_events = lengths[history.columns[0].name]
+            if shared is None:
+                encoded.append(encoder(events, of_events, target, ages))
+            else:
+                encoded.append(encoder.forward_shared(events, of_events, shared[at], target, ages))
         return torch.cat(encoded, dim=1)
 
     def _own(self, feature: Feature, vectors: Tensor, lengths: Tensor) -> Tensor:

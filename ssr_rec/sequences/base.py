@@ -13,7 +13,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.base import Flops, dense_flops
 from ssr_rec.over_archs.layers import init_dense_
 from ssr_rec.over_archs.settings import Initializer
-from ssr_rec.sequences.jagged import Jagged
+from ssr_rec.sequences.jagged import Jagged, Shared
 
 SIGMOID_FLOPS = 4
 """Negation, exp, addition, division."""
@@ -92,6 +92,17 @@ class SequenceEncoder(nn.Module, ABC):
             ValueError: the shapes do not fit each other, a history is longer than L, or ages or target are missing.
         """
         return self.out(self.encode(*self.check(events, lengths, target, ages)))
+
+    def forward_shared(
+        self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
+    ) -> Tensor:
+        """Map (n, E) and (G,) of G histories, and targets (B, Q) of rows that share them, to (B, m * D).
+
+        It is ``forward`` of every row with its own copy of its history. An encoder that computes something of the
+        events alone overrides this, to do that once a history; this one only spares their lookups.
+        """
+        ages = None if ages is None else ages[shared.events]
+        return self(events[shared.events], lengths[shared.rows], target, ages)
 
     def set_output(self, width: int, initializer: Initializer = "glorot", own_projection: bool = False) -> None:
         """Decide m: a linear layer from ``width`` to ``settings.fields`` fields, or ``width`` as it is.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,18 @@ class Jagged:
         weights = (scores - self.take(top)).exp()
         # A row with events has a total of at least 1, the weight of its top score.
         return weights / self.take(self.sum(weights).clamp_min(1.0)), None
+
+
+class Shared(NamedTuple):
+    """Says which of G histories each of B rows has, where several rows have the same one.
+
+    Attributes:
+        rows: (B,) the history of each row.
+        events: (N,) the event of the G histories that is each of the rows' N events, row by row.
+    """
+
+    rows: Tensor
+    events: Tensor
 
 
 def unpad(padded: Tensor, lengths: Tensor) -> Tensor:

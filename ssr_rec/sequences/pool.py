@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssr_rec.over_archs.base import Flops
 from ssr_rec.sequences.base import SequenceEncoder
-from ssr_rec.sequences.jagged import Jagged
+from ssr_rec.sequences.jagged import Jagged, Shared
 from ssr_rec.sequences.settings import PoolConfig
 
 
@@ -31,6 +31,11 @@ class Pool(SequenceEncoder):
             return padded[torch.where(jagged.lengths > 0, jagged.offsets[1:] - 1, events.shape[0])]
         total = jagged.sum(events)
         return total / jagged.lengths.clamp_min(1).unsqueeze(1) if self.mode == "mean" else total
+
+    def forward_shared(
+        self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
+    ) -> Tensor:
+        return self(events, lengths)[shared.rows]
 
     def weights(
         self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None

@@ -12,7 +12,7 @@ from ssr_rec.over_archs.base import LAYER_NORM_FLOPS, SOFTMAX_FLOPS, Flops, dens
 from ssr_rec.over_archs.layers import Dropout
 from ssr_rec.over_archs.settings import LAYER_NORM_EPS
 from ssr_rec.sequences.base import SequenceEncoder, linear
-from ssr_rec.sequences.jagged import Jagged
+from ssr_rec.sequences.jagged import Jagged, Shared
 from ssr_rec.sequences.settings import TargetAttentionConfig
 
 
@@ -58,10 +58,22 @@ class TargetAttention(SequenceEncoder):
         self.set_output(self.width, settings.initializer, own_projection=True)
 
     def encode(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
+        return self._attend(*self._keys_and_values(events), target, jagged)
+
+    def forward_shared(
+        self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
+    ) -> Tensor:
+        keys, values = (once[shared.events] for once in self._keys_and_values(events))
+        jagged = Jagged.of(lengths[shared.rows], shared.events.shape[0])
+        return self.out(self._attend(keys, values, cast(Tensor, target), jagged))
+
+    def _keys_and_values(self, events: Tensor) -> tuple[Tensor, Tensor]:
         if self.layer_norm:
-            keys, values = self._keys(events), F.linear(events, self.key_value.weight[self.width :])
-        else:
-            keys, values = self.key_value(events).chunk(2, 1)
+            return self._keys(events), F.linear(events, self.key_value.weight[self.width :])
+        keys, values = self.key_value(events).chunk(2, 1)
+        return keys, values
+
+    def _attend(self, keys: Tensor, values: Tensor, target: Tensor, jagged: Jagged) -> Tensor:
         return weighted_sum(self.dropout(self._weights(keys, target, jagged)), values, jagged)
 
     def weights(

@@ -73,6 +73,9 @@ class Manifest(Settings):
     pooling: Literal["mean", "sum"]
     over_arch: dict[str, Any] = Field(description="its config")
     stacks: dict[str, InnerPath] = Field(description="name -> file of its tables")
+    histories: list[list[str]] | None = Field(
+        None, description="list features of each sequence with an encoder; None: a program whose rows share no lists"
+    )
     parity: Parity
     measures: dict[str, dict[str, dict[str, float | None]]] = Field(
         description="eager and artifact -> task -> measure, on the rows of parity"

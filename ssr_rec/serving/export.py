@@ -128,7 +128,9 @@ def _described(restored: Restored, name: str, split: str, tolerance: float) -> d
     parity = Parity(
         split=split, rows=0, max_difference=0, mean_difference=0, max_logit_difference=0, tolerance=tolerance
     )
+    histories = restored.model.dense.histories
     return {
+        "histories": [[c.name for c in history.columns] for history in histories.histories] if histories else [],
         "dataset": restored.schema.model_copy(update={"splits": {}, "ceiling": {}}),
         "pooling": restored.config.embeddings.pooling,
         "over_arch": restored.config.over_arch.model_dump(mode="json"),
@@ -161,26 +163,35 @@ def _copy_vocabularies(schema: Schema, data: Path, folder: Path) -> None:
 
 
 def compile_model(model: ServingModel, tables: list[Tensor], path: Path) -> None:
-    """Run ``torch.export`` for any number of rows, then AOTInductor to ``path``.
+    """Run ``torch.export`` for any number of rows and of lists that they share, then AOTInductor to ``path``.
 
     SSR's own operators stay calls of the C++ library: faster than what the compiler makes of their plain forms.
     """
     layout: Layout = model.layout
-    batch = 7
+    batch, groups = 7, 5
+    rows = Dim("rows", min=1, max=MAX_ROWS)
+    names = {feature: number for number, feature in enumerate(layout.lists)}
+    histories = model.histories.histories if model.histories is not None else ()
+    for history in histories:
+        first, *others = (layout.names.index(column.name) for column in history.columns)
+        names.update(dict.fromkeys(others, names[first]))  # the columns of one sequence have as many lists and ids
+    counts = {name: Dim(f"ids{name}", min=1, max=2**31 - 1) for name in names.values()}
+    lists_of = {name: Dim(f"lists{name}", min=1, max=2**31 - 2) for name in names.values()}
     lists: list[Tensor] = []
     shapes: list[Any] = []
-    rows = Dim("rows", min=1, max=MAX_ROWS)
-    counts = {feature: Dim(f"ids{number}", min=1, max=2**31 - 1) for number, feature in enumerate(layout.lists)}
-    for history in model.histories.histories if model.histories is not None else ():
-        first, *others = (layout.names.index(column.name) for column in history.columns)
-        counts.update(dict.fromkeys(others, counts[first]))  # the columns of one sequence have as many ids each
     for feature in layout.lists:
-        lists += [torch.zeros(2 * batch, dtype=torch.int64), torch.arange(0, 2 * batch + 1, 2)]
-        shapes += [{0: counts[feature]}, {0: rows + 1}]
+        lists += [torch.zeros(2 * groups, dtype=torch.int64), torch.arange(0, 2 * groups + 1, 2)]
+        shapes += [{0: counts[names[feature]]}, {0: lists_of[names[feature]] + 1}]
+    sharing = [torch.zeros(batch, dtype=torch.int64) for _ in layout.lists]
+    sharing += [torch.zeros(2 * batch, dtype=torch.int64) for _ in histories]
+    events = [Dim(f"events{number}", min=1, max=2**31 - 1) for number in range(len(histories))]
+    of_sharing = [{0: dim} for dim in [*[rows] * len(layout.lists), *events]]
     ids = torch.zeros(len(layout.singles), batch, dtype=torch.int64)
     with torch.no_grad():
         program = torch.export.export(
-            model, (ids, lists, tables), dynamic_shapes=({1: rows}, shapes, [None] * len(tables))
+            model,
+            (ids, lists, sharing, tables),
+            dynamic_shapes=({1: rows}, shapes, of_sharing, [None] * len(tables)),
         )
         options = {"cpp.dynamic_threads": True}
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)

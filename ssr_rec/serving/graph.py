@@ -1,7 +1,7 @@
 """Builds the model as it is served: ids to logits in one graph, every lookup of single-valued fields fused into one.
 
 Shapes beside those of ``ssr_rec.over_archs``: ``S`` single-valued features, ``n_l`` ids of list feature l in the whole
-batch, ``R`` rows of a table. Features stand in schema order.
+batch, ``R`` rows of a table. Rows may share lists: a list feature has ``G_l`` of them. Features stand in schema order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ssr_rec.model.ctr_model import CTRModel, DenseArch, joined, logits_of
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.over_archs.filters import StaticRandomFilter
 from ssr_rec.over_archs.ssr import SSR, ViewFusion
+from ssr_rec.sequences.jagged import Shared
 from ssr_rec.serving.quantized_tables import Precision, pack, pooled, stored_as
 
 
@@ -105,7 +106,10 @@ def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str,
 
 
 class ServingModel(nn.Module):
-    """Computes ``forward(ids (S, B), lists [values (n_l,), offsets (B+1,), ...], tables) -> logits (B, T)``.
+    """Computes ``forward(ids (S, B), lists [values (n_l,), offsets (G_l+1,), ..], sharing, tables) -> logits (B, T)``.
+
+    ``sharing`` holds which list each row has, (B,) of each list feature; then, of each sequence with an encoder, which
+    of its events are those of the rows, (N,) (``Shared``). What depends on a list alone is computed once.
 
     The tables are arguments, so that they stay files of their own, mapped into memory.
 
@@ -123,23 +127,28 @@ class ServingModel(nn.Module):
                 rows = [row for i, row in zip(stack.features, stack.first_rows, strict=True) if i in layout.singles]
                 self.register_buffer(f"first_rows_{number}_{place}", torch.tensor(rows, dtype=torch.int64))
 
-    def forward(self, ids: Tensor, lists: list[Tensor], tables: list[Tensor]) -> Tensor:
+    def forward(self, ids: Tensor, lists: list[Tensor], sharing: list[Tensor], tables: list[Tensor]) -> Tensor:
         left = list(tables)
+        of_rows = dict(zip(self.layout.lists, sharing, strict=False))
         inputs, vectors = [], {}
         for number, stacks in enumerate(self.layout.sets):
             pieces = self._embed(number, stacks, ids, lists, left[: len(stacks)])
+            pieces |= {at: pieces[at][rows] for at, rows in of_rows.items() if at not in self.layout.events}
             left = left[len(stacks) :]
             if number == 0:
                 vectors = {self.layout.names[at]: piece for at, piece in pieces.items()}
             inputs.append(torch.cat([pieces[at] for at in sorted(pieces) if at not in self.layout.events], dim=1))
         if self.histories is not None:
-            inputs = joined(inputs, self._encode(vectors, lists, ids.new_zeros(ids.shape[1])), self.extra_of_histories)
+            inputs = joined(inputs, self._encode(vectors, lists, of_rows, sharing), self.extra_of_histories)
         return logits_of(inputs, self.over_arch, self.heads, self.bf16)
 
     def _embed(
         self, number: int, stacks: list[Stack], ids: Tensor, lists: list[Tensor], tables: list[Tensor]
     ) -> dict[int, Tensor]:
-        """Return feature -> its part of one input of the over-arch, (B, D), or the vectors (n_l, D) of its events."""
+        """Return feature -> its part of one input of the over-arch, or the vectors (n_l, D) of its events.
+
+        A part is (B, D), that of a list feature (G_l, D).
+        """
         layout, rows = self.layout, ids.shape[1]
         rank = {feature: place for place, feature in enumerate(layout.singles)}
         pieces: dict[int, Tensor] = {}
@@ -165,14 +174,19 @@ class ServingModel(nn.Module):
                     pieces[feature] = pooled(packed, stack.kind, lists[at] + first_row, lists[at + 1], layout.pooling)
         return pieces
 
-    def _encode(self, vectors: dict[str, Tensor], lists: list[Tensor], none: Tensor) -> Tensor:
-        """Return the encoders' fields (B, sum of D); ``none`` is (B,) zeros."""
+    def _encode(
+        self, vectors: dict[str, Tensor], lists: list[Tensor], of_rows: dict[int, Tensor], sharing: list[Tensor]
+    ) -> Tensor:
+        """Return the encoders' fields (B, sum of D)."""
         assert self.histories is not None
-        places = {self.layout.names[at]: 2 * number for number, at in enumerate(self.layout.lists)}
+        layout, histories = self.layout, self.histories
+        places = {layout.names[at]: 2 * number for number, at in enumerate(layout.lists)}
         ids = {name: lists[at] for name, at in places.items()}
-        # The sum has the rows' own symbol for its size; of a slice's, the exporter asks whether it may be 1.
-        lengths = {name: none + lists[at + 1].diff() for name, at in places.items()}
-        return self.histories.encode(vectors, ids, lengths)
+        lengths = {name: lists[at + 1].diff() for name, at in places.items()}
+        firsts = [layout.names.index(history.columns[0].name) for history in histories.histories]
+        events = sharing[len(layout.lists) :]
+        shared = [Shared(of_rows[first], own) for first, own in zip(firsts, events, strict=True)]
+        return histories.encode(vectors, ids, lengths, shared)
 
 
 class ScoringLayer(nn.Module):

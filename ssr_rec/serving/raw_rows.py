@@ -30,11 +30,13 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """(S, B) int64."""
     lists: list[tuple[np.ndarray, np.ndarray]]
-    """Ids (n,) and offsets (B + 1,) of each list feature, int64."""
+    """Ids (n,) and offsets (G + 1,) of the G lists of each list feature, int64."""
+    of_rows: list[np.ndarray | None]
+    """Which list each row has, (B,) int64, where rows share one; None: row k has the k-th of B."""
 
     @property
     def rows(self) -> int:
-        return self.lists[0][1].size - 1 if self.lists else self.ids.shape[1]
+        return self.ids.shape[1]
 
 
 class Encoder:
@@ -104,7 +106,7 @@ class Encoder:
         except WrongValue as error:
             raise self._located(error, lists, first_row) from None
         self._check_aligned(lengths, first_row)
-        return Encoded(singles, lists)
+        return Encoded(singles, lists, [None] * len(lists))
 
     def _located(self, error: WrongValue, lists: Sequence[tuple[np.ndarray, np.ndarray]], first_row: int) -> UserError:
         """Return what is wrong with a value, by its row and feature."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ssr_rec.data.batch import Batch
 from ssr_rec.kernels import extension
 from ssr_rec.serving.artifact import MODEL_FILE, Manifest, read_manifest
 from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
+from ssr_rec.serving.shared_lists import events_of_rows, flat
 from ssr_rec.serving.value_shares import ValueShares
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,10 @@ class Scorer:
         self._is_list = [feature.kind == "list" for feature in features]
         self._sizes = np.array([f.num_embeddings for f in features if f.kind != "list"], dtype=np.uint64)[:, None]
         self._list_sizes = [f.num_embeddings for f in features if f.kind == "list"]
+        lists = [feature.name for feature in features if feature.kind == "list"]
+        self._shares_lists = manifest.histories is not None
+        self._histories = [lists.index(columns[0]) for columns in manifest.histories or ()]
+        self._each_row = np.arange(MAX_ROWS)
         self._run = torch._C._aoti.AOTIModelPackageLoader(str(folder / MODEL_FILE), "model", False, runners, -1).run
 
     def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
@@ -146,34 +152,40 @@ class Scorer:
         joined = singles[0] if len(singles) == 1 else np.concatenate([*singles, values[:0]])
         return joined.reshape(fields - len(lists), rows), lists
 
-    def score_arrays(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+    def score_arrays(
+        self,
+        ids: np.ndarray,
+        lists: list[tuple[np.ndarray, np.ndarray]],
+        of_rows: Sequence[np.ndarray | None] | None = None,
+    ) -> Tensor:
         """Return logits (B, T).
 
         Args:
             ids: (S, B) int64, of the single-valued features.
-            lists: ids (n,) int64 and offsets (B + 1,) int64 of each list feature.
+            lists: ids (n,) int64 and offsets (G + 1,) int64 of each list feature.
+            of_rows: which of the G lists each row has, (B,) int64, or None for the k-th of B; by default all None.
 
         Raises:
             UserError: an id that the feature does not have, or a process forked from one that has scored.
         """
         check_not_forked()
         self._check_ids(ids, lists)
-        rows = lists[0][1].size - 1 if lists else ids.shape[1]
-        if rows > MAX_ROWS:
-            parts = [
-                self.score_arrays(
-                    np.ascontiguousarray(ids[:, start : start + MAX_ROWS]), [_cut(*one, start) for one in lists]
-                )
-                for start in range(0, rows, MAX_ROWS)
-            ]
-            return torch.cat(parts)
-        if not rows:
+        encoded = Encoded(ids, lists, list(of_rows or [None] * len(lists)))
+        if encoded.rows > MAX_ROWS:
+            return torch.cat([self.score_arrays(*_cut(encoded, at)) for at in range(0, encoded.rows, MAX_ROWS)])
+        if not encoded.rows:
             return torch.empty(0, len(self.labels))
-        inputs = [torch.from_numpy(ids)]
-        for values, offsets in lists:
-            # The program has no graph for no ids at all; one that no row points to changes nothing.
-            inputs += [torch.from_numpy(values if values.size else np.zeros(1, np.int64)), torch.from_numpy(offsets)]
-        return self._run([*inputs, *self._tables])[0]
+        if not self._shares_lists:
+            encoded = flat(encoded)
+        inputs = [ids]
+        for one in encoded.lists:
+            inputs += one
+        if self._shares_lists:
+            inputs += [self._each_row[: encoded.rows] if rows is None else rows for rows in encoded.of_rows]
+            inputs += [events_of_rows(encoded.lists[at][1], encoded.of_rows[at]) for at in self._histories]
+        # The program has no graph for no ids or events at all; one that no row points to changes nothing.
+        filled = [torch.from_numpy(array if array.size else np.zeros(1, np.int64)) for array in inputs[1:]]
+        return self._run([torch.from_numpy(ids), *filled, *self._tables])[0]
 
     def _check_ids(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> None:
         # As unsigned numbers negative ids are too large as well.
@@ -205,10 +217,14 @@ def check_not_forked() -> None:
     _used_in = os.getpid()
 
 
-def _cut(values: np.ndarray, offsets: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lists of ``MAX_ROWS`` rows from ``start`` on."""
-    inner = offsets[start : start + MAX_ROWS + 1]
-    return values[inner[0] : inner[-1]], inner - inner[0]
+def _cut(encoded: Encoded, start: int) -> Encoded:
+    """Return ``MAX_ROWS`` rows from ``start`` on."""
+    part, lists = slice(start, start + MAX_ROWS), []
+    for (values, offsets), rows in zip(encoded.lists, encoded.of_rows, strict=True):
+        inner = offsets[start : start + MAX_ROWS + 1]
+        lists.append((values[inner[0] : inner[-1]], inner - inner[0]) if rows is None else (values, offsets))
+    of_rows = [None if rows is None else rows[part] for rows in encoded.of_rows]
+    return Encoded(np.ascontiguousarray(encoded.ids[:, part]), lists, of_rows)
 
 
 def _mapped(path: Path) -> Tensor:

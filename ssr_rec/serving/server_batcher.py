@@ -153,8 +153,16 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
         return parts[0]
     ids = np.concatenate([part.ids for part in parts], axis=1)
     lists: list[tuple[np.ndarray, np.ndarray]] = []
-    for same in zip(*(part.lists for part in parts), strict=True):
+    of_rows: list[np.ndarray | None] = []
+    for place, same in enumerate(zip(*(part.lists for part in parts), strict=True)):
         sizes = np.cumsum([0, *(offsets[-1] for _, offsets in same)])
         offsets = [(own if at == 0 else own[1:]) + sizes[at] for at, (_, own) in enumerate(same)]
         lists.append((np.concatenate([values for values, _ in same]), np.concatenate(offsets)))
-    return Encoded(ids, lists)
+        shared = [part.of_rows[place] for part in parts]
+        if all(rows is None for rows in shared):
+            of_rows.append(None)
+            continue
+        before = np.cumsum([0, *(len(own) - 1 for _, own in same)])
+        each = [np.arange(part.rows) if rows is None else rows for part, rows in zip(parts, shared, strict=True)]
+        of_rows.append(np.concatenate([rows + first for rows, first in zip(each, before, strict=False)]))
+    return Encoded(ids, lists, of_rows)

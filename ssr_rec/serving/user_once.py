@@ -14,6 +14,8 @@ from ssr_rec.serving.raw_rows import Encoded, Encoder
 def encode_user_once(encoder: Encoder, user: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> Encoded:
     """Return the ids of rows that are ``{**user, **candidate}``, equal to those of ``Encoder.encode``.
 
+    The rows share the lists of the user.
+
     Args:
         user: the columns that all rows share.
 
@@ -41,13 +43,11 @@ def encode_user_once(encoder: Encoder, user: Mapping[str, Any], candidates: Sequ
         place: np.repeat(ids, count) for place, ids in zip(_of(shared, is_list, False), of_user.ids, strict=True)
     }
     singles |= dict(zip(_of(own, is_list, False), of_rows.ids, strict=True))
-    lists = {
-        place: (np.tile(ids, count), np.arange(count + 1, dtype=np.int64) * len(ids))
-        for place, (ids, _) in zip(_of(shared, is_list, True), of_user.lists, strict=True)
-    }
+    lists = dict(zip(_of(shared, is_list, True), of_user.lists, strict=True))
     lists |= dict(zip(_of(own, is_list, True), of_rows.lists, strict=True))
     ids = np.stack([singles[place] for place in sorted(singles)]) if singles else np.empty((0, count), np.int64)
-    return Encoded(ids, [lists[place] for place in sorted(lists)])
+    the_users = [np.zeros(count, np.int64) if place in shared else None for place in sorted(lists)]
+    return Encoded(ids, [lists[place] for place in sorted(lists)], the_users)
 
 
 def _of(places: Sequence[int], is_list: Sequence[bool], wanted: bool) -> list[int]:

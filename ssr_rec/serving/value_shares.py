@@ -35,8 +35,15 @@ class ValueShares:
         self._rows, self._compare_at = 0, ENOUGH
         self._lock = threading.Lock()
 
-    def add(self, ids: np.ndarray, lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
+    def add(
+        self,
+        ids: np.ndarray,
+        lists: Sequence[tuple[np.ndarray, np.ndarray]],
+        of_rows: Sequence[np.ndarray | None] | None = None,
+    ) -> bool:
         """Count the ids (S, B) of single-valued features, and those of lists, as ``Encoder.encode`` returns them.
+
+        What rows share counts for each of them.
 
         Returns:
             whether so many rows have come since the last time that shares are worth comparing.
@@ -46,11 +53,17 @@ class ValueShares:
         new[:singles, 0] = ids.shape[1]
         for place in (0, 1):
             new[:singles, 1 + place] = np.count_nonzero(ids == self._special[:, place, None], axis=1)
-        for row, ((values, _), special) in enumerate(zip(lists, self._list_special, strict=True), start=singles):
-            new[row] = [len(values), *(int(np.count_nonzero(values == one)) for one in special)]
+        sharing = of_rows or [None] * len(lists)
+        for row, (one, shared, special) in enumerate(zip(lists, sharing, self._list_special, strict=True), singles):
+            values, offsets = one
+            if shared is None:
+                new[row] = [len(values), *(int(np.count_nonzero(values == kind)) for kind in special)]
+            else:
+                times = np.bincount(shared, minlength=len(offsets) - 1).repeat(np.diff(offsets))
+                new[row] = [int(times.sum()), *(int(times[values == kind].sum()) for kind in special)]
         with self._lock:
             self._counts += new
-            self._rows += ids.shape[1] if singles else len(lists[0][1]) - 1
+            self._rows += ids.shape[1]
             is_time = self._rows >= self._compare_at
             if is_time:
                 self._compare_at = 2 * self._rows

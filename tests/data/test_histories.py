@@ -144,7 +144,7 @@ def test_raw_rows_are_encoded_as_the_preparation_does(tmp_path: Path) -> None:
     lines = decoded(folder)
     rows = rows_with_histories(log, lines)
     encoder = Encoder(schema, folder)
-    _, lists = encoder.encode(rows)
+    lists = encoder.encode(rows).lists
     names = [feature.name for feature in schema.features if feature.kind == "list"]
     for name, (values, offsets) in zip(names, lists, strict=True):
         wanted = [line[name] for line in lines.values()]

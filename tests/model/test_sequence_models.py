@@ -107,7 +107,9 @@ def test_a_row_alone_and_served_has_the_logits_it_has_in_a_batch(log: Path, enco
     with torch.no_grad():
         logits = model(batch.sparse)
         alone = torch.cat([model(one_row(batch.sparse, row)) for row in range(len(logits))])
-        served = ServingModel(model.dense, layout, False).eval()(*served_inputs(schema, batch), tables)
+        served = ServingModel(model.dense, layout, False).eval()(
+            *served_inputs(schema, batch, model.dense.histories.histories), tables
+        )
     assert logits.std() > 1e-2
     torch.testing.assert_close(alone, logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(served, logits, atol=1e-5, rtol=1e-5)

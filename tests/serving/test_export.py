@@ -18,7 +18,9 @@ from ssr_rec.over_archs.registry import OVER_ARCHS
 from ssr_rec.serving.artifact import read_manifest
 from ssr_rec.serving.export import Compared, export_run
 from ssr_rec.serving.scorer import MAX_ROWS, Scorer, load
+from ssr_rec.serving.shared_lists import flat
 from ssr_rec.serving.trained_model import restore_model
+from ssr_rec.serving.user_once import encode_user_once
 from tests.made_run import make_run
 from tests.over_archs.test_contract import CASES
 from tests.serving.test_restore import JOBS, train_run
@@ -74,6 +76,19 @@ def test_rows_whose_lists_are_all_empty(made):
     with torch.no_grad():
         wanted = restored.model(sparse)
     torch.testing.assert_close(load(artifact).score_arrays(*empty), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_user_beside_candidates_scores_as_the_flat_rows_to_the_bit(made):
+    scorer = load(made[1])
+    rng = np.random.default_rng(0)
+    candidates = [{"item": int(i), "price": int(i) % 8} for i in rng.integers(0, 30, 50)]
+    for history in ([3, 1, 2], []):
+        user = {"user": 7, "history": history, "tags": [5]}
+        once = encode_user_once(scorer.encoder, user, candidates)
+        wanted = scorer.predict([{**user, **one} for one in candidates])
+        for rows in (once, flat(once)):
+            found = scorer.predict_encoded(rows)
+            assert all(found[label].tobytes() == wanted[label].tobytes() for label in scorer.labels)
 
 
 def test_more_rows_than_one_call_takes(made, monkeypatch):

@@ -45,13 +45,14 @@ class SlowScorer(Scorer):
         self.gate = threading.Event()
         self.gate.set()
 
-    def score_arrays(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
+    def score_arrays(self, ids: np.ndarray, lists: Any, of_rows: Any = None) -> torch.Tensor:
         self.gate.wait(20)
         self.calls.append(ids.shape[1])
         sums = np.sin(ids * np.arange(1, len(ids) + 1)[:, None]).sum(0)
         sums += self.bias
-        for values, offsets in lists:
-            sums += [np.cos(values[a:b]).sum() for a, b in pairwise(offsets)]
+        for (values, offsets), rows in zip(lists, of_rows or [None] * len(lists), strict=True):
+            of_lists = np.array([np.cos(values[a:b]).sum() for a, b in pairwise(offsets)])
+            sums += of_lists if rows is None else of_lists[rows]
         return torch.from_numpy(np.stack([sums, -sums / 3], 1).astype(np.float32))
 
 

@@ -1,5 +1,6 @@
 """The served graph, before it is compiled, against the trainer's modules; packed tables against plain formulas."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def config_of(case: dict[str, Any], **embeddings: Any) -> RunConfig:
     return resolve({"over_arch": {**case}, "embeddings": {"dim": 8, **embeddings}}, "test")
 
 
-def served_inputs(schema: Schema, batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What the graph takes, written apart from the scorer: ids by feature, then ids and offsets of each list."""
+def served_inputs(schema: Schema, batch: Any, histories: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """What the graph takes, written apart from the scorer: ids by feature; ids and offsets of each list; who has it."""
     singles, lists = [], []
     for feature in schema.features:
         ids = batch.sparse[feature.name]
@@ -33,7 +34,10 @@ def served_inputs(schema: Schema, batch: Any) -> tuple[torch.Tensor, list[torch.
             singles.append(ids.values())
             continue
         lists += [ids.values(), torch.tensor(np.concatenate([[0], np.cumsum(ids.lengths().numpy())]))]
-    return torch.stack([torch.zeros(len(batch.labels), dtype=torch.int64), *singles])[1:], lists
+    rows = len(batch.labels)
+    events = [torch.arange(len(batch.sparse[history.columns[0].name].values())) for history in histories]
+    sharing = [torch.arange(rows)] * (len(lists) // 2) + events
+    return torch.stack([torch.zeros(rows, dtype=torch.int64), *singles])[1:], lists, sharing
 
 
 def both(dataset: Path, config: RunConfig, precision: Any = "fp32", bf16: bool = False) -> tuple[torch.Tensor, ...]:
