@@ -9,7 +9,8 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import byref, c_double, c_int64, c_void_p
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,11 @@ BYTES, LARGE_BYTES = pa.binary().id, pa.large_binary().id
 TEXTS = {TEXT: 0, LARGE_TEXT: 0, BYTES: 0, LARGE_BYTES: 0, INTEGER: 1, FLOAT: 2}
 BUCKETS = {INTEGER: 3, FLOAT: 4}
 """Type of a column -> the function of ``cpu/value_ids.cpp``."""
+
+
+ARRAYS = ["text", "offsets", "ids"]
+NPY_HEADER = 128
+"""Bytes, at least."""
 
 
 class _TextIds(ctypes.Structure):
@@ -45,6 +51,8 @@ class _Buckets(ctypes.Structure):
 class ValueIndex:
     """Holds the values of a vocabulary and their ids, and finds them by a hash of their text; features may share it.
 
+    It is four arrays, which ``write`` leaves in a folder and ``read`` maps: the pages that are looked at take memory.
+
     Args:
         values: text, or its bytes; of equal ones the last counts.
         ids: (n,) int64.
@@ -61,10 +69,42 @@ class ValueIndex:
         self.offsets = np.frombuffer(offsets, np.int64, len(whole) + 1, whole.offset * 8)
         self.text = np.frombuffer(text if text is not None else b"", np.uint8)
         self.ids = np.ascontiguousarray(ids, dtype=np.int64)
-        # Twice as many slots as values, so that a look is at one or two.
-        self.slots = np.zeros(2 ** max(1, (2 * len(whole)).bit_length()), dtype=np.uint64)
+        # At most three of four are taken, so that a look is at one or two.
+        self.slots = np.zeros(2 ** max(1, (4 * len(whole) // 3).bit_length()), dtype=np.uint64)
         index = _library().ssr_rec_index_values
         index(_at(self.slots), self.slots.size - 1, _at(self.text), _at(self.offsets), len(whole))
+
+    def write(self, folder: Path) -> None:
+        """Write the arrays to a new folder."""
+        folder.mkdir(parents=True)
+        for name in (*ARRAYS, "slots"):
+            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> ValueIndex:
+        """Map the arrays of a folder that ``write`` left.
+
+        Raises:
+            UserError: they are not those of an index of this version; the caller has compared checksums.
+        """
+        index = cls.__new__(cls)
+        try:
+            for name in (*ARRAYS, "slots"):
+                path = folder / f"{name}.npy"
+                # What is empty cannot be mapped.
+                mode: Literal["r"] | None = "r" if path.stat().st_size > NPY_HEADER else None
+                setattr(index, name, np.load(path, mmap_mode=mode, allow_pickle=False))
+            some = np.unique(np.linspace(0, max(0, len(index.ids) - 1), 8).astype(np.int64))[: len(index.ids)]
+            texts = [index.text[index.offsets[at] : index.offsets[at + 1]].tobytes() for at in some]
+            found = np.empty(len(some), np.int64)
+            part = Part.of(pa.array(texts, pa.large_binary()))
+            write_ids([TextIds("vocabulary", -1, -1, False, index)], [part], [_at(found)])
+        except (OSError, EOFError, ValueError, IndexError) as error:
+            raise UserError(f"{folder}: not an index of values: {error}; export the run again") from None
+        # Of values that are there twice the last counts, which may have another id.
+        if (found < 0).any():
+            raise UserError(f"{folder}: an index of another version; export the run again")
+        return index
 
 
 class TextIds:

@@ -1,18 +1,21 @@
 """Writes and reads an artifact folder: what a run's model became to be served, whole and checked.
 
 ``artifact.json`` (the manifest, with the schema and a sha256 of every other file), ``model.pt2`` (the compiled
-program), ``tables/*.npy`` (mappable), ``vocabularies/*.parquet`` (as prepared). The folder is written beside its place
-and renamed. Reading it executes nothing but ``model.pt2``, which is a program: load artifacts you made or trust.
+program), ``tables/*.npy`` (mappable), ``vocabularies/*.parquet`` (as prepared) and ``vocabularies/*.index/`` (the same,
+to be mapped and looked up). The folder is written beside its place and renamed. Reading it executes nothing but
+``model.pt2``, which is a program: load artifacts you made or trust.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -112,10 +115,15 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
         raise UserError(f"{path}: not a manifest of format {FORMAT_VERSION}: {first_problem(error)}") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged: {error}; export the run again") from None
-    for name, (size, digest) in manifest.files.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size or (check_files and sha256_of(file) != digest):
+    files = {folder / name: size_and_digest for name, size_and_digest in manifest.files.items()}
+    for file, (size, _) in files.items():
+        if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{file}: missing or damaged; export the run again")
+    if check_files:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for (file, (_, digest)), found in zip(files.items(), pool.map(sha256_of, files), strict=True):
+                if found != digest:
+                    raise UserError(f"{file}: missing or damaged; export the run again")
     for name in [MODEL_FILE, *manifest.stacks.values()]:
         if name not in manifest.files:
             raise UserError(f"{path}: damaged: {name} is not among its files; export the run again")

@@ -23,6 +23,7 @@ from ssr_rec.metrics.exact import evaluate_predictions
 from ssr_rec.runs.provenance import git_commit, versions
 from ssr_rec.serving.artifact import MODEL_FILE, TABLES_FOLDER, Machine, Manifest, Parity, new_artifact, write_manifest
 from ssr_rec.serving.graph import Layout, ServingModel, make_layout, stacked_tables
+from ssr_rec.serving.id_columns import index_folder, make_index
 from ssr_rec.serving.quantized_tables import Precision
 from ssr_rec.serving.scorer import MAX_ROWS, Scorer
 from ssr_rec.serving.trained_model import Restored, restore_model
@@ -159,7 +160,9 @@ def _copy_vocabularies(schema: Schema, data: Path, folder: Path) -> None:
         if isinstance(feature.encoding, LISTED):
             target = folder / feature.encoding.file
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(data / feature.encoding.file, target)
+            if not target.exists():  # features may share one
+                shutil.copyfile(data / feature.encoding.file, target)
+                make_index(target).write(index_folder(target))
 
 
 def compile_model(model: ServingModel, tables: list[Tensor], path: Path) -> None:

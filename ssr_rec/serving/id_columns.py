@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -83,7 +82,19 @@ def make_to_ids(features: Sequence[Feature], folder: Path, is_canonical: bool = 
     return made
 
 
+def index_folder(path: Path) -> Path:
+    """Return where the index of a vocabulary's file is, in an artifact."""
+    return path.with_suffix(".index")
+
+
 def _read_index(path: Path) -> ValueIndex:
+    if index_folder(path).is_dir():
+        return ValueIndex.read(index_folder(path))
+    return make_index(path)
+
+
+def make_index(path: Path) -> ValueIndex:
+    """Make the index of a vocabulary's file, in memory."""
     table = pq.read_table(source(path), columns=["value", "id"])
     return ValueIndex(table["value"], table["id"].to_numpy())
 
@@ -95,30 +106,12 @@ def write_columns(to_ids: Sequence[ToIds], columns: Sequence[Column], outs: Sequ
         WrongValue: a value of the wrong type, with the column's place.
     """
     parts: dict[int, Part] = {}
-    joined: dict[pa.DataType, list[int]] = {}
     for place, (to, column) in enumerate(zip(to_ids, columns, strict=True)):
-        kind = None if isinstance(column, pa.Array) else _type_of(column)
-        if to.to is None:
-            with _in_column(place):
+        with _in_column(place):
+            if to.to is None:
                 _write_drawn(column, to, outs[place])
-        elif kind is None or kind == pa.bool_() or (to.is_number and kind == pa.large_string()):
-            with _in_column(place):
+            else:
                 parts[place] = Part.of(_plain(column, to))
-        else:
-            joined.setdefault(kind, []).append(place)
-    for kind, places in joined.items():
-        try:
-            # One array for all: to make one costs more than a value in it.
-            whole = Part.of(pa.array(list(chain.from_iterable(columns[place] for place in places)), kind))
-        except NOT_OF_TYPE:
-            for place in places:
-                with _in_column(place):
-                    parts[place] = Part.of(_plain(columns[place], to_ids[place]))
-            continue
-        first = 0
-        for place in places:
-            parts[place] = whole._replace(first=first, rows=len(columns[place]))
-            first += len(columns[place])
     order = list(parts)
     used = [to for to in (to_ids[place].to for place in order) if to is not None]
     wrong = write_ids(used, list(parts.values()), [outs[place].ctypes.data for place in order])

@@ -23,11 +23,12 @@ def encode_user_once(encoder: Encoder, user: Mapping[str, Any], candidates: Sequ
         UserError: a candidate gives a column of the user's again, or see ``Encoder.encode``; the message says whose
             value it is.
     """
+    of_the_user = user.keys() & set(encoder.columns)
     for row, candidate in enumerate(candidates):
-        if both := user.keys() & candidate.keys() & set(encoder.columns):
+        if both := of_the_user & candidate.keys():
             raise UserError(f"row {row}: {min(both)!r} is given for the user and for the candidate; give it once")
-    shared = [place for place, column in enumerate(encoder.columns) if column in user]
-    own = [place for place, column in enumerate(encoder.columns) if column not in user]
+    shared = tuple(place for place, column in enumerate(encoder.columns) if column in user)
+    own = tuple(place for place, column in enumerate(encoder.columns) if column not in user)
     for sequence in encoder.sequences:
         columns = {f.encoding.column for f in encoder.features if f.name in sequence.features}
         if 0 < len(columns & user.keys()) < len(columns):
@@ -36,7 +37,7 @@ def encode_user_once(encoder: Encoder, user: Mapping[str, Any], candidates: Sequ
         of_user = encoder.part(shared).encode([user])
     except UserError as error:
         raise UserError(f"user: {str(error).removeprefix('row 0: ')}") from None
-    of_rows = encoder.part(own).encode(candidates)
+    of_rows = encoder.part(own).encode(list(candidates))
     is_list = [feature.kind == "list" for feature in encoder.features]
     count = len(candidates)
     singles = {

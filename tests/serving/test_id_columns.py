@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssr_rec.data.features import AdmittedHashing, Drawn, Encoding, Feature, Hashing, LogBuckets, RawHash, Vocabulary
-from ssr_rec.serving.id_columns import make_to_ids, write_columns
+from ssr_rec.kernels.value_ids import TextIds, ValueIndex
+from ssr_rec.serving.id_columns import ToIds, index_folder, make_index, make_to_ids, write_columns
 from tests.odd_rows import odd_float, odd_text
 from tests.value_reference import make_to_id
 
@@ -128,5 +129,26 @@ def test_a_large_vocabulary_is_found_whole(tmp_path):
     )
     out = np.empty(100_000, np.int64)
     unknown = [f"user-{i * 7919 + 1}" for i in range(50_000)]
-    write_columns(make_to_ids([feature], tmp_path), [values + unknown], [out])
-    assert out[:50_000].tolist() == list(range(2, 50_002)) and (out[50_000:] == 1).all()
+    for mapped in (False, True):
+        if mapped:
+            make_index(tmp_path / "v.parquet").write(index_folder(tmp_path / "v.parquet"))
+        (to_ids,) = make_to_ids([feature], tmp_path)
+        assert to_ids.to is not None and isinstance(to_ids.to.index.slots, np.memmap) == mapped
+        write_columns([to_ids], [values + unknown], [out])
+        assert out[:50_000].tolist() == list(range(2, 50_002)) and (out[50_000:] == 1).all()
+
+
+def test_a_mapped_index_may_be_empty_and_one_that_does_not_fit_is_refused(tmp_path):
+    ValueIndex(pa.array([], pa.string()), np.empty(0, np.int64)).write(tmp_path / "empty")
+    out = np.empty(1, np.int64)
+    to = ToIds(TextIds("vocabulary", 0, 1, True, ValueIndex.read(tmp_path / "empty")), str)
+    write_columns([to], [["a"]], [out])
+    assert out.tolist() == [1]
+    ValueIndex(pa.array(["a", "b"]), np.array([4, 5])).write(tmp_path / "two")
+    slots = np.load(tmp_path / "two" / "slots.npy")
+    np.save(tmp_path / "two" / "slots.npy", np.roll(slots, 1))
+    with pytest.raises(ValueError, match="two: an index of another version; export the run again"):
+        ValueIndex.read(tmp_path / "two")
+    (tmp_path / "two" / "ids.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="not an index of values"):
+        ValueIndex.read(tmp_path / "two")
