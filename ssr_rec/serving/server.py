@@ -153,6 +153,7 @@ class Service:
                 model = self.model
                 try:
                     model.batcher.submit(waiting)
+                    self.metrics.queue_rows.set(model.batcher.rows_waiting)
                     break
                 except Closed:
                     if model is self.model:  # the server ends

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
@@ -42,10 +43,12 @@ class SlowScorer(Scorer):
         self.values = ValueShares(schema.features, {})
         self.bias = bias
         self.calls: list[int] = []
+        self.begun = 0
         self.gate = threading.Event()
         self.gate.set()
 
     def score_arrays(self, ids: np.ndarray, lists: Any, of_rows: Any = None) -> torch.Tensor:
+        self.begun += 1
         self.gate.wait(20)
         self.calls.append(ids.shape[1])
         sums = np.sin(ids * np.arange(1, len(ids) + 1)[:, None]).sum(0)
@@ -99,6 +102,23 @@ def running(app: Any) -> Iterator[tuple[Client, uvicorn.Server]]:
         listener.should_exit = True
         thread.join(30)
     assert not thread.is_alive()
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def wait_for_requests(listener: uvicorn.Server, count: int) -> None:
+    """Until so many are in the server, however slow the machine."""
+    wait_for(lambda: len(listener.server_state.tasks) >= count)
+
+
+def listens(address: tuple[str, int]) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(address) == 0
 
 
 @contextmanager
@@ -211,12 +231,13 @@ def test_waiting_requests_are_scored_together_and_a_bad_one_alone_is_refused(mon
     rows = plain_rows(60, 9)
     parts: list[Any] = [rows[start : start + 3] for start in range(0, 60, 3)]
     parts[7] = [*parts[7][:2], {"price": "dear"}]
-    with serving(monkeypatch, scorer, batch_rows=32, timeout_s=20.0) as (client, _):
+    with serving(monkeypatch, scorer, batch_rows=32, timeout_s=20.0) as (client, listener):
         scorer.calls.clear()
         scorer.gate.clear()
         with ThreadPoolExecutor(20) as pool:
             answers = [pool.submit(client.predict, part) for part in parts]
-            time.sleep(0.5)
+            wait_for_requests(listener, len(parts))
+            time.sleep(0.2)
             scorer.gate.set()
             found = [answer.result() for answer in answers]
     assert found[7][0] == 400 and "row 2: feature 'price' holds the str 'dear'" in found[7][1]["error"]
@@ -231,17 +252,23 @@ def test_waiting_requests_are_scored_together_and_a_bad_one_alone_is_refused(mon
 
 
 def test_a_full_queue_is_429_and_a_late_answer_503(monkeypatch, scorer):
-    with serving(monkeypatch, scorer, queue_rows=4, timeout_s=0.5) as (client, _):
+    with serving(monkeypatch, scorer, queue_rows=4, timeout_s=2.0) as (client, _):
+
+        def rows_waiting() -> float:
+            lines = client.send("/metrics")[1].splitlines()
+            return float(next(line.split()[1] for line in lines if line.startswith("ssr_rec_queue_rows ")))
+
         scorer.gate.clear()
+        begun = scorer.begun
         with ThreadPoolExecutor(12) as pool:
             first = pool.submit(client.predict, [{}])
-            time.sleep(0.2)  # in the scorer
+            wait_for(lambda: scorer.begun == begun + 1)
             waiting = [pool.submit(client.predict, [{}, {}]) for _ in range(2)]
-            time.sleep(0.2)
+            wait_for(lambda: rows_waiting() == 4)
             refused = [pool.submit(client.send, "/predict", b'{"rows": [{}]}') for _ in range(3)]
             for status, found, headers in [answer.result() for answer in refused]:
                 assert status == 429 and "retry-after" in headers and "too many rows wait" in found["error"]
-            time.sleep(0.5)
+            time.sleep(2.0)
             scorer.gate.set()
             assert first.result()[0] == 200
             assert [answer.result()[0] for answer in waiting] == [503, 503]
@@ -276,11 +303,10 @@ def test_a_stopped_server_answers_what_it_has_accepted(monkeypatch, scorer):
     with ThreadPoolExecutor(8) as pool, serving(monkeypatch, scorer, timeout_s=20.0) as (client, listener):
         scorer.gate.clear()  # now, as a model is warmed up before the server takes requests
         answers = [pool.submit(client.predict, rows) for _ in range(8)]
-        time.sleep(0.5)
+        wait_for_requests(listener, 8)
+        address = listener.servers[0].sockets[0].getsockname()
         listener.should_exit = True
-        time.sleep(0.5)
-        with pytest.raises(OSError):
-            client.predict(rows)
+        wait_for(lambda: not listens(address))
         scorer.gate.set()
         for answer in answers:
             status, found = answer.result()
