@@ -41,6 +41,7 @@ from ssr_rec.runs.table import markdown_table
 from ssr_rec.serving.latency import Requests, drive, poisson_arrivals, summary
 from ssr_rec.serving.scorer import Scorer, load
 from ssr_rec.serving.server_requests import ARROW, JSON
+from ssr_rec.serving.user_once import encode_user_once
 
 Record = dict[str, Any]
 FORMS = ("json", "arrow", "user")
@@ -77,25 +78,37 @@ def bodies(scorer: Scorer, options: argparse.Namespace, form: str) -> list[bytes
 @contextmanager
 def serving(options: argparse.Namespace, batching: str) -> Iterator[int]:
     """Yield the port of a server process, stopped at the end by SIGTERM."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(options.artifact), "--port", str(port)]
     command += ["--workers", str(options.workers), "--timeout-s", str(options.timeout_s)]
     command += ["--queue-rows", str(options.queue_rows), *(["--batch-rows", "1"] if batching == "off" else [])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + START_S
-        while not is_ready(port):
-            if process.poll() is not None or time.monotonic() > until:
-                raise UserError(
-                    f"the server did not start: {process.communicate()[1][-500:] if process.poll() else ''}"
-                )
-            time.sleep(0.2)
+        wait_until_ready(process, port)
         yield port
     finally:
         process.terminate()
         process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_until_ready(process: subprocess.Popen[Any], port: int) -> None:
+    """Wait for a server.
+
+    Raises:
+        UserError: it ended, or takes too long.
+    """
+    until = time.monotonic() + START_S
+    while not is_ready(port):
+        if process.poll() is not None or time.monotonic() > until:
+            written = process.stderr.read() if process.stderr and process.poll() is not None else ""
+            raise UserError(f"the server did not start: {written[-500:]}")
+        time.sleep(0.2)
 
 
 def is_ready(port: int) -> bool:
@@ -148,13 +161,17 @@ def bare(scorer: Scorer, requests: Sequence[bytes], form: str, seconds: float) -
         rows: list[Any] = [pa.ipc.open_stream(body).read_all() for body in requests]
     else:
         found = [json.loads(body) for body in requests]
-        rows = [
-            one["rows"] if "rows" in one else [{**one["user"], **own} for own in one["candidates"]] for one in found
-        ]
-    turns = drive(lambda number: scorer.predict(rows[number % len(rows)]), 20)
-    return summary(
-        [drive(lambda number: scorer.predict(rows[number % len(rows)]), max(20, int(seconds * turns.per_second)))]
-    )
+        rows = [one.get("rows", one) for one in found]
+
+    def score(number: int) -> None:
+        one = rows[number % len(rows)]
+        if form == "user":
+            scorer.predict_encoded(encode_user_once(scorer.encoder, one["user"], one["candidates"]))
+        else:
+            scorer.predict(one)
+
+    turns = drive(score, 20)
+    return summary([drive(score, max(20, int(seconds * turns.per_second)))])
 
 
 def measure(options: argparse.Namespace) -> list[Record]:

@@ -28,6 +28,7 @@ from ssr_rec.serving.server_description import describe
 from ssr_rec.serving.server_metrics import FOLDER, ServerMetrics
 from ssr_rec.serving.server_requests import ARROW, JSON, TooLarge, read_request, write_answer
 from ssr_rec.serving.server_settings import ServerSettings
+from ssr_rec.serving.server_trial import Trial
 
 logger = logging.getLogger(__name__)
 SETTINGS = "SSR_REC_SERVER"
@@ -62,6 +63,7 @@ class Service:
         self.settings, self.metrics = settings, ServerMetrics()
         self._seen = stamp_of(settings.artifact)
         self.model = self._load()
+        self.trial: tuple[Model, Trial] | None = None
 
     def _load(self) -> Model:
         """Return the artifact's model, checked and warm."""
@@ -69,9 +71,11 @@ class Service:
         warm_up(scorer)
 
         def told(rows: int, requests: int) -> None:
+            if self.trial is not None and self.trial[0].batcher is batcher:
+                return  # its requests are counted where they are answered
             self.metrics.batch_rows.observe(rows)
             self.metrics.batch_requests.observe(requests)
-            self.metrics.queue_rows.set(self.model.batcher.rows_waiting)
+            self.metrics.queue_rows.set(batcher.rows_waiting)
             self.metrics.tell_values(scorer.values)
 
         settings = self.settings
@@ -83,19 +87,54 @@ class Service:
         """Take the artifact's new model, if it was replaced, and drain the old one; a bad one changes nothing."""
         stamp = stamp_of(self.settings.artifact)
         if stamp is None or stamp == self._seen:
+            self._judge()
             return
         self._seen = stamp
+        self._end_trial()
         try:
             model = self._load()
         except (UserError, OSError, RuntimeError) as error:
-            self.metrics.models.labels("refused").inc()
-            logger.error(json.dumps({"event": "model refused", "reason": str(error)[:500]}))
+            self._refuse(str(error))
             return
         if stamp_of(self.settings.artifact) != stamp:
             # Replaced again while it was read: its files may be of both.
             self._seen = None
             model.batcher.close()
             return
+        settings = self.settings
+        if settings.trial_rows:
+            limits = (settings.trial_share, settings.trial_rows, settings.trial_difference)
+            self.trial = model, Trial(model.batcher, model.scorer.labels, *limits)
+            logger.info(json.dumps({"event": "trial", "of": model.version, "beside": self.model.version}))
+        else:
+            self._switch(model)
+
+    def _judge(self) -> None:
+        """Let a model on trial take over, or refuse it, once it has scored enough."""
+        if self.trial is None or (problem := self.trial[1].problem()) is None:
+            return
+        model, trial = self.trial
+        differences = {label: round(value, 6) for label, value in trial.differences().items()}
+        logger.info(
+            json.dumps({"event": "trial ended", "of": model.version, "rows": trial.rows, "differences": differences})
+        )
+        if problem:
+            self._end_trial()
+            self._refuse(problem)
+        else:
+            self.trial = None
+            self._switch(model)
+
+    def _refuse(self, reason: str) -> None:
+        self.metrics.models.labels("refused").inc()
+        logger.error(json.dumps({"event": "model refused", "reason": reason[:500]}))
+
+    def _end_trial(self) -> None:
+        if self.trial is not None:
+            (model, _), self.trial = self.trial, None
+            model.batcher.close()
+
+    def _switch(self, model: Model) -> None:
         # One assignment: a request is scored by the model that it sees here, and answers with its version.
         old, self.model = self.model, model
         logger.info(json.dumps({"event": "model", "from": old.version, "to": model.version}))
@@ -103,6 +142,7 @@ class Service:
 
     def close(self) -> None:
         """Score what waits; then nothing more is taken."""
+        self._end_trial()
         self._end(self.model)
 
     def _end(self, model: Model) -> None:
@@ -159,6 +199,8 @@ class Service:
                     if model is self.model:  # the server ends
                         raise Refused(503, "the server is about to end") from None
             probabilities = await asyncio.wrap_future(waiting.answer)
+            if (trial := self.trial) is not None:
+                trial[1].take(found, probabilities)
         except TooLarge as error:
             raise Refused(413, str(error)) from None
         except Refused:

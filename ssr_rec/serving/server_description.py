@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi.responses import PlainTextResponse
+
 from ssr_rec.serving.server_requests import ARROW, JSON
 from ssr_rec.serving.server_settings import ServerSettings
 
-VALUE = {"type": ["string", "number", "boolean", "null", "array"]}
-ROW = {"type": "object", "additionalProperties": VALUE, "description": "columns of the log by name; none is needed"}
+ROW = {
+    "type": "object",
+    "description": "columns of the log by name, none of which is needed: text, numbers, booleans, null, or lists of "
+    "them; what the model has no feature for is ignored",
+}
 ERRORS = {
     400: "not a request, or a value of the wrong type, by row and feature",
     413: "too many bytes or rows",
@@ -24,6 +29,8 @@ def describe(path: str, settings: ServerSettings) -> dict[str, Any]:
     if path != "/predict":
         summaries = {"/health": "Alive", "/ready": "Ready for requests", "/metrics": "Prometheus metrics"}
         described: dict[str, Any] = {"summary": summaries[path]}
+        if path == "/metrics":
+            described["response_class"] = PlainTextResponse
         if path == "/ready":
             described["responses"] = {503: {"description": "not loaded yet, or draining"}}
         return described
@@ -38,7 +45,8 @@ def describe(path: str, settings: ServerSettings) -> dict[str, Any]:
 
 
 def _bodies(max_rows: int) -> dict[str, Any]:
-    rows = {"type": "array", "items": ROW, "maxItems": max_rows}
+    # Not maxItems: more rows are 413, which is documented, and not what a schema's violation answers.
+    rows = {"type": "array", "items": ROW, "description": f"at most {max_rows}"}
     flat = {"type": "object", "required": ["rows"], "additionalProperties": False, "properties": {"rows": rows}}
     once = {
         "type": "object",

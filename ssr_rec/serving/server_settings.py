@@ -20,6 +20,15 @@ class ServerSettings(Settings):
     queue_rows: int = Field(8192, ge=1, description="rows that may wait in a process; beyond it requests get 429")
     timeout_s: float = Field(1.0, gt=0, le=600, description="a request that has waited so long is answered 503")
     reload_s: float = Field(0.0, ge=0, description="so often it is looked whether the artifact was replaced; 0: never")
+    trial_rows: int = Field(
+        0,
+        ge=0,
+        description="a replaced artifact first scores so many rows beside the old one, in each process; 0: none",
+    )
+    trial_share: float = Field(0.1, gt=0, le=1, description="of the requests that it scores meanwhile")
+    trial_difference: float = Field(
+        0.05, ge=0, le=1, description="mean difference of a task's probabilities up to which it then takes over"
+    )
     max_bytes: int = Field(2**24, ge=1, description="of a request's body")
     max_rows: int = Field(8192, ge=1, description="of a request")
     drain_s: float = Field(30.0, gt=0, description="after SIGTERM, for the requests that were accepted")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -376,6 +379,60 @@ def test_models_change_under_load_without_a_failed_or_mixed_answer(monkeypatch, 
         for label, values in wanted.items():
             np.testing.assert_allclose(answer["probabilities"][label], values, atol=1e-6, rtol=0)
     assert all(not thread.name.startswith("scorer") for thread in threading.enumerate()), "old models are let go"
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [(1e-3, None), (3.0, "buy differs by 0."), ("fails", "it failed on a request"), (math.nan, "nan")],
+)
+def test_a_new_model_is_tried_beside_the_old_one_before_it_takes_over(
+    monkeypatch, scorer, tmp_path, caplog, new, reason
+):
+    caplog.set_level("INFO", "ssr_rec.serving.server")
+    stamp, rows = tmp_path / "artifact.json", plain_rows(10, 5)
+    stamp.write_text("0")
+    opened: list[SlowScorer] = []
+
+    def load_next(_: str) -> SlowScorer:
+        bias = 0.0 if not opened else 1.0 if new == "fails" else new
+        opened.append(SlowScorer(scorer.encoder, scorer.schema, bias))
+        if opened[1:] and new == "fails":
+            opened[1].labels = ["click"]
+        return opened[-1]
+
+    monkeypatch.setattr(server, "load", load_next)
+    monkeypatch.setattr(server, "version_of", lambda one: str(opened.index(one)))
+    monkeypatch.setattr(server, "warm_up", lambda one: None)
+    limits = {"trial_rows": 200, "trial_share": 0.5, "trial_difference": 0.01}
+    settings = ServerSettings(artifact=str(tmp_path), threads=2, reload_s=0.02, timeout_s=20.0, **limits)
+    with running(server.make_app(settings)) as (client, _):
+        (tmp_path / "new").write_text("1")
+        (tmp_path / "new").rename(stamp)
+        asked, until = 0, time.monotonic() + 20
+        while "trial ended" not in caplog.text and "refused" not in caplog.text and time.monotonic() < until:
+            status, answer = client.predict(rows)
+            asked += len(rows)
+            assert status == 200
+            if answer["model"] == "0":
+                assert_bits(answer, opened[0].predict(rows))
+        time.sleep(0.2)
+        assert client.predict(rows)[1]["model"] == ("1" if reason is None else "0")
+        assert new == "fails" or asked > 210, "a share of the requests is tried"
+        metrics = client.send("/metrics")[1]
+    assert ('outcome="refused"' in metrics) == (reason is not None) and (reason or "") in caplog.text
+    assert all(not thread.name.startswith("scorer") for thread in threading.enumerate())
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing(monkeypatch, scorer):
+    pytest.importorskip("schemathesis")
+    with serving(monkeypatch, scorer, max_rows=100) as (client, _):
+        url = f"http://127.0.0.1:{client.port}/openapi.json"
+        limits = ["--checks", "all", "--max-examples", "100", "--seed", "1"]
+        command = [sys.executable, "-m", "schemathesis.cli", "run", url, *limits]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-5000:]
+    assert "No issues found" in found.stdout
 
 
 @pytest.mark.slow
