@@ -108,7 +108,7 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
         if not isinstance(values, dict):
             raise UserError("not a mapping")
         checksum = values.pop("sha256", None)
-        if checksum != _digest_of(values):
+        if checksum != digest_of(values):
             raise UserError("its contents do not have its checksum")
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
@@ -157,11 +157,11 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> Manifest:
             files[str(path.relative_to(folder))] = [path.stat().st_size, sha256_of(path)]
     manifest = Manifest.model_validate({**values, "files": files})
     plain = json.loads(json.dumps(manifest.model_dump(mode="json")))
-    write_json(folder / MANIFEST_FILE, {**plain, "sha256": _digest_of(plain)})
+    write_json(folder / MANIFEST_FILE, {**plain, "sha256": digest_of(plain)})
     return manifest
 
 
-def _digest_of(values: dict[str, Any]) -> str:
+def digest_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(values)).hexdigest()
 
 
