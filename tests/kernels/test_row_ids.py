@@ -1,5 +1,6 @@
 """Whole rows turned into ids in C++, against one value at a time in Python; what is not read here is left to others."""
 
+import json
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -117,3 +118,24 @@ def test_what_is_not_common_is_left_to_others(tmp_path: Path) -> None:
     for array in (pa.array(["a"]), pa.array([[[1]]]), pa.array([[1]], pa.list_(pa.int64(), 1))):
         assert listed.of_batch(pa.record_batch({"x": array})) is None
     assert listed.of_dicts([{"x": (7, None)}]).lists[0][1].tolist() == [0, 2]  # type: ignore[union-attr]
+
+
+def test_keys_may_stand_in_any_order_and_be_other_objects(tmp_path: Path) -> None:
+    """Rows like the first one are walked through; all others are asked key by key."""
+    (to, *_) = make_to_ids(encodings(tmp_path), tmp_path, True)
+    names = ["x", "y", "x", "z"]  # two features of one column
+    row_ids = RowIds([FieldOfRow(name, to.to, 50, None) for name in names])
+    draw = random.Random(1)
+    like_the_first: list[Any] = json.loads(json.dumps([{"y": k, "no": [k], "x": -k, "z": str(k)} for k in range(30)]))
+    for rows in (
+        like_the_first,
+        [dict(draw.sample(sorted(row.items(), key=str), draw.randrange(5))) for row in like_the_first],
+        [{}, *like_the_first],
+        [{7: 1, None: 2, "x": 3, ("y",): 4}, *like_the_first],
+        [*like_the_first, {**like_the_first[0], "more": 1}],
+    ):
+        found = row_ids.of_dicts(rows)
+        assert found is not None
+        for name, ids in zip(names, found.singles, strict=True):
+            alone = RowIds([FieldOfRow("v", to.to, 50, None)]).of_dicts([{"v": row.get(name)} for row in rows])
+            assert alone is not None and ids.tolist() == alone.singles[0].tolist()

@@ -16,10 +16,13 @@ void Py_DecRef(PyObject*);
 void PyErr_Clear();
 PyObject* PyErr_Occurred();
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);
+int PyDict_Next(PyObject*, intptr_t*, PyObject**, PyObject**);
+intptr_t PyDict_Size(PyObject*);
 intptr_t PyList_Size(PyObject*);
 PyObject* PyList_GetItem(PyObject*, intptr_t);
 intptr_t PyTuple_Size(PyObject*);
 PyObject* PyTuple_GetItem(PyObject*, intptr_t);
+int PyUnicode_Compare(PyObject*, PyObject*);
 const char* PyUnicode_AsUTF8AndSize(PyObject*, intptr_t*);
 long long PyLong_AsLongLongAndOverflow(PyObject*, int*);
 double PyFloat_AsDouble(PyObject*);
@@ -36,6 +39,62 @@ const PyObject* type_of(PyObject* object) {
 PyObject* value_of(PyObject* row, const Field& field) {
   PyObject* found = PyDict_GetItemWithError(row, static_cast<PyObject*>(field.column));
   return found ? found : &_Py_NoneStruct;
+}
+
+bool is_key(PyObject* key, const Field& field) {
+  PyObject* column = static_cast<PyObject*>(field.column);
+  return key == column || (type_of(key) == &PyUnicode_Type && PyUnicode_Compare(key, column) == 0);
+}
+
+// The values of all fields, row by row. Rows often have the keys of the first one in its order, the same objects: then
+// to walk through a dict takes a fraction of looking for each key.
+std::vector<PyObject*> values_of(PyObject* rows, const Field* fields, int64_t count) {
+  const int64_t num_rows = PyList_Size(rows);
+  std::vector<PyObject*> found(num_rows * count, &_Py_NoneStruct);
+  if (!num_rows) {
+    return found;
+  }
+  PyObject *key, *value;
+  std::vector<PyObject*> keys;
+  for (intptr_t at = 0; PyDict_Next(PyList_GetItem(rows, 0), &at, &key, &value);) {
+    keys.push_back(key);
+  }
+  std::vector<int64_t> places(keys.size(), -1);  // the field of each key, if it has one
+  std::vector<int64_t> others;  // fields that the first row lacks, or of a column that another one has taken
+  size_t at = 0;
+  for (int64_t field = 0; field < count; ++field) {
+    size_t looked_at = 0;
+    // The order is often that of the fields, so that the next key is the one.
+    for (; looked_at < keys.size() && !is_key(keys[at], fields[field]); ++looked_at) {
+      at = at + 1 < keys.size() ? at + 1 : 0;
+    }
+    if (looked_at < keys.size() && places[at] < 0) {
+      places[at] = field;
+    } else {
+      others.push_back(field);
+    }
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    PyObject* dict = PyList_GetItem(rows, row);
+    PyObject** own = found.data() + row * count;
+    const bool is_as_large = PyDict_Size(dict) == static_cast<intptr_t>(keys.size());
+    size_t step = 0;
+    for (intptr_t next = 0; is_as_large && PyDict_Next(dict, &next, &key, &value) && key == keys[step]; ++step) {
+      if (places[step] >= 0) {
+        own[places[step]] = value;
+      }
+    }
+    if (is_as_large && step == keys.size()) {
+      for (const int64_t field : others) {
+        own[field] = value_of(dict, fields[field]);
+      }
+      continue;
+    }
+    for (int64_t field = 0; field < count; ++field) {
+      own[field] = value_of(dict, fields[field]);
+    }
+  }
+  return found;
 }
 
 // Whether a value is text, a number or a boolean; one that is missing has no text.
@@ -176,11 +235,12 @@ int64_t ssr_rec_lengths_of_dicts(PyObject* rows, const Field* fields, int64_t co
 // Writes the ids of each field to its array of `outs`. Returns whether the rows can be read here.
 int64_t ssr_rec_ids_of_dicts(PyObject* rows, const Field* fields, int64_t count, int64_t* const* outs) {
   const int64_t num_rows = PyList_Size(rows);
+  const std::vector<PyObject*> found = values_of(rows, fields, count);
   std::vector<PyObject*> values;
   for (int64_t at = 0; at < count; ++at) {
     values.clear();
     for (int64_t row = 0; row < num_rows; ++row) {
-      PyObject* value = value_of(PyList_GetItem(rows, row), fields[at]);
+      PyObject* value = found[row * count + at];
       if (!fields[at].is_list) {
         values.push_back(value);
         continue;
