@@ -81,17 +81,18 @@ def _read_arrow(body: bytes, max_rows: int) -> Request:
             if _is_compressed(message.metadata.to_pybytes()):
                 raise UserError("compressed buffers are refused, as a small body could fill the memory")
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
-            for field in reader.schema:
-                if not _is_taken(field.type):
+            # Names are decoded here, as one that is no text is refused.
+            for name, kind in zip(reader.schema.names, reader.schema.types, strict=True):
+                if not _is_taken(kind):
                     raise UserError(
-                        f"column {field.name[:100]!r} holds {str(field.type)[:100]}; "
+                        f"column {name[:100]!r} holds {str(kind)[:100]}; "
                         "a request has numbers, booleans, text, dates and lists of them"
                     )
             table = reader.read_all()
         if table.num_rows <= max_rows:
             # Offsets beyond the body would be read as they are.
             table.validate(full=True)
-    except (pa.ArrowException, OSError, struct.error, IndexError) as error:
+    except (pa.ArrowException, OSError, struct.error, IndexError, UnicodeDecodeError) as error:
         raise UserError(f"the body is not an Arrow IPC stream: {' '.join(str(error).split())[:200]}") from None
     return Request(table.num_rows, lambda scorer: scorer.encoder.encode(table))
 

@@ -221,6 +221,7 @@ def test_what_is_no_request_is_refused_by_name(monkeypatch, scorer):
             (stream(table, options=zstd), "compressed buffers are refused"),
             (stream(dictionary), "column 'text' holds dictionary"),
             (broken_offsets(table), "not an Arrow IPC stream"),
+            (stream(table).replace(b"price", b"pric\xe9"), "not an Arrow IPC stream"),
         ]:
             status, found, _ = client.send("/predict", body, ARROW)
             assert (status, message in found["error"]) == (400, True), (message, found)
