@@ -75,11 +75,11 @@ class Service:
                 return  # its requests are counted where they are answered
             self.metrics.batch_rows.observe(rows)
             self.metrics.batch_requests.observe(requests)
-            self.metrics.queue_rows.set(batcher.rows_waiting)
             self.metrics.tell_values(scorer.values)
 
         settings = self.settings
         batcher = Batcher(scorer, settings.batch_rows, settings.batch_wait_ms / 1000, settings.queue_rows, told)
+        batcher.tell_waiting = self.metrics.queue_rows.set
         self.metrics.models.labels("loaded").inc()
         return Model(scorer, version_of(scorer), batcher)
 
@@ -193,7 +193,6 @@ class Service:
                 model = self.model
                 try:
                     model.batcher.submit(waiting)
-                    self.metrics.queue_rows.set(model.batcher.rows_waiting)
                     break
                 except Closed:
                     if model is self.model:  # the server ends

@@ -62,6 +62,7 @@ class Batcher:
     ) -> None:
         self.scorer, self.told = scorer, told
         self.batch_rows, self.wait_s, self.queue_rows = batch_rows, wait_s, queue_rows
+        self.tell_waiting: Callable[[int], None] = lambda rows: None
         self._waiting: deque[Waiting] = deque()
         self._rows = 0
         self._changed = threading.Condition()
@@ -87,6 +88,7 @@ class Batcher:
                 raise Busy
             self._waiting.append(request)
             self._rows += request.rows
+            self.tell_waiting(self._rows)
             self._changed.notify()
 
     def close(self) -> None:
@@ -123,6 +125,7 @@ class Batcher:
                 else:
                     batch.append(request)
                     rows += request.rows
+            self.tell_waiting(self._rows)
             return batch
 
     def _answer(self, batch: Sequence[Waiting]) -> None:
