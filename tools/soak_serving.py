@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from bench_serving import free_port, wait_until_ready
 from inference_cases import read_rows
 from inference_raw import raw_rows
@@ -175,12 +176,12 @@ class Client:
         raise AssertionError
 
 
-def check_fold(options: argparse.Namespace, scorer: Scorer, schema: Schema, port: int) -> dict[str, int]:
+def check_fold(scorer: Scorer, rows: Sequence[dict[str, Any]], port: int) -> dict[str, int]:
     """Send the whole test fold in both forms, one request at a time; return how many values were not equal."""
-    client, rows = Client(port), read_rows(options.data, schema, 2**62)
+    client = Client(port)
     counts = Counter({"rows": len(rows), "values": 0, "different": 0})
     for start in range(0, len(rows), FOLD_ROWS):
-        found = raw_rows(schema, options.artifact, rows, start, min(start + FOLD_ROWS, len(rows)))
+        found = list(rows[start : start + FOLD_ROWS])
         for form in ("json", "arrow"):
             sent = good_request(form, found, [scorer], ())
             status, _, body = client.send(sent)
@@ -255,21 +256,23 @@ def point(link: Path, artifact: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)  # as the server's; beside it, threads that wait for one another spin
     scorers = [load(artifact) for artifact in (options.artifact, options.swap) if artifact]
     schema = Schema.read(options.data).select(scorers[0].schema.feature_names, scorers[0].labels)
-    rows = read_rows(options.data, schema, 20 * GOOD)
+    stored = read_rows(options.data, schema, 2**62)
+    rows = raw_rows(schema, options.artifact, stored, 0, len(stored))
     draw = random.Random(options.seed)
     forms = ["arrow", "json", *(["user"] if options.user_columns else [])]
     requests = []
     for number in range(GOOD):
         start = draw.randrange(len(rows) - 8)
-        found = raw_rows(schema, options.artifact, rows, start, start + draw.randrange(1, 9))
+        found = rows[start : start + draw.randrange(1, 9)]
         requests.append(good_request(forms[number % len(forms)], found, scorers, options.user_columns))
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / "live"
         point(link, options.artifact)
         with serving(options, link) as (port, process):
-            fold = None if options.swap else check_fold(options, scorers[0], schema, port)
+            fold = None if options.swap else check_fold(scorers[0], rows, port)
             record = soak(options, requests, port, process.pid, link)
     return {"fold": fold, **record}
 
