@@ -44,7 +44,7 @@ def remedies_text(remedies: Sequence[Remedy], aim: str = "fit") -> str:
             rows.append([remedy.name, remedy.settings, "cannot be", values["problem"]])
         elif values["fits"]:
             room = f"{values['least_headroom_bytes'] / GIB:.1f} GiB of room on the fullest rank"
-            waits = f"the mean rank waits {100 * values['waiting_share']:.1f} %"
+            waits = f"waiting adds {100 * values['waiting_share']:.1f} %"
             speed = f"{short_number(values['samples_per_s'])} samples/s, step {values['step_ms']:.2f} ms"
             rows.append([remedy.name, remedy.settings, "fits", f"{room if aim == 'fit' else waits}, {speed}"])
         else:
@@ -75,6 +75,7 @@ def what_if_values(worlds: Sequence[Planned], total_rows: float) -> list[dict[st
             row |= {
                 "step_ms": estimate.step.total,
                 "samples_per_s": estimate.samples_per_s,
+                "samples_per_s_range": estimate.samples_range,
                 "efficiency": per_rank / (first.estimate.samples_per_s / first.case.world.size),
                 "days": {f"{rows:g}": estimate.days(rows) for rows in _what_if_rows(total_rows)},
                 "communication_samples_per_s": estimate.communication_samples_per_s,
@@ -120,5 +121,6 @@ def what_if_text(worlds: Sequence[Planned], total_rows: float) -> str:
         f"{case.schema.name} on {case.world.hardware.name} hosts\n"
         + tabulate(rows, head, tablefmt="simple", disable_numparse=True)
         + "\nroom: on the fullest rank. efficiency: samples/s a rank against the first world that fits. comm. bound: "
-        "samples/s if only communication took time.\nEstimates: no GPU was measured. docs/planner.md has the formulas."
+        "samples/s if only communication took time.\n"
+        f"Expect samples/s within {worlds[0].estimate.within:g} times either way: docs/planner.md"
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.planner.types import CollectiveType, GeneralizedCommsBandwidth
 
 from ssr_rec.embeddings.histories import History
@@ -46,6 +47,7 @@ class DenseCost:
         matmul_flops: of one forward pass for one row.
         activation_bytes: kept for the backward pass, per row.
         fixed_bytes: kept whatever the rows.
+        operators: that the host launches in a step, the optimizer's among them where it has one for each parameter.
     """
 
     parameters: int
@@ -53,6 +55,7 @@ class DenseCost:
     matmul_flops: int
     activation_bytes: float
     fixed_bytes: float
+    operators: int
 
 
 def extra_tables(case: Case) -> ExtraTables:
@@ -67,7 +70,9 @@ def dense_cost(case: Case) -> DenseCost:
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("ignore")
         dense = build_dense(case.config, case.schema)
-        few, many = (_kept_bytes(dense, rows, case.config.train.bf16) for rows in PROBE_ROWS)
+        with Operators() as forward:
+            few = _kept_bytes(dense, PROBE_ROWS[0], case.config.train.bf16)
+        many = _kept_bytes(dense, PROBE_ROWS[1], case.config.train.bf16)
         few, many = (kept + sum(cost.kept[at] for cost in encoders) for at, kept in enumerate((few, many)))
         heads = sum(2 * p.numel() for p in dense.heads.parameters() if p.dim() > 1)
         per_row = (many - few) / (PROBE_ROWS[1] - PROBE_ROWS[0])
@@ -77,6 +82,7 @@ def dense_cost(case: Case) -> DenseCost:
             matmul_flops=dense.over_arch.flops().matmul + heads + sum(cost.matmul_flops for cost in encoders),
             activation_bytes=per_row,
             fixed_bytes=max(0.0, few - per_row * PROBE_ROWS[0]),
+            operators=FORWARD_BACKWARD * (forward.operators + sum(cost.operators for cost in encoders)),
         )
 
 
@@ -84,18 +90,33 @@ def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
     over_arch = dense.over_arch
     widths = [over_arch.in_features, *(sum(dims) for dims in over_arch.extra_tables.values())]
     inputs = [torch.empty(rows, width, requires_grad=True) for width in widths]
-    kept = _Kept([*dense.parameters(), *dense.buffers()])
+    kept = Kept([*dense.parameters(), *dense.buffers()])
     with kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         features = over_arch(*inputs)
         dense.heads(features if isinstance(features, Tensor) else features[0])
     return kept.bytes
 
 
+class Operators(TorchDispatchMode):
+    """Counts, while it is entered, the operators that do work: no views, and no memory that is only taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if not (func.is_view or name.startswith("prim::") or "empty" in name or name == "aten::detach"):
+            self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
 class _EncoderCost(NamedTuple):
-    """Says what an encoder costs: products of one row, and bytes kept of each of ``PROBE_ROWS``."""
+    """Says what an encoder costs: products of one row, bytes kept of each of ``PROBE_ROWS``, operators forward."""
 
     matmul_flops: int
     kept: list[int]
+    operators: int
 
 
 def _encoder_cost(case: Case, history: History, encoder: SequenceEncoder) -> _EncoderCost:
@@ -106,14 +127,14 @@ def _encoder_cost(case: Case, history: History, encoder: SequenceEncoder) -> _En
         events = torch.zeros(rows * length, encoder.event_dim, requires_grad=True)
         target = torch.zeros(rows, encoder.target_dim, requires_grad=True) if history.targets else None
         ages = torch.zeros(rows * length) if history.age is not None else None
-        kept = _Kept([*encoder.parameters(), *encoder.buffers()])
-        with kept:
+        kept, forward = Kept([*encoder.parameters(), *encoder.buffers()]), Operators()
+        with kept, forward:
             encoder(events, torch.full((rows,), length), target, ages)
         kept_bytes.append(kept.bytes)
-    return _EncoderCost(encoder.flops(length).matmul, kept_bytes)
+    return _EncoderCost(encoder.flops(length).matmul, kept_bytes, forward.operators)
 
 
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
+class Kept(torch.autograd.graph.saved_tensors_hooks):
     """Adds up, while it is entered, the bytes that autograd keeps, those of ``own`` tensors apart."""
 
     def __init__(self, own: Sequence[Tensor]) -> None:

@@ -69,7 +69,7 @@ class StepTime:
         lookup, all_to_all: of the slowest rank: everybody waits for it.
         dense: products, elementwise work and Adam of the over-arch.
         all_reduce: of the dense gradients, in all; ``exposed_all_reduce`` is what the backward pass does not hide.
-        floor: host time, which the device's work may hide.
+        host: Python and the launching of kernels, beside the device's work but for ``serial_share`` of the shorter.
         waiting: of the mean rank for the slowest, within lookup and all-to-all.
     """
 
@@ -78,8 +78,9 @@ class StepTime:
     dense: float
     all_reduce: float
     exposed_all_reduce: float
-    floor: float
+    host: float
     waiting: float
+    serial_share: float
 
     @property
     def device(self) -> float:
@@ -87,7 +88,15 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return max(self.device, self.floor)
+        return self._with_host(self.device)
+
+    @property
+    def exposed_waiting(self) -> float:
+        """Return what even tables would take off the step: the host's work hides some of what ranks wait."""
+        return self.total - self._with_host(self.device - self.waiting)
+
+    def _with_host(self, device: float) -> float:
+        return max(device, self.host) + self.serial_share * min(device, self.host)
 
     @property
     def bound(self) -> str:
@@ -98,7 +107,7 @@ class StepTime:
             "dense compute": self.dense,
             "all-reduce": self.exposed_all_reduce,
         }
-        return "host (small step)" if self.floor > self.device else max(parts, key=lambda name: parts[name])
+        return "host (small step)" if self.host > self.device else max(parts, key=lambda name: parts[name])
 
 
 @dataclass(frozen=True)
@@ -108,16 +117,23 @@ class Estimate:
     Attributes:
         memory, time: per rank.
         batch_size: rows of a global batch.
+        within: times that ``samples_per_s`` may be off, up or down.
     """
 
     memory: list[RankMemory]
     time: list[RankTime]
     step: StepTime
     batch_size: int
+    within: float
 
     @property
     def samples_per_s(self) -> float:
         return self.batch_size / self.step.total * 1000
+
+    @property
+    def samples_range(self) -> tuple[float, float]:
+        """Return the least and the most samples/s to expect."""
+        return self.samples_per_s / self.within, self.samples_per_s * self.within
 
     @property
     def imbalance(self) -> float:
@@ -127,8 +143,8 @@ class Estimate:
 
     @property
     def waiting_share(self) -> float:
-        """Return the share of the step that the mean rank spends waiting for the slowest."""
-        return self.step.waiting / self.step.total
+        """Return the share of the step that waiting for the slowest rank's tables adds."""
+        return self.step.exposed_waiting / self.step.total
 
     @property
     def is_unbalanced(self) -> bool:
@@ -147,6 +163,7 @@ class Estimate:
         return {
             "batch_size": self.batch_size,
             "samples_per_s": self.samples_per_s,
+            "samples_per_s_range": self.samples_range,
             "imbalance": self.imbalance,
             "waiting_share": self.waiting_share,
             "unbalanced": self.is_unbalanced,
@@ -168,7 +185,18 @@ def estimate_plan(case: Case, found: Found, dense: DenseCost) -> Estimate:
     columns = sum(options[0].tensor.shape[1] for options in found.alternatives.values())
     memory = rank_memory(case, found.options, fixed_bytes(case, dense, columns))
     time = rank_time(case, found.options)
-    return Estimate(memory, time, step_time(case, dense, time), case.config.train.batch_size)
+    host = host_time(case, found.options, dense)
+    step = step_time(case, dense, time, host)
+    return Estimate(memory, time, step, case.config.train.batch_size, case.world.hardware.assumptions.within)
+
+
+def host_time(case: Case, options: list[ShardingOption], dense: DenseCost) -> float:
+    """Return the milliseconds that a rank's host is busy in a step, whatever the rows."""
+    assumed = case.world.hardware.assumptions
+    ways = len({(option.sharding_type, option.compute_kernel) for option in options})
+    small = assumed.host_table_us * len(options) + assumed.host_operator_us * dense.operators
+    busy = assumed.host_step_ms + assumed.host_way_ms * ways + small / 1000
+    return max(assumed.step_floor_ms, busy / assumed.host_speed)
 
 
 def rank_memory(case: Case, options: list[ShardingOption], fixed: FixedBytes) -> list[RankMemory]:
@@ -218,7 +246,7 @@ def rank_time(case: Case, options: list[ShardingOption]) -> list[RankTime]:
     return sums
 
 
-def step_time(case: Case, dense: DenseCost, ranks: list[RankTime]) -> StepTime:
+def step_time(case: Case, dense: DenseCost, ranks: list[RankTime], host: float) -> StepTime:
     world, config = case.world, case.config
     hardware = world.hardware
     assumed = hardware.assumptions
@@ -242,8 +270,9 @@ def step_time(case: Case, dense: DenseCost, ranks: list[RankTime]) -> StepTime:
         dense=products_ms + elementwise_ms + adam_ms,
         all_reduce=all_reduce,
         exposed_all_reduce=max(0.0, all_reduce - assumed.allreduce_overlap * backward),
-        floor=assumed.step_floor_ms,
+        host=host,
         waiting=max(totals) - sum(totals) / len(totals),
+        serial_share=assumed.serial_share,
     )
 
 

@@ -29,14 +29,38 @@ class GemmRates(Settings):
 
 
 class Assumptions(Settings):
-    """Assumes what no datasheet says. None of it was measured on a GPU; docs/planner.md says where each enters."""
+    """Assumes what no datasheet says; docs/planner.md says where each enters and which are fitted to published runs."""
 
     gemm_utilisation: GemmRates = Field(
-        GemmRates(fp32=0.7, tf32=0.4, bf16=0.35), description="share of the peak that the over-arch's products reach"
+        GemmRates(fp32=0.84, tf32=0.4, bf16=0.35), description="share of the peak that the over-arch's products reach"
     )
     link_utilisation: float = Field(0.8, gt=0, le=1, description="share of a link's or network's peak in a collective")
     collective_latency_us: float = Field(30.0, ge=0, description="added to every collective, whatever its size")
-    step_floor_ms: float = Field(4.0, ge=0, description="host time of a step: launching some hundred small kernels")
+    host_step_ms: float = Field(
+        3.8, ge=0, description="host time of any step: the pipeline's Python, batch, loss, DDP, optimizers"
+    )
+    host_way_ms: float = Field(
+        4.0,
+        ge=0,
+        description="host time of each way that tables are kept (sharding type and kernel): it has a lookup, exchanges "
+        "of ids and pooled rows, and their backward of its own",
+    )
+    host_table_us: float = Field(15.0, ge=0, description="host time of a table: keys, splits and optimizer state")
+    host_operator_us: float = Field(10.0, ge=0, description="host time of an operator of the dense part: one launch")
+    host_speed: float = Field(
+        1.0, gt=0, description="times as fast as the Xeon 8275CL of the runs that the host's times are fitted to"
+    )
+    serial_share: float = Field(
+        0.28,
+        ge=0,
+        le=1,
+        description="of the shorter of host's and device's time, what the other does not hide: the host waits for the "
+        "sizes of exchanged ids, behind the all-to-all of pooled rows",
+    )
+    step_floor_ms: float = Field(0.0, ge=0, description="the host's time of a step is at least this")
+    within: float = Field(
+        1.4, ge=1, description="times that samples/s may be more or less than estimated; the range in reports"
+    )
     allreduce_overlap: float = Field(
         0.5, ge=0, le=1, description="share of the dense backward pass that hides the all-reduce of its gradients"
     )

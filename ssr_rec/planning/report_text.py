@@ -105,16 +105,18 @@ def time_text(estimate: Estimate) -> str:
 
 def step_text(estimate: Estimate, total_rows: float) -> str:
     step = estimate.step
+    speed, least, most = (short_number(s) for s in (estimate.samples_per_s, *estimate.samples_range))
     return (
         f"step {step.total:.2f} ms, mostly {step.bound}: lookup {step.lookup:.2f} + all-to-all {step.all_to_all:.2f} + "
         f"dense compute {step.dense:.2f} + all-reduce {step.exposed_all_reduce:.2f} (of {step.all_reduce:.2f}, the "
-        f"rest hidden) = {step.device:.2f} ms; host at least {step.floor:.2f}\n"
-        f"imbalance {estimate.imbalance:.2f} (slowest rank over mean), the mean rank waits "
-        f"{100 * estimate.waiting_share:.1f} % of the step\n"
-        f"{short_number(estimate.samples_per_s)} samples/s; {short_number(total_rows)} rows in "
+        f"rest hidden) = {step.device:.2f} ms of the device's, {step.host:.2f} of the host's, "
+        f"{100 * step.serial_share:.0f} % of the shorter not hidden\n"
+        f"imbalance {estimate.imbalance:.2f} (slowest rank over mean), waiting for it adds "
+        f"{100 * estimate.waiting_share:.1f} % to the step\n"
+        f"{speed} samples/s, expect {least} to {most}; {short_number(total_rows)} rows in "
         f"{days(estimate.days(total_rows))}; communication alone would allow "
         f"{short_number(estimate.communication_samples_per_s)} samples/s\n"
-        "Estimates: no GPU was measured. docs/planner.md has the formulas and assumptions."
+        f"The range is {estimate.within:g} times either way: docs/planner.md says what was held against estimates."
     )
 
 
@@ -129,7 +131,7 @@ def unbalanced_text(found: Found, estimate: Estimate) -> str:
     rank_ms = estimate.time[slowest].total
     return (
         f"warning: unbalanced: rank {slowest} takes {rank_ms:.2f} ms, the mean rank "
-        f"{rank_ms - estimate.step.waiting:.2f}, which waits {100 * estimate.waiting_share:.0f} % of the step (more "
+        f"{rank_ms - estimate.step.waiting:.2f}, which adds {100 * estimate.waiting_share:.0f} % to the step (more "
         f"than {100 * UNBALANCED:.0f} %).\nTable {option.name} ({option.sharding_type}) takes {ms:.2f} ms of it, the "
         f"most of the {len(loads)} on that rank"
     )

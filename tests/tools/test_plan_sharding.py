@@ -68,16 +68,16 @@ def test_an_impossible_case(capsys: pytest.CaptureFixture[str], command: list[st
 def test_an_unbalanced_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = "tables: [{name: seen, rows: 9000000, kind: list, mean_length: 500}, {name: item, rows: 100000}]\n"
     tables = ["--tables", write_yaml(tmp_path, text), *SMALL, "--nodes", "1", "--sharding.types=[table_wise]"]
-    code, out, _ = run(capsys, [*tables, "--train.batch_size=65536"])
+    code, out, _ = run(capsys, [*tables, "--train.batch_size=524288"])
     assert code == 4
     assert "warning: unbalanced: rank" in out and "Table seen (table_wise) takes" in out
     assert "What would make it balance" not in out  # nothing but whole tables is allowed
-    finer = ["--sharding.types=[table_wise,column_wise]", "--train.batch_size=65536"]
+    finer = ["--sharding.types=[table_wise,column_wise]", "--train.batch_size=524288"]
     code, out, _ = run(capsys, [*tables[:-1], *finer])
     assert code == 4 and "columns cut in 2" in out and "columns cut in 4" in out
     values = json.loads(run(capsys, [*tables[:-1], *finer, "--json", "-"])[1])
     waits = [values["estimate"]["waiting_share"], *(remedy["waiting_share"] for remedy in values["remedies"])]
-    assert waits == sorted(waits, reverse=True) and waits[2] < 0.5 < 0.8 < waits[0]
+    assert waits == sorted(waits, reverse=True) and waits[2] < 0.5 < 0.7 < waits[0]
 
 
 @pytest.mark.parametrize(
