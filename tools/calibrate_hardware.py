@@ -11,6 +11,7 @@ of a GPU, the link to host memory (pinned) and the host's time for a kernel. Lin
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -20,8 +21,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from scipy.optimize import nnls
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.whole_files import write_text
@@ -31,6 +34,7 @@ GB, TERA = 1e9, 1e12
 SHAPES = ((1024, 1024), (640, 320), (512, 512))
 """Fan in and out of the products: wide and narrow layers of over-archs."""
 TINY_KERNELS = 1000
+LOOKUP_TABLES, LOOKUP_ROWS, LOOKUP_BATCH = 8, 50_000, 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +93,36 @@ def measure(device: torch.device, megabytes: int, rows: int, repetitions: int) -
         ("bf16", torch.bfloat16, False),
     ):
         found[f"{name}_tflops"] = _product_rate(device, dtype, tf32, rows, seconds)
+    if not cuda and importlib.util.find_spec("fbgemm_gpu") is not None:
+        found |= lookup_costs(seconds)
     return found
+
+
+def lookup_costs(seconds: Callable[[Callable[[], Any]], float]) -> dict[str, float]:
+    """Return nanoseconds of a bag, an id and a byte of FBGEMM's lookup, backward pass and row-wise Adagrad on a CPU.
+
+    They are fitted, none below 0, to tables of two dims with one id a bag and with ten.
+    """
+    # Imported here: a GPU is calibrated without FBGEMM.
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    counts, taken = [], []
+    for dim, length in ((16, 1), (64, 1), (16, 10), (64, 10)):
+        specs = [(LOOKUP_ROWS, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * LOOKUP_TABLES
+        tables = SplitTableBatchedEmbeddingBagsCodegen(specs, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+        bags = LOOKUP_TABLES * LOOKUP_BATCH
+        ids, offsets = torch.randint(0, LOOKUP_ROWS, (bags * length,)), torch.arange(bags + 1) * length
+        taken.append(seconds(lambda t=tables, i=ids, o=offsets: t(i, o).sum().backward()) * 1e9)  # type: ignore[misc]
+        counts.append((bags, bags * length, bags * (length + 1) * dim * 4))
+    # Relative errors count, so that the short case is as good as the long one.
+    weighed = np.array(counts) / np.array(taken)[:, None]
+    costs, _ = nnls(weighed, np.ones(len(taken)))
+    return {f"lookup_{name}_ns": float(cost) for name, cost in zip(("bag", "id", "byte"), costs, strict=True)}
 
 
 def _product_rate(
@@ -136,6 +169,8 @@ def hardware_values(found: dict[str, Any], base: str) -> dict[str, Any]:
     values: dict[str, Any] = {"base": base, "memory_gb_s": round(found["memory_gb_s"], 1), "peak_tflops": rates}
     values |= {name: round(found[name], 2) for name in ("memory_gib", "host_link_gb_s") if name in found}
     values["assumptions"] = {"gemm_utilisation": dict.fromkeys(rates, 1.0)}
+    if "lookup_id_ns" in found:
+        values["assumptions"]["lookup_ns"] = {name: found[f"lookup_{name}_ns"] for name in ("bag", "id", "byte")}
     values["sources"] = {"memory, peak_tflops, gemm_utilisation, host_link": said}
     return values
 

@@ -2,9 +2,11 @@
 
     python tools/check_planner.py                      # a table of published against predicted, in seconds
     python tools/check_planner.py --splits             # also all ways to calibrate on five of the runs
+    python tools/check_planner.py --cpu --json OUT     # ten jobs on one and on two ranks of this CPU, minutes
 
 "Held out": the constants are fitted to the other runs alone (ssr_rec/planning/published.py). Prints a Markdown table;
-the last line is JSON. Exit code 1 when a held-out run is off by more than the range that the planner's reports give.
+the last line is JSON. Exit code 1 when a held-out run is off by more than the range that the planner's reports give, or
+a CPU job by more than 1.5 times.
 """
 
 from __future__ import annotations
@@ -12,26 +14,57 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ssr_rec.common.logs import quiet
+from ssr_rec.common.whole_files import write_text
 from ssr_rec.planning.hardware import Assumptions
 from ssr_rec.planning.published import PlannedRun, fit, fitted, held_out, plan_runs, read_runs
+
+CPU_WITHIN = 1.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--splits", action="store_true", help="calibrate on every five of the runs, test on the others")
+    parser.add_argument("--cpu", action="store_true", help="planned against measured steps on this machine")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="--cpu: numbers of ranks (default 1 2)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="--cpu: see check_planner_cpu.py")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures here")
     chosen = parser.parse_args(arguments)
     quiet()
-    return check_published(chosen.splits)
+    found = check_cpu(chosen.ranks, chosen.clock) if chosen.cpu else check_published(chosen.splits)
+    if chosen.json is not None:
+        write_text(chosen.json, json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+    return 0 if found["holds"] else 1
 
 
-def check_published(splits: bool) -> int:
-    """Print published against predicted speeds; return the exit code."""
+def check_cpu(worlds: Sequence[int], clock: str) -> dict[str, Any]:
+    """Train small jobs on so many ranks, one world after the other, and return planned against measured."""
+    found: dict[str, Any] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for ranks in worlds:
+        worker = Path(__file__).with_name("check_planner_cpu.py")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        command = [*torchrun, str(worker), "--clock", clock]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"error: {' '.join(command)} ended with exit code {done.returncode}; its output is above")
+        table, _, last = done.stdout.rstrip().rpartition("\n")
+        print(f"{ranks} rank{'s' if ranks > 1 else ''}\n{table}\n", flush=True)
+        found[str(ranks)] = json.loads(last)
+    return {"worlds": found, "holds": all(one["worst_ratio"] <= CPU_WITHIN for one in found.values())}
+
+
+def check_published(splits: bool) -> dict[str, Any]:
+    """Print published against predicted speeds, and return them."""
     published = read_runs()
     runs = plan_runs(published)
     rows = compare(runs)
@@ -41,8 +74,7 @@ def check_published(splits: bool) -> int:
     if splits:
         found["splits"] = check_splits(runs)
         print("Calibrated on any five: ratios of the others, larger over smaller: " + json.dumps(found["splits"]))
-    print(json.dumps(found))
-    return 0 if all(row["holds"] for row in rows) else 1
+    return {**found, "holds": all(row["holds"] for row in rows)}
 
 
 def compare(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:

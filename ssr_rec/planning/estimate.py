@@ -263,10 +263,13 @@ def step_time(case: Case, dense: DenseCost, ranks: list[RankTime], host: float) 
         bandwidth = Links(hardware, world.per_node).get_bw(world.per_node, world.size, CollectiveType.ALL_REDUCE)
         all_reduce = (dense.parameters * FLOAT_BYTES / bandwidth + latency) * updates
     backward = (products_ms + elementwise_ms) * 2 / 3
+    exchange = max(rank.exchange for rank in ranks) + COLLECTIVES * latency if world.size > 1 else 0.0
+    if hardware.device == "cpu" and world.size > 1:
+        exchange += max(rank.ids for rank in ranks)  # no stream of its own runs them beside another batch
     totals = [rank.total for rank in ranks]
     return StepTime(
         lookup=max(rank.lookup for rank in ranks),
-        all_to_all=max(rank.exchange for rank in ranks) + COLLECTIVES * latency if world.size > 1 else 0.0,
+        all_to_all=exchange,
         dense=products_ms + elementwise_ms + adam_ms,
         all_reduce=all_reduce,
         exposed_all_reduce=max(0.0, all_reduce - assumed.allreduce_overlap * backward),

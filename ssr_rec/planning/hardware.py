@@ -28,6 +28,14 @@ class GemmRates(Settings):
     bf16: float = Field(gt=0)
 
 
+class LookupCosts(Settings):
+    """Gives nanoseconds of a table's lookup, backward pass and update together, by what it handles."""
+
+    bag: float = Field(ge=0, description="of one pooled vector")
+    id: float = Field(ge=0, description="of one id looked up")
+    byte: float = Field(ge=0, description="of one byte of rows looked up and of pooled vectors")
+
+
 class Assumptions(Settings):
     """Assumes what no datasheet says; docs/planner.md says where each enters and which are fitted to published runs."""
 
@@ -36,6 +44,9 @@ class Assumptions(Settings):
     )
     link_utilisation: float = Field(0.8, gt=0, le=1, description="share of a link's or network's peak in a collective")
     collective_latency_us: float = Field(30.0, ge=0, description="added to every collective, whatever its size")
+    lookup_ns: LookupCosts | None = Field(
+        None, description="of tables on a CPU, where lookups are no stream of bytes; None: by memory bandwidth"
+    )
     host_step_ms: float = Field(
         3.8, ge=0, description="host time of any step: the pipeline's Python, batch, loss, DDP, optimizers"
     )

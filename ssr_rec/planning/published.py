@@ -55,7 +55,7 @@ class PublishedRun(Settings):
     def name(self) -> str:
         types = "TF32" if self.tf32 else "fp32"
         world = f"{self.nodes}x{self.gpus}" if self.nodes > 1 else str(self.gpus)
-        return f"{world} x {self.rows} {self.interaction} {self.optimizer} {types}"
+        return f"{world}x{self.rows} {self.interaction} {self.optimizer} {types}"
 
 
 class PublishedRuns(Settings):

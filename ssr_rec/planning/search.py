@@ -44,6 +44,7 @@ from ssr_rec.planning.costs import (
     extra_tables,
     shard_bytes,
 )
+from ssr_rec.planning.lookups import looked_up, lookup_times
 from ssr_rec.planning.row_blocks import block_times, busy_shares
 
 TORCHREC_LOAD_FACTOR = 0.2
@@ -111,7 +112,8 @@ class CaseEstimator(ShardEstimator):
                 size = option_bytes(self.case, option, shard.size)
                 device = size.weights + size.state + size.gradients + size.buffers
                 shard.storage = Storage(hbm=device if on_gpu else 0, ddr=size.host if on_gpu else device)
-                shard.perf = block_times(self.case, option, perfs[tuple(shard.size)], shares[place % len(shares)])
+                perf = lookup_times(self.case, option, shard.size[1], perfs[tuple(shard.size)])
+                shard.perf = block_times(self.case, option, perf, shares[place % len(shares)])
                 if self.by_memory:
                     shard.perf = Perf(fwd_compute=device / 2**20, fwd_comms=0, bwd_compute=0, bwd_comms=0)
 
@@ -125,18 +127,15 @@ def _in_float32(sharders: SharderDataMap) -> SharderDataMap:
 
 def option_bytes(case: Case, option: ShardingOption, size: Sequence[int]) -> ShardBytes:
     """Return bytes of one shard of that size under that way of sharding."""
-    world, batch = case.world, case.rows_per_rank * case.world.size
-    parts = {"row_wise": world.size, "table_row_wise": world.per_node, "data_parallel": world.size}
-    bags = case.bags(option.name)
-    looked_up = batch * bags * sum(option.input_lengths) / parts.get(option.sharding_type, 1)
+    ids, pooled_rows = looked_up(case, option)
     return shard_bytes(
         size,
         option.tensor.element_size(),
         case.config.embeddings.optimizer,
         option.compute_kernel,
         option.cache_load_factor or TORCHREC_LOAD_FACTOR,
-        ids=looked_up,
-        pooled_rows=int(bags * (case.rows_per_rank if option.sharding_type == "data_parallel" else batch)),
+        ids=ids,
+        pooled_rows=pooled_rows,
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ssr_rec.planning.hardware import load_hardware
+from tools import calibrate_hardware
 from tools.calibrate_hardware import hardware_values, main, timer
 
 SMALL = ["--device", "cpu", "--megabytes", "1", "--rows", "16", "--repetitions", "1"]
@@ -21,7 +24,24 @@ def test_the_file_is_a_hardware_file_of_what_was_measured(tmp_path: Path, capsys
     mine, base = load_hardware(str(path)), load_hardware("cpu")
     assert mine.memory_gb_s == pytest.approx(measured["memory_gb_s"], abs=0.06)
     assert mine.gemm_flops("fp32", 1) == pytest.approx(measured["fp32_tflops"] * 1e12, abs=6e7)
+    assert mine.assumptions.lookup_ns is not None
+    assert mine.assumptions.lookup_ns.id == measured["lookup_id_ns"]
     assert (mine.network_gbit_s, mine.memory_gib) == (base.network_gbit_s, base.memory_gib)
+
+
+def test_lookups_are_timed_by_what_they_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that takes 100 ns a bag, 40 an id and half a nanosecond a byte is found out."""
+    counts = iter([(1, 16), (1, 64), (10, 16), (10, 64)])
+    monkeypatch.setattr(calibrate_hardware, "LOOKUP_TABLES", 2)
+    monkeypatch.setattr(calibrate_hardware, "LOOKUP_BATCH", 8)
+
+    def seconds(call: Callable[[], Any]) -> float:
+        call()
+        length, dim = next(counts)
+        return 16 * (100 + length * 40 + (length + 1) * dim * 4 * 0.5) * 1e-9
+
+    costs = calibrate_hardware.lookup_costs(seconds)
+    assert costs == pytest.approx({"lookup_bag_ns": 100, "lookup_id_ns": 40, "lookup_byte_ns": 0.5})
 
 
 def test_the_median_call_is_timed() -> None:

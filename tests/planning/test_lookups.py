@@ -1,0 +1,33 @@
+"""Times of lookups on a CPU, by hand: bags, ids and bytes, of the whole host's figures a rank's share."""
+
+import pytest
+
+from ssr_rec.planning.hardware import LookupCosts, load_hardware
+from ssr_rec.planning.remedies import plan_case
+from tests.planning.small import make_case
+
+COSTS = LookupCosts(bag=100, id=40, byte=0.5)
+
+
+def test_a_lookup_by_hand() -> None:
+    """2,048 rows of 5 ids of a table of dim 16 on each of two ranks; a rank has half of the host."""
+    hardware = load_hardware("cpu")
+    assumed = hardware.assumptions.model_copy(update={"lookup_ns": COSTS})
+    found = hardware.model_copy(update={"assumptions": assumed})
+    types = ["--sharding.types=[table_wise]"]
+    estimate = plan_case(make_case({"seen": 1000}, types, hardware=found, lengths={"seen": 5.0})).estimate
+    nanoseconds = 4096 * (100 + 5 * 40 + (5 + 1) * 16 * 4 * 0.5)
+    with_table, without = sorted(estimate.time, key=lambda time: -time.lookup)
+    assert with_table.lookup == pytest.approx(2 * nanoseconds / 1e6)
+    assert without.lookup == 0
+
+
+def test_ids_of_cpu_ranks_travel_in_the_open() -> None:
+    """On a GPU they are on their way beside another batch; on a CPU the same cores do both."""
+    estimate = plan_case(make_case({"seen": 1000}, [], hardware="cpu", lengths={"seen": 5.0})).estimate
+    exchange, ids = (max(getattr(rank, part) for rank in estimate.time) for part in ("exchange", "ids"))
+    latency = load_hardware("cpu").assumptions.collective_latency_us / 1000
+    assert ids > 0
+    assert estimate.step.all_to_all == pytest.approx(exchange + ids + 4 * latency)
+    gpu = plan_case(make_case({"seen": 1000}, [], lengths={"seen": 5.0})).estimate
+    assert gpu.step.all_to_all == pytest.approx(max(rank.exchange for rank in gpu.time) + 4 * 0.03)
