@@ -3,9 +3,10 @@
     python tools/calibrate_hardware.py --base a100_80g --out mine.yaml
     python tools/plan_sharding.py --config CONFIG --nodes 2 --gpus-per-node 8 --hardware mine.yaml
 
-Measured, as medians: bandwidth of memory (a copy), matrix products of each precision at shapes of over-archs, and,
-of a GPU, the link to host memory (pinned) and the host's time for a kernel. Links between GPUs and hosts stay those of
-``--base``. Takes half a minute. Prints each figure beside the base's; the last line is JSON. Needs torch alone.
+Measured, as medians: bandwidth of memory (a copy), matrix products of each precision at shapes of over-archs; of a
+GPU, the link to host memory (pinned) and the host's time for a kernel; of a CPU, FBGEMM's lookups where it is
+installed. Links between GPUs and hosts stay those of ``--base``. Takes half a minute. Prints each figure beside the
+base's; the last line is JSON. A GPU needs torch alone.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from scipy.optimize import nnls
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.whole_files import write_text
@@ -103,13 +102,15 @@ def lookup_costs(seconds: Callable[[Callable[[], Any]], float]) -> dict[str, flo
 
     They are fitted, none below 0, to tables of two dims with one id a bag and with ten.
     """
-    # Imported here: a GPU is calibrated without FBGEMM.
+    # Imported here: a GPU is calibrated without FBGEMM and SciPy.
+    import numpy as np
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         ComputeDevice,
         SplitTableBatchedEmbeddingBagsCodegen,
     )
+    from scipy.optimize import nnls
 
     counts, taken = [], []
     for dim, length in ((16, 1), (64, 1), (16, 10), (64, 10)):
