@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssr_rec.common.errors import UserError
+
+if TYPE_CHECKING:
+    from ssr_rec.over_archs.adaptive import Ranks, States
 
 SOFTMAX_FLOPS = 5
 """Maximum, subtraction, exp, sum, division."""
@@ -96,6 +99,21 @@ class OverArch(nn.Module, ABC):
     def sparse_filters(self) -> list[nn.Module]:
         """Return the modules whose outputs' exact zeros a run watches while it trains, first layer to last."""
         return []
+
+    def adapts(self) -> tuple[int, int] | None:
+        """Return every how many steps ``adapt`` is called and the last step of which it is; None: never."""
+        return None
+
+    def adapt(self, step: int, x: Tensor, grad: Tensor, states: States, ranks: Ranks) -> None:
+        """Change what no optimizer can, in place, after the update of a step; nothing here. Collective.
+
+        Args:
+            step: from 1.
+            x: (B, sum of field dims) this rank's input in that step.
+            grad: (B, H) the gradient of the loss for what ``forward`` returned then.
+            states: gives a parameter's optimizer state, name -> tensor, to be changed in place.
+            ranks: joins what the ranks have.
+        """
 
     def following_config(self) -> Any:
         """Return the config to train after this one, of an over-arch whose training is a search; None for others."""

@@ -64,9 +64,8 @@ class StaticRandomFilter(Filter):
                 f"view_dim={config.view_dim} asks each view of layer {layer} for more dims than its input has: "
                 f"set view_dim to at most {width}, or filter='dynamic'"
             )
-        rows = [random_subset(width, config.view_dim, config.index_seed, layer, v) for v in range(config.num_views)]
         self.indices: Tensor
-        self.register_buffer("indices", torch.tensor(np.stack(rows)))
+        self.register_buffer("indices", random_indices(width, layer, config))
 
     def forward(self, x: Tensor) -> Tensor:
         return gather_views(x, self.indices)
@@ -76,6 +75,32 @@ class StaticRandomFilter(Filter):
 
     def statistics(self, x: Tensor) -> dict[str, Any]:
         return {"input_coverage": self.indices.unique().numel() / self.width}
+
+
+class AdaptiveFilter(StaticRandomFilter):
+    """SSR-A: begins as SSR-S, has the dims of its first layer moved while it trains (``adaptive.py``), ends as SSR-S.
+
+    A dim that stays keeps its place in its view; so the dims of a view are in no order.
+    """
+
+    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+        super().__init__(width, layer, config)
+        if layer == 0 and config.view_dim == width:
+            raise UserError(
+                f"filter='adaptive' has no dims to move: each view sees all {width} of the input; set view_dim to "
+                "less, or filter='static'"
+            )
+        self.drawn: Tensor
+        self.register_buffer("drawn", self.indices.clone(), persistent=False)
+
+    def statistics(self, x: Tensor) -> dict[str, Any]:
+        return {**super().statistics(x), "moved": (self.indices != self.drawn).float().mean().item()}
+
+
+def random_indices(width: int, layer: int, config: SSRConfig) -> Tensor:
+    """Return the dims that the views of a layer see, drawn: (V, d)."""
+    rows = [random_subset(width, config.view_dim, config.index_seed, layer, v) for v in range(config.num_views)]
+    return torch.tensor(np.stack(rows))
 
 
 def random_subset(width: int, count: int, seed: int, layer: int, view: int) -> np.ndarray:
@@ -195,6 +220,7 @@ class DropoutFilter(NoFilter):
 
 FILTERS: dict[str, type[Filter]] = {
     "static": StaticRandomFilter,
+    "adaptive": AdaptiveFilter,
     "dynamic": IcsFilter,
     "topk": TopKFilter,
     "none": NoFilter,

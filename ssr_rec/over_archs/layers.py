@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -42,6 +43,18 @@ def init_dense_(
         nn.init.uniform_(weight, -math.sqrt(3) * std, math.sqrt(3) * std)
     if bias is not None:
         nn.init.uniform_(bias, -bound, bound) if initializer == "torch" else nn.init.zeros_(bias)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module and its parts into eval mode inside the block, and each back into its own after it."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class InputNorm(nn.Module):

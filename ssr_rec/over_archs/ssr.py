@@ -7,12 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssr_rec.kernels import view_fusion
 from ssr_rec.kernels.reference import gather_views
+from ssr_rec.over_archs.adaptive import Ranks, States, move_dims
 from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
 from ssr_rec.over_archs.filters import FILTERS, IcsFilter, StaticRandomFilter, TopKFilter
-from ssr_rec.over_archs.layers import DenseStack, Dropout, ViewLayerNorm, ViewLinear, make_input_norm
+from ssr_rec.over_archs.layers import DenseStack, Dropout, ViewLayerNorm, ViewLinear, evaluating, make_input_norm
 from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 
@@ -47,6 +49,18 @@ class ViewFusion(nn.Module):
         kept = self.dropout.draw((x.shape[0], *self.norm.weight.shape), x.device)
         return view_fusion(x, indices, last.weight, last.bias, residual, *norm, *kept)
 
+    def plain(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first product with its bias (V, B, d), and what ``forward`` makes of it without dropout."""
+        seen = gather_views(x, indices).transpose(0, 1)
+        product = self.dense(seen)
+        z = F.gelu(product)
+        if self.dense2 is not None:
+            z = F.gelu(self.dense2(z))
+        if self.residual:
+            z = seen + z
+        z = F.layer_norm(z, z.shape[-1:], eps=self.norm.eps)
+        return product, torch.addcmul(self.norm.bias.unsqueeze(1), z, self.norm.weight.unsqueeze(1)).transpose(0, 1)
+
     def flops(self) -> Flops:
         dims = self.norm.weight.numel()
         one_dense = self.dense.flops() + Flops(elementwise=GELU_FLOPS * dims)
@@ -74,7 +88,7 @@ class SSRLayer(nn.Module):
 
 
 class SSR(OverArch):
-    """Computes SSR-S and SSR-D: one block, two filters (paper, section 2).
+    """Computes SSR-S and SSR-D: one block, two filters (paper, section 2); and SSR-A, SSR-S whose dims move at first.
 
     (B, F*D) -> (B, V*d); (B, d) with ``output='mean'``; (B, output_mlp[-1]) with an output MLP.
     """
@@ -108,8 +122,17 @@ class SSR(OverArch):
         x = self.prepare(x)
         for layer in self.layers[:-1]:
             x = layer(x).flatten(1)
-        views = self.layers[-1](x)
+        return self.output(self.layers[-1](x))
+
+    def output(self, views: Tensor) -> Tensor:
+        """Return the features of the last layer's views: (B, V, d) -> (B, H)."""
         return self.output_mlp(views.mean(1) if self.config.output == "mean" else views.flatten(1))
+
+    def adapts(self) -> tuple[int, int] | None:
+        return (self.config.adapt_every, self.config.adapt_until) if self.config.filter == "adaptive" else None
+
+    def adapt(self, step: int, x: Tensor, grad: Tensor, states: States, ranks: Ranks) -> None:
+        move_dims(self, step, x, grad, states, ranks)
 
     def sparse_filters(self) -> list[nn.Module]:
         return [layer.filter for layer in self.blocks() if isinstance(layer.filter, IcsFilter | TopKFilter)]
@@ -133,14 +156,9 @@ def ssr_statistics(ssr: SSR, x: Tensor) -> dict[str, Any]:
     SSR-D: the share of exact zeros after ICS, overall and per view, and the (V, T) alphas with the
     number of negative ones. SSR-S: the share of the layer's input dims that any view sees.
     """
-    modes = {module: module.training for module in ssr.modules()}
-    ssr.eval()
-    try:
+    with evaluating(ssr):
         layers, x = [], ssr.prepare(x)
         for layer in ssr.blocks():
             layers.append(layer.filter.statistics(x))
             x = layer(x).flatten(1)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return {"filter": ssr.config.filter, "layers": layers}

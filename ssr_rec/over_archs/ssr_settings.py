@@ -1,4 +1,4 @@
-"""Defines the settings of SSR-S and SSR-D, importable without torch."""
+"""Defines the settings of SSR-S, SSR-A and SSR-D, importable without torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Share, Widths
 from ssr_rec.over_archs.settings import LAYER_NORM_EPS, Initializer, InputNormKind, OverArchSettings
 
-FilterName = Literal["static", "dynamic", "topk", "none", "dropout"]
+FilterName = Literal["static", "adaptive", "dynamic", "topk", "none", "dropout"]
 FILTER_KEYS: dict[FilterName, tuple[str, ...]] = {
     "static": ("index_seed",),
+    "adaptive": ("index_seed", "adapt_every", "adapt_until", "adapt_share", "adapt_spread"),
     "dynamic": ("filter_dim", "iterations", "alpha_init", "learn_alpha", "gamma", "gate"),
     "topk": ("top_k",),
     "none": (),
@@ -22,7 +23,7 @@ FILTER_KEYS: dict[FilterName, tuple[str, ...]] = {
 
 
 class SSRConfig(OverArchSettings):
-    """Configures SSR-S (``filter: static``) and SSR-D (``filter: dynamic``).
+    """Configures SSR-S (``filter: static``), SSR-A (``adaptive``) and SSR-D (``dynamic``).
 
     The defaults are the paper's text (eq. 3-11). Keys marked "released" switch to what the authors'
     code does instead; docs/over_archs.md lists them with their sources.
@@ -31,13 +32,25 @@ class SSRConfig(OverArchSettings):
     name: Literal["ssr"] = "ssr"
     filter: FilterName = Field(
         default="static",
-        description="static: SSR-S, eq. 3; dynamic: SSR-D, eq. 4; topk, none, dropout: the ablations of Table 4",
+        description="static: SSR-S, eq. 3; adaptive: SSR-A, which is SSR-S whose dims move while it trains; dynamic: "
+        "SSR-D, eq. 4; topk, none, dropout: the ablations of Table 4",
     )
     num_views: int = Field(default=8, ge=1, description="views per layer (b in the paper)")
     view_dim: int = Field(default=128, ge=1, description="dims per view (d_v); a layer's output has views * dims")
     num_layers: int = Field(default=2, ge=1, description="layers (L), each fed with the output of the one before")
 
-    index_seed: int = Field(default=0, ge=0, description="static: seed of each view's dims, apart from the run's")
+    index_seed: int = Field(
+        default=0, ge=0, description="static, adaptive: seed of each view's dims, apart from the run's"
+    )
+
+    adapt_every: int = Field(default=50, ge=1, description="adaptive: steps from one exchange of dims to the next")
+    adapt_until: int = Field(default=200, ge=1, description="adaptive: the last step after which dims are exchanged")
+    adapt_share: float = Field(
+        default=0.1, gt=0.0, lt=1.0, description="adaptive: share of a view's dims that the first exchange is of"
+    )
+    adapt_spread: float = Field(
+        default=1.0, ge=0.0, description="adaptive: a dim that n views hold comes with its gain / (1 + spread * n)"
+    )
 
     filter_dim: int | None = Field(
         default=None, ge=1, description="dynamic: dims a view is projected to (d_v* of section 2.2); null: view_dim"
@@ -84,6 +97,16 @@ class SSRConfig(OverArchSettings):
                     )
         if self.filter == "topk" and self.top_k > self.view_dim:
             raise UserError(f"top_k={self.top_k} is more than a view has: set it to at most view_dim={self.view_dim}")
+        if self.filter == "adaptive" and self.adapt_every > self.adapt_until:
+            raise UserError(
+                f"adapt_every={self.adapt_every} is above adapt_until={self.adapt_until}, so no dim would move: lower "
+                "the one, raise the other, or set filter='static'"
+            )
+        if self.filter == "adaptive" and round(self.adapt_share * self.view_dim) < 1:
+            raise UserError(
+                f"adapt_share={self.adapt_share} of view_dim={self.view_dim} is less than one dim: raise one of them, "
+                "or set filter='static'"
+            )
         if self.residual and self.filter in ("none", "dropout"):
             raise UserError(
                 f"residual=True adds a view's input, which with filter={self.filter!r} is as wide as the layer's: "
@@ -101,6 +124,7 @@ class SSRConfig(OverArchSettings):
         """Return the paper's name for it, with views x dims x layers."""
         kinds = {
             "static": "SSR-S",
+            "adaptive": "SSR-A",
             "dynamic": "SSR-D",
             "topk": f"SSR top-{self.top_k}",
             "none": "SSR without filter",

@@ -28,6 +28,7 @@ from ssr_rec.metrics.running import RunningAUC
 from ssr_rec.model.ctr_model import DenseArch, average_running_statistics
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.training.accumulation import Accumulation
+from ssr_rec.training.adaptation import Adaptation
 from ssr_rec.training.averaging import averaged_weights
 from ssr_rec.training.bad_steps import note_bad_steps
 from ssr_rec.training.captured import capture
@@ -82,6 +83,7 @@ class Trainer:
         self.schedule = Schedule(optimizer, config)
         self.running = RunningAUC(self.schema.labels, window=PROGRESS_ROWS)
         self.filter_watch = FilterWatch(self.over_arch.sparse_filters())
+        self.adaptation = Adaptation(self.over_arch, optimizer)
         self.accumulation = Accumulation(model, optimizer) if self.config.accumulate > 1 else None
         device = next(model.parameters()).device
         self.pipeline = build_pipeline(model, self.accumulation or optimizer, device, self.config)
@@ -286,6 +288,8 @@ class Trainer:
             window.samples += train.rows_in_step(fitted.steps)
             fitted.steps += 1
             self.schedule.set(fitted.steps)
+            if self._is_due(self.adaptation.every):
+                self.adaptation.after(fitted.steps)
             self._beat(f"step {fitted.steps}")
             is_due = self._is_due(checkpoints.config.every_steps)
             if not self._is_due(self.config.log_every) and fitted.steps < until and not is_due:

@@ -46,6 +46,10 @@ EXACT = {
     "adam": ["--embeddings.optimizer=adam", "--embeddings.learning_rate=0.001", "--optimizer.warmup_steps=30"],
     "lazy_adam": ["--embeddings.optimizer=lazy_adam", "--optimizer.warmup_steps=30"],
     "ssr_d": ["--over_arch.filter=dynamic", "--embeddings.optimizer=adagrad"],
+    "ssr_a": [
+        *("--over_arch.filter=adaptive", "--over_arch.adapt_every=5", "--over_arch.adapt_until=40"),
+        *("--over_arch.adapt_share=0.5", "--optimizer.ema_decay=0.9"),
+    ],
     "batch_norm": ["--over_arch.input_norm=per_dim", "--embeddings.optimizer=sgd"],
 }
 

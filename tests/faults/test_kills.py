@@ -69,11 +69,18 @@ OPTIMISATION = (
     *("--optimizer.matrices=muon", "--optimizer.ema_decay=0.9", "--optimizer.warmup_steps=5"),
     *("--optimizer.schedule={name: cosine, steps: 40}", "--embeddings.schedule={name: step, steps: 9, factor: 0.5}"),
 )
+ADAPTIVE = (
+    *("--over_arch.filter=adaptive", "--over_arch.adapt_every=3", "--over_arch.adapt_until=45"),
+    "--over_arch.adapt_share=0.6",
+)
 
 
-def test_killed_with_muon_schedules_and_averages_ends_as_if_undisturbed(dataset, tmp_path):
-    whole = run_ranks(train_job, 2, options(dataset, tmp_path / "whole", *OPTIMISATION))[0]
-    arguments = options(dataset, tmp_path / "runs", *OPTIMISATION)
+@pytest.mark.parametrize(
+    "more", [OPTIMISATION, ADAPTIVE], ids=["muon, schedules and averages", "views whose dims move"]
+)
+def test_killed_with_further_state_ends_as_if_undisturbed(dataset, tmp_path, more):
+    whole = run_ranks(train_job, 2, options(dataset, tmp_path / "whole", *more))[0]
+    arguments = options(dataset, tmp_path / "runs", *more)
     for attempt, moment in enumerate(("step", "save")):
         job = Job(arguments, 2, tmp_path)
         hurt_at_random(job, tmp_path / "runs", random.Random(200 + attempt), moment, None)

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ssr-d wider before the fusion": {**SMALL_SSR, "filter_dim": 13, "gate": True},
     "ssr-s": {**SMALL_SSR, "filter": "static"},
     "ssr-s residual": {**SMALL_SSR, "filter": "static", "residual": True, "output": "mean"},
+    "ssr-a": {**SMALL_SSR, "filter": "adaptive"},
     "ssr-s switched": {**SMALL_SSR, **EVERY_SWITCH, "filter": "static"},
     "ssr top-k": {**SMALL_SSR, "filter": "topk", "top_k": 4},
     "ssr without filter": {**SMALL_SSR, "filter": "none"},

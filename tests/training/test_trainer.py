@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ssr_rec.checkpointing.format import read_info
 from ssr_rec.checkpointing.manager import CheckpointManager
@@ -27,7 +28,8 @@ from tests.ranks import run_ranks
 
 def made(arguments: list[str], dataset: Path, folder: Path, kind: type[Trainer] = Trainer) -> Trainer:
     config, schema, device = load_config(None, arguments), Schema.read(dataset), start_process_group("cpu")
-    model = build_model(config, schema, device, 1, 1)
+    ranks = dist.get_world_size()
+    model = build_model(config, schema, device, ranks, ranks)
     optimizer = build_optimizer(model, config.optimizer, config.embeddings)
     return kind(
         config, open_rows(config, dataset, schema), model, optimizer, CheckpointManager(config.checkpoint, folder)
