@@ -23,6 +23,7 @@ from ssr_rec.config.heads import HeadsConfig
 from ssr_rec.config.optimizer import DenseOptimizerConfig
 from ssr_rec.config.sequences import SequenceConfig
 from ssr_rec.config.sharding import ShardingConfig
+from ssr_rec.config.tracking import TrackConfig
 from ssr_rec.config.training import TrainConfig
 from ssr_rec.over_archs.choice import OverArchConfig
 from ssr_rec.over_archs.ssr_settings import SSRConfig
@@ -63,6 +64,7 @@ class RunConfig(Settings):
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
     resume: str = Field(
         "auto",
         description="auto: go on with the unfinished run of this name, or of this launcher job; never: begin; "

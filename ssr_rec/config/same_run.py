@@ -9,8 +9,8 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import RunConfig
 
 MAY_DIFFER = (
-    "name", "runs", "resume", "warm_start", "warm_start_optimizer", "device", "sharding", "checkpoint", "data.path",
-    "data.synthetic_root", "data.prefetch", "train.epochs", "train.max_steps", "train.patience",
+    "name", "runs", "resume", "warm_start", "warm_start_optimizer", "device", "sharding", "checkpoint", "track",
+    "data.path", "data.synthetic_root", "data.prefetch", "train.epochs", "train.max_steps", "train.patience",
     "train.eval_batch_size", "train.log_every", "train.stall_timeout_s", "train.skip_bad_steps", "train.max_loss",
     "train.metrics", "train.metrics_rows", "train.pipeline",
 )  # fmt: skip

@@ -152,16 +152,12 @@ def open_tensorboard(folder: str | Path, first_step: int = 0) -> SummaryWriter:
     return SummaryWriter(str(Path(folder) / TENSORBOARD_FOLDER), purge_step=purge_step)
 
 
-def write_scalars(writer: SummaryWriter, row: Mapping[str, Any]) -> None:
-    """Write a metrics.jsonl row as ``<split>/loss``, ``<split>/<label>/auc``, ``<split>/filters/layer_1/sparsity``."""
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return a metrics.jsonl row as ``<split>/loss``, ``<split>/<label>/auc``, ``<split>/filters/layer_1/sparsity``."""
     split = row["split"]
-    for name in ("loss", "lr", "samples_per_s", "data_wait"):
-        if row.get(name) is not None:
-            writer.add_scalar(f"{split}/{name}", row[name], row["step"])
+    found = {f"{split}/{name}": row.get(name) for name in ("loss", "lr", "samples_per_s", "data_wait")}
     for label, measures in (row.get("tasks") or {}).items():
-        for name, value in measures.items():
-            if value is not None:
-                writer.add_scalar(f"{split}/{label}/{name}", value, row["step"])
+        found |= {f"{split}/{label}/{name}": value for name, value in measures.items()}
     for layer, measures in enumerate(row.get("filters") or [], start=1):
-        for name, value in measures.items():
-            writer.add_scalar(f"{split}/filters/layer_{layer}/{name}", value, row["step"])
+        found |= {f"{split}/filters/layer_{layer}/{name}": value for name, value in measures.items()}
+    return {name: value for name, value in found.items() if value is not None}

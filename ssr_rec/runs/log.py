@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -20,18 +21,17 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.tables import table_dims
 from ssr_rec.over_archs.base import OverArch
-from ssr_rec.runs.folder import CONFIG_FILE, append_jsonl, open_tensorboard, write_scalars
+from ssr_rec.runs.folder import CONFIG_FILE, append_jsonl
 from ssr_rec.runs.open import open_run_folder
 from ssr_rec.runs.progress_line import Progress
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from ssr_rec.runs.tracking import Trackers, check_trackers
+from ssr_rec.training.stall_watch import Preempted
 
 
 class RunLog:
     """Keeps the run folder (contract 5 of docs/architecture.md) while the run is on: rank 0 writes, the others agree.
 
-    Calling it with a row of metrics.jsonl writes the row, its TensorBoard scalars and its line on the terminal.
+    Calling it with a row of metrics.jsonl writes the row, shows it in the trackers and writes its line on the terminal.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -40,7 +40,7 @@ class RunLog:
         send_logs(lambda text: self.progress.note(text))
         self.folder, self.is_new = Path(), False
         self._lock: int | None = None
-        self.tensorboard: SummaryWriter | None = None
+        self.trackers: Trackers | None = None
 
     def drawing(self, rows_done: int, rows_total: int) -> None:
         """Show the progress of drawing the synthetic log."""
@@ -58,6 +58,7 @@ class RunLog:
         if self.is_root:
             stem = f"{schema.name}-{config.over_arch.label}".lower().replace(" ", "_")
             try:
+                check_trackers(config)
                 opened = [open_run_folder(values, stem, config.over_arch.label)]
                 self._lock = opened[0].lock
             except ValueError as error:
@@ -74,7 +75,7 @@ class RunLog:
         self.progress = Progress(total_steps=steps, first_step=first_step, rank=dist.get_rank())
         if self.is_root:
             write_text(self.folder / CONFIG_FILE, dump_config(config))
-            self.tensorboard = open_tensorboard(self.folder, first_step)
+            self.trackers = Trackers(config, self.folder, first_step)
             self._introduce(config, schema, over_arch, train)
         if start.checkpoint is not None:
             ranks = start.info["world_size"]
@@ -85,6 +86,10 @@ class RunLog:
 
     def close(self) -> None:
         """Let other processes write the run folder, and loggers speak for themselves."""
+        if self.trackers is not None:
+            error = sys.exc_info()[0]
+            stopped = error is not None and issubclass(error, (Preempted, KeyboardInterrupt))
+            self.trackers.close("stopped" if stopped else "failed")
         send_logs(None)
         if self._lock is not None:
             os.close(self._lock)
@@ -93,8 +98,8 @@ class RunLog:
     def discard(self) -> None:
         """Remove the run folder of a run that could not begin; one that was there before stays."""
         if self.is_root and self.is_new:
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            if self.trackers is not None:
+                self.trackers.close("failed")
             shutil.rmtree(self.folder)
 
     def _introduce(self, config: RunConfig, schema: Schema, over_arch: OverArch, train: Course) -> None:
@@ -112,8 +117,8 @@ class RunLog:
         if not self.is_root:
             return
         append_jsonl(self.folder / "metrics.jsonl", row)
-        assert self.tensorboard is not None
-        write_scalars(self.tensorboard, row)
+        assert self.trackers is not None
+        self.trackers.metrics(row)
         if row["split"] == "train":
             self.progress.show(row)
         else:

@@ -13,7 +13,7 @@ from ssr_rec.runs.curves import draw_curves
 from ssr_rec.runs.days import days_table, draw_days
 from ssr_rec.runs.event_shares import draw_event_shares, shares_of
 from ssr_rec.runs.filter_curves import draw_filter_curves, filter_rows
-from ssr_rec.runs.folder import CURVES_FILE, METRICS_FILE, plain, read_metrics
+from ssr_rec.runs.folder import CONFIG_FILE, CURVES_FILE, METRICS_FILE, plain, read_metrics
 from ssr_rec.runs.log import RunLog, num_embedding_parameters
 from ssr_rec.runs.provenance import git_commit, hardware, versions
 from ssr_rec.runs.quality import quality_warnings
@@ -80,10 +80,11 @@ def finish_report(log: RunLog, report: Report) -> None:
     if not log.is_root:
         return
     write_report(log.folder, report)
-    if log.tensorboard is not None:
-        log.tensorboard.close()
     log.progress.close()
     show_result(log, log.folder, report)
+    if log.trackers is not None:
+        names = (CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+        log.trackers.finish([*(log.folder / name for name in names), *sorted(log.folder.glob("*.png"))])
 
 
 def show_result(log: RunLog, folder: Path, report: Report) -> None:

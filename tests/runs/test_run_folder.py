@@ -19,14 +19,13 @@ from ssr_rec.runs import folder as run_folder
 from ssr_rec.runs.folder import (
     append_jsonl,
     create_run_folder,
-    open_tensorboard,
     read_metrics,
     write_json,
-    write_scalars,
 )
 from ssr_rec.runs.open import open_run_folder
 from ssr_rec.runs.provenance import git_commit, hardware, versions
 from ssr_rec.runs.report import read_report, read_run
+from ssr_rec.runs.tracking import TensorBoard
 
 
 def test_create_makes_the_folder_and_its_parents(tmp_path):
@@ -224,10 +223,10 @@ def test_git_commit_of_clean_changed_and_foreign_folders(tmp_path, monkeypatch):
 def test_scalars_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = open_tensorboard(tmp_path)
-    write_scalars(writer, row(5, loss=0.5, lr=0.001, tasks={"click": {"auc": 0.75, "gauc": None}}))
-    write_scalars(writer, row(9, loss=0.25))
-    writer.close()
+    tracker = TensorBoard(tmp_path, 0)
+    tracker.metrics(row(5, loss=0.5, lr=0.001, tasks={"click": {"auc": 0.75, "gauc": None}}))
+    tracker.metrics(row(9, loss=0.25))
+    tracker.close("finished")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr", "train/click/auc"}
