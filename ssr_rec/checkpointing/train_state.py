@@ -24,6 +24,8 @@ from ssr_rec.model.ctr_model import running_statistics
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
 """Prefixes of the names; what only one rank has is under ``rank<R>/``."""
+RUNNING = ("logits", "labels", "weights")
+"""Names of the rows behind the running AUC; weights only where rows have them."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
@@ -67,7 +69,7 @@ def rank_tensors(model: nn.Module, running: RunningAUC) -> dict[str, Tensor]:
     if torch.cuda.is_available():
         tensors[prefix + "rng_cuda"] = torch.cuda.get_rng_state()
     if (rows := running.rows()) is not None:
-        tensors[prefix + "logits"], tensors[prefix + "labels"] = rows
+        tensors |= dict(zip((prefix + name for name in RUNNING), rows, strict=False))
     return tensors
 
 
@@ -173,7 +175,7 @@ def _restore_own(own: Mapping[str, Tensor], model: nn.Module, running: RunningAU
         torch.cuda.set_rng_state(own["rng_cuda"])
     if "logits" in own:
         device = next(model.parameters()).device
-        running.update(own["logits"].to(device), own["labels"].to(device))
+        running.update(*(own[name].to(device) for name in RUNNING if name in own))
 
 
 def _fitted(info: Mapping[str, Any], folder: Path) -> Fitted:

@@ -20,16 +20,19 @@ class Batch(Pipelineable):
 
     Attributes:
         sparse: every feature, single- and multi-valued, int64 ids, keys in schema order.
-        labels: (B, T) float32 of 0 and 1, tasks in schema order.
+        labels: (B, T) float32 of 0 and 1, tasks in schema order; 0 where not observed.
         group_ids: (B,) int64, the users of GAUC, or None.
         global_rows: rows of the global batch over all ranks. The loss is a sum divided by this, so that it and
             its gradient do not depend on how the rows are spread; B may differ between ranks and may be 0.
+        weights: (B, T) float32 of each row for each task, 0 where its label is not observed; None: all rows count the
+            same. The loss is then divided by the sums of weights over all ranks instead.
     """
 
     sparse: KeyedJaggedTensor
     labels: Tensor
     group_ids: Tensor | None
     global_rows: int
+    weights: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(
@@ -38,14 +41,18 @@ class Batch(Pipelineable):
             # Group ids only ever go to the metrics, on the CPU.
             group_ids=self.group_ids,
             global_rows=self.global_rows,
+            weights=None if self.weights is None else self.weights.to(device=device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
-        return Batch(self.sparse.pin_memory(), self.labels.pin_memory(), self.group_ids, self.global_rows)
+        weights = None if self.weights is None else self.weights.pin_memory()
+        return Batch(self.sparse.pin_memory(), self.labels.pin_memory(), self.group_ids, self.global_rows, weights)
 
     def record_stream(self, stream: torch.Stream) -> None:
         self.sparse.record_stream(stream)
         self.labels.record_stream(stream)
+        if self.weights is not None:
+            self.weights.record_stream(stream)
 
 
 def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> Batch:

@@ -185,12 +185,15 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
     num_rows = sum(stop - start for _, start, stop in slices)
     features, labels = schema.features, np.empty((num_rows, len(schema.labels)), dtype=np.float32)
     groups = np.empty(num_rows, dtype=np.int64) if schema.group_id is not None else None
+    weights = np.empty_like(labels) if schema.has_weights else None
     ends = np.cumsum([stop - start for _, start, stop in slices]).tolist()
     rows = [slice(end - (stop - start), end) for end, (_, start, stop) in zip(ends, slices, strict=True)]
     for there, (block, start, stop) in zip(rows, slices, strict=True):
         labels[there] = block.labels[start:stop]
         if groups is not None and block.group_ids is not None:
             groups[there] = block.group_ids[start:stop]
+        if weights is not None and block.weights is not None:
+            weights[there] = block.weights[start:stop]
     lengths = np.ones((len(features), num_rows), dtype=np.int64)
     items = sum(
         int(lists.offsets[stop] - lists.offsets[start]) for block, start, stop in slices for lists in block.lists
@@ -218,7 +221,8 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
         stride=num_rows,
     )
     group_ids = torch.from_numpy(groups) if groups is not None else None
-    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows)
+    of_tasks = torch.from_numpy(weights) if weights is not None else None
+    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows, of_tasks)
 
 
 def check_rows(folder: Path, schema: Schema, split: str, world_size: int) -> None:

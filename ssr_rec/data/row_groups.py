@@ -16,7 +16,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import source
 from ssr_rec.data.batch_order import Piece
 from ssr_rec.data.features import Feature
-from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, Schema, Shard
+from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, NOT_OBSERVED, SCHEMA_FILE, WEIGHT_COLUMN, Schema, Shard
 from ssr_rec.data.shards import arrow_schema, footer_digest
 
 OPEN_FILES = 8
@@ -38,14 +38,16 @@ class Block:
     Attributes:
         scalars: (S, n) ids of the single-valued features in schema order.
         lists: list features in schema order.
-        labels: (n, T) float32.
+        labels: (n, T) float32, 0 where not observed.
         group_ids: (n,) int64 or None.
+        weights: (n, T) float32 of each row for each task, 0 where its label is not observed; None: all count the same.
     """
 
     scalars: np.ndarray
     lists: list[Lists]
     labels: np.ndarray
     group_ids: np.ndarray | None
+    weights: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -152,8 +154,8 @@ class SplitFiles:
         """Return rows ``piece.start:piece.stop`` of a row group taken in ``order`` (None: as stored).
 
         Raises:
-            UserError: an id out of range, a list that is too long, a label that is not 0 or 1, a null, or damaged
-                bytes; the message names the file, the column and the row.
+            UserError: an id out of range, a list that is too long, a label that is not 0 or 1, a weight that is not
+                finite or negative, a null, or damaged bytes; the message names the file, the column and the row.
         """
         file, group, first_row = self.locate(piece.group)
         where = f"{self.paths[file]}: row group {group} (from row {first_row})"
@@ -185,19 +187,39 @@ class SplitFiles:
                 self._check_lists(offsets, feature, _leaves(opened, group, feature.name), where)
                 self._check_ids(ids, offsets, feature, where)
                 lists.append(_take_lists(ids.astype(self.ids), offsets, rows))
+        labels, weights = self._labels(table, rows, num_rows, where, first_row)
+        groups = None
+        if self.schema.group_id is not None:
+            groups = self._column(table, GROUP_COLUMN, num_rows, where).to_numpy()[rows]
+        return Block(scalars, lists, labels, groups, weights)
+
+    def _labels(
+        self, table: pa.Table, rows: np.ndarray, num_rows: int, where: str, first_row: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the labels and the weights of ``rows`` of a row group, as ``Block`` has them."""
         labels = np.empty((len(rows), len(self.schema.labels)), dtype=np.float32)
+        weights = np.ones_like(labels) if self.schema.has_weights else None
+        if weights is not None and self.schema.weight is not None:
+            of_rows = self._column(table, WEIGHT_COLUMN, num_rows, where).to_numpy()
+            if wrong := np.flatnonzero(~(np.isfinite(of_rows) & (of_rows >= 0))).tolist():
+                raise UserError(
+                    f"{where}: the weight is {of_rows[wrong[0]]} in row {first_row + wrong[0]}, must be finite and not "
+                    "negative; prepare the log again"
+                )
+            weights[:] = of_rows[rows, None]
         for task, label in enumerate(self.schema.labels):
             outcomes = self._column(table, label, num_rows, where).to_numpy()
+            missing = outcomes == NOT_OBSERVED if label in self.schema.missing_labels else None
+            if missing is not None and weights is not None:
+                outcomes = np.where(missing, 0, outcomes).astype(np.int8)
+                weights[missing[rows], task] = 0
             if wrong := np.flatnonzero(outcomes.view(np.uint8) > 1).tolist():
                 raise UserError(
                     f"{where}: label {label!r} is {outcomes[wrong[0]]} in row {first_row + wrong[0]}, "
                     "must be 0 or 1; prepare the log again"
                 )
             labels[:, task] = outcomes[rows]
-        groups = None
-        if self.schema.group_id is not None:
-            groups = self._column(table, GROUP_COLUMN, num_rows, where).to_numpy()[rows]
-        return Block(scalars, lists, labels, groups)
+        return labels, weights
 
     @staticmethod
     def _column(table: pa.Table, name: str, num_rows: int, where: str) -> pa.Array:

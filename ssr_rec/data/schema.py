@@ -3,6 +3,7 @@
 A prepared dataset is a folder: ``schema.json``, parquet shards of each split, and the fitted vocabularies.
 In a shard, a single-valued feature is an int64 column of ids, a list feature a ``list<int64>`` column,
 a label an int8 column of 0 and 1, and the evaluation group (GAUC) the int64 column ``GROUP_COLUMN``.
+A label that may be missing is -1 where it is not observed; weights of rows are the float column ``WEIGHT_COLUMN``.
 No column holds nulls: a missing value already has an id of its own, a missing list is empty.
 
 Damage shows: ``schema.json`` holds a checksum of its own content and one of each shard's footer, and the pages of a
@@ -31,6 +32,9 @@ from ssr_rec.data.features import Column, Feature, InnerPath, Vocabulary
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
 GROUP_COLUMN = "__group_id__"
+WEIGHT_COLUMN = "__weight__"
+NOT_OBSERVED = -1
+"""Of a label that may be missing."""
 DATASET_ID_KEY = b"ssr_rec.dataset_id"
 """Key of the parquet file metadata that ties a shard to its schema."""
 VALUES_KEY, VALUES = "values", 2
@@ -74,7 +78,10 @@ class Shard(Settings):
 
 class Split(Settings):
     num_rows: int = Field(ge=0)
-    positive_rate: dict[str, float] = Field(description="per label")
+    positive_rate: dict[str, float] = Field(description="per label, among the rows that count for it")
+    counted: dict[str, int] = Field(
+        default_factory=dict, description="per label the rows that count: observed, of a weight above 0; none: all"
+    )
     shards: list[Shard]
     lookups: dict[str, Lookups] = Field(default_factory=dict, description="per feature; older datasets have none")
 
@@ -127,6 +134,10 @@ class Schema(Settings):
     sequences: list[EventSequence] = Field(default_factory=list)
     labels: list[Column] = Field(min_length=1)
     group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
+    weight: str | None = Field(None, description="raw column behind WEIGHT_COLUMN; None: all rows count the same")
+    missing_labels: list[Column] = Field(
+        default_factory=list, description="labels that are -1 where they are not observed or their task does not ask"
+    )
     negatives: float = Field(1.0, gt=0, le=1, description="share of the negative training rows that was kept")
     splits: dict[str, Split]
     days: Days | None = Field(None, description="None: the splits are train, validation and test")
@@ -138,7 +149,10 @@ class Schema(Settings):
     def _consistent(self) -> Schema:
         if self.negatives < 1 and len(self.labels) > 1:
             raise UserError("negatives: below 1 there can be one label alone")
-        _refuse_repeated("names", [*self.feature_names, *self.labels, GROUP_COLUMN])
+        _refuse_repeated("names", [*self.feature_names, *self.labels, GROUP_COLUMN, WEIGHT_COLUMN])
+        _refuse_repeated("missing_labels", self.missing_labels)
+        if not set(self.missing_labels) <= set(self.labels):
+            raise UserError("missing_labels names what is no label")
         check_vocabularies(self.features)
         check_sequences(self.sequences, self.features)
         for split_name, split in self.splits.items():
@@ -164,6 +178,11 @@ class Schema(Settings):
     @property
     def feature_names(self) -> list[str]:
         return [feature.name for feature in self.features]
+
+    @property
+    def has_weights(self) -> bool:
+        """Return whether rows count differently, or for some tasks alone."""
+        return self.weight is not None or bool(self.missing_labels)
 
     @property
     def known_ids(self) -> set[str]:
@@ -220,14 +239,18 @@ class Schema(Settings):
                 "features": [by_name[name] for name in features] if features else self.features,
                 "sequences": [sequence for sequence in sequences if sequence is not None],
                 "labels": list(labels) if labels else self.labels,
+                "missing_labels": [name for name in self.missing_labels if not labels or name in labels],
             }
         )
 
     def write(self, folder: Path) -> None:
         values = self.model_dump(mode="json")
-        for key in ("days", "additions", "shard_ids", "sequences"):
+        for key in ("days", "additions", "shard_ids", "sequences", "weight", "missing_labels"):
             if not values[key]:  # so that programs from before there were any read it
                 del values[key]
+        for split in values["splits"].values():
+            if not split["counted"]:
+                del split["counted"]
         if self.negatives == 1:
             del values["negatives"]
         text = json.dumps({**values, CHECKSUM_KEY: _checksum(values)}, indent=1)

@@ -6,7 +6,8 @@ grown too large is thinned in place; and every evaluation samples the same group
 much better than the interval of each.
 
 The spread within a sample says nothing of a large group that is not in it. So all rows are counted by a hash of their
-group, and the interval allows any AUC to groups of more than ``LARGE`` of the rows that were left out.
+group, and the interval allows any AUC to groups of more than ``LARGE`` of the rows that were left out. Where rows have
+weights, rows are counted by them, for each task its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssr_rec.metrics.exact import auc_of_groups, gather_predictions
+from ssr_rec.metrics.exact import auc_of_groups, gather_rows
 
 FEWEST_GROUPS = 30
 """Sampled groups below which their spread says too little for an interval."""
@@ -37,36 +38,33 @@ class SampledGAUC(NamedTuple):
     """Half the width of the interval, 0 when no group was left out, nan when there are too few groups for one."""
     groups: int
     """Groups that count, those with both classes, in the sample."""
-    rows: int
-    """Rows in those groups."""
+    rows: float
+    """Rows in those groups, each counting by its weight."""
 
 
 class GroupSample:
     """Keeps whole groups of a fold, at most ``max_rows`` rows on this rank.
 
     Rows stay on the device they come from; which ones to keep is decided by the group ids alone, on the CPU.
-
-    Attributes:
-        left_out: on rank 0 after ``gather``, rows (n,) of each large group of the fold that is not in the sample, those
-            of small groups with the same hash counted in.
-        fold_rows: on rank 0 after ``gather``, rows of the whole fold.
     """
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows, self.num_rows, self.halvings = max_rows, 0, 0
-        self._pieces: list[tuple[np.ndarray, Tensor, Tensor]] = []
-        self._rows_by_hash = torch.zeros(_BUCKETS, dtype=torch.int64)
-        self.left_out, self.fold_rows = np.zeros(0, np.int64), 0
+        self._pieces: list[_Piece] = []
+        self._rows_by_hash = torch.zeros(1, _BUCKETS, dtype=torch.float64)
+        self._missing = np.zeros((1, _BUCKETS))
 
     @property
     def share(self) -> float:
         """Return the rate at which groups are sampled."""
         return 2.0**-self.halvings
 
-    def update(self, logits: Tensor, labels: Tensor, groups: Tensor) -> None:
-        """Take in a batch: ``logits (B, T)``, ``labels (B, T)``, ``groups (B,)`` int64 on the CPU."""
-        self._rows_by_hash += torch.from_numpy(_by_hash(groups.numpy()))
-        piece = _kept((groups.numpy(), logits, labels.to(torch.uint8)), self.halvings)
+    def update(self, logits: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
+        """Take in a batch: ``logits``, ``labels`` and ``weights`` (B, T), ``groups (B,)`` int64 on the CPU."""
+        # Broadcast: without weights there is one count for all tasks.
+        self._rows_by_hash = self._rows_by_hash + _by_hash(groups, weights)
+        tensors = (logits, labels.to(torch.uint8)) if weights is None else (logits, labels.to(torch.uint8), weights)
+        piece = _kept((groups.numpy(), *tensors), self.halvings)
         self._pieces.append(piece)
         self.num_rows += len(piece[0])
         if self.num_rows > self.max_rows:
@@ -78,10 +76,12 @@ class GroupSample:
         while self.num_rows > self.max_rows:
             self.halvings += 1
             self._pieces = [_kept(piece, self.halvings) for piece in self._pieces]
-            self.num_rows = sum(len(groups) for groups, _, _ in self._pieces)
+            self.num_rows = sum(len(piece[0]) for piece in self._pieces)
 
-    def gather(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return all ranks' sample, ``logits (N, T)``, ``labels (N, T)``, ``groups (N,)``, on rank 0. Collective.
+    def gather(self) -> tuple[np.ndarray, ...] | None:
+        """Return all ranks' sample, ``logits (N, T)``, ``labels (N, T)``, ``groups (N,)``, any ``weights (N, T)``.
+
+        On rank 0, None elsewhere. Collective.
 
         Every rank has taken in at least one batch, if only one without rows.
         """
@@ -91,15 +91,31 @@ class GroupSample:
             dist.all_reduce(halvings, dist.ReduceOp.MAX)
             dist.all_reduce(self._rows_by_hash)
             self.halvings = int(halvings)
-        groups, logits, labels = _kept(_joined(self._pieces), self.halvings)
-        gathered = gather_predictions(logits, labels, torch.from_numpy(groups))
-        if gathered is None or gathered[2] is None:
+        groups, *tensors = _kept(_joined(self._pieces), self.halvings)
+        logits, labels, *weights = map(gather_rows, tensors)
+        gathered = gather_rows(torch.from_numpy(groups))
+        if gathered is None or logits is None or labels is None:
             return None
+        of_rows = [found for found in weights if found is not None]
         # The hash's last bits choose the bucket, its first ones the sample.
-        missing = self._rows_by_hash.numpy() - _by_hash(gathered[2])
-        self.fold_rows = int(self._rows_by_hash.sum())
-        self.left_out = missing[missing > LARGE * self.fold_rows]
-        return gathered[0], gathered[1], gathered[2]
+        in_sample = _by_hash(torch.from_numpy(gathered), torch.from_numpy(of_rows[0]) if of_rows else None)
+        self._missing = (self._rows_by_hash - in_sample).numpy()
+        return logits, labels, gathered, *of_rows
+
+    def rest(self, task: int) -> tuple[np.ndarray, float]:
+        """Return what the sample lacks for a task, on rank 0 after ``gather``.
+
+        Returns:
+            the rows (n,) of each large group of the fold that is not in the sample, those of small groups with the same
+            hash counted in, and the rows of the whole fold; both by their weights.
+        """
+        row = min(task, len(self._missing) - 1)
+        missing, fold_rows = self._missing[row], float(self._rows_by_hash[row].sum())
+        return missing[missing > LARGE * fold_rows], fold_rows
+
+
+_Piece = tuple[np.ndarray, *tuple[Tensor, ...]]
+"""Groups (n,), logits (n, T), labels (n, T), and weights (n, T) where there are any."""
 
 
 def sampled_gauc(
@@ -108,7 +124,8 @@ def sampled_gauc(
     groups: np.ndarray,
     share: float,
     left_out: np.ndarray | None = None,
-    fold_rows: int | None = None,
+    fold_rows: float | None = None,
+    weights: np.ndarray | None = None,
 ) -> SampledGAUC:
     """Return GAUC of one task from groups that were sampled at the rate ``share``, and its interval.
 
@@ -121,13 +138,14 @@ def sampled_gauc(
         logits: ``(N,)``, as in ``metrics.gauc``.
         labels: ``(N,)``.
         groups: ``(N,)``.
-        left_out: of a ``GroupSample``; None: the fold has no large groups.
-        fold_rows: of a ``GroupSample``.
+        left_out: of ``GroupSample.rest``; None: the fold has no large groups.
+        fold_rows: of ``GroupSample.rest``.
+        weights: ``(N,)`` of the rows, by which groups count; None: all the same.
     """
-    aucs, rows = auc_of_groups(logits, labels, groups)
+    aucs, rows = auc_of_groups(logits, labels, groups, weights)
     counts = ~np.isnan(aucs)
     aucs, rows = aucs[counts], rows[counts]
-    num_rows = int(rows.sum())
+    num_rows = rows.sum().item()
     if not num_rows:
         return SampledGAUC(math.nan, math.nan, 0, 0)
     value = float((aucs * rows).sum() / num_rows)
@@ -145,24 +163,27 @@ def sampled_gauc(
     return SampledGAUC(value, min(bound, any_auc), len(aucs), num_rows)
 
 
-def _by_hash(groups: np.ndarray) -> np.ndarray:
-    """Return how many rows ``(_BUCKETS,)`` have a group of each hash."""
-    return np.bincount((hashes(groups) % np.uint64(_BUCKETS)).astype(np.int64), minlength=_BUCKETS)
+def _by_hash(groups: Tensor, weights: Tensor | None) -> Tensor:
+    """Return how many rows (1, _BUCKETS) have a group of each hash, or the sums of their weights (T, _BUCKETS)."""
+    buckets = (hashes(groups.numpy()) % np.uint64(_BUCKETS)).astype(np.int64)
+    columns = [None] if weights is None else list(weights.double().cpu().numpy().T)
+    counts = [np.bincount(buckets, weights=column, minlength=_BUCKETS) for column in columns]
+    return torch.from_numpy(np.stack(counts).astype(np.float64))
 
 
-def _joined(pieces: list[tuple[np.ndarray, Tensor, Tensor]]) -> tuple[np.ndarray, Tensor, Tensor]:
-    groups, logits, labels = zip(*pieces, strict=True)
-    return np.concatenate(groups), torch.cat(logits), torch.cat(labels)
+def _joined(pieces: list[_Piece]) -> _Piece:
+    groups, *tensors = zip(*pieces, strict=True)
+    return np.concatenate(groups), *(torch.cat(of_pieces) for of_pieces in tensors)
 
 
-def _kept(piece: tuple[np.ndarray, Tensor, Tensor], halvings: int) -> tuple[np.ndarray, Tensor, Tensor]:
+def _kept(piece: _Piece, halvings: int) -> _Piece:
     """Return the rows of ``piece`` whose group is sampled at the rate 2**-halvings."""
     if not halvings:
         return piece
-    groups, logits, labels = piece
+    groups, *tensors = piece
     rows = np.flatnonzero(hashes(groups) >> np.uint64(64 - halvings) == 0)
-    index = torch.from_numpy(rows).to(logits.device, non_blocking=True)
-    return groups[rows], logits.index_select(0, index), labels.index_select(0, index)
+    index = torch.from_numpy(rows).to(tensors[0].device, non_blocking=True)
+    return groups[rows], *(tensor.index_select(0, index) for tensor in tensors)
 
 
 def hashes(groups: np.ndarray) -> np.ndarray:

@@ -14,7 +14,9 @@ BINS = 10
 """Parts of equal numbers of rows: deciles."""
 
 
-def deciles(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
+def deciles(
+    logits: np.ndarray, labels: np.ndarray, bins: int = BINS, weights: np.ndarray | None = None
+) -> list[dict[str, Any]]:
     """Return, of each tenth of the rows by rising score, its ``rows`` and mean ``predicted`` and ``observed`` value.
 
     Rows of one score stay together, in the part where their middle lies; so parts may be unequal, and empty ones are
@@ -24,11 +26,17 @@ def deciles(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[di
         logits: ``(N,)``.
         labels: ``(N,)``.
         bins: how many parts instead of ten.
+        weights: ``(N,)`` by which rows count, 0 or more; None: all the same.
     """
+    if weights is not None:
+        logits, labels, weights = logits[weights > 0], labels[weights > 0], weights[weights > 0]
     if not len(logits) or np.isnan(logits).any():
         return []
     scores, place, counts = np.unique(logits, return_inverse=True, return_counts=True)
-    positives = np.bincount(place, weights=np.asarray(labels) == 1, minlength=len(scores))
+    hits = np.asarray(labels) == 1
+    if weights is not None:
+        counts, hits = np.bincount(place, weights=weights, minlength=len(scores)), hits * weights
+    positives = np.bincount(place, weights=hits, minlength=len(scores))
     return deciles_of_scores(sigmoid(scores), counts, positives, bins)
 
 
@@ -39,8 +47,8 @@ def deciles_of_scores(
 
     Args:
         predicted: ``(n,)`` probabilities in rising order.
-        counts: ``(n,)`` rows of each.
-        positives: ``(n,)`` positive ones among them.
+        counts: ``(n,)`` rows of each, or the sums of their weights.
+        positives: ``(n,)`` of the positive ones among them.
         bins: how many parts.
     """
     middles = np.cumsum(counts) - counts / 2
@@ -49,9 +57,14 @@ def deciles_of_scores(
         np.bincount(part, weights=weights, minlength=bins) for weights in (counts, positives, predicted * counts)
     )
     return [
-        {"rows": int(rows[i]), "predicted": float(sums[i] / rows[i]), "observed": float(hits[i] / rows[i])}
+        {"rows": whole(rows[i]), "predicted": float(sums[i] / rows[i]), "observed": float(hits[i] / rows[i])}
         for i in np.flatnonzero(rows).tolist()
     ]
+
+
+def whole(count: float) -> float:
+    """Return a number of rows as an int, and a sum of weights as it is where it is not whole."""
+    return int(count) if count == int(count) else float(count)
 
 
 class PrecisionRecall(NamedTuple):
@@ -63,22 +76,27 @@ class PrecisionRecall(NamedTuple):
     """Sum over distinct scores of the gain in recall times the precision there; nan without a positive row."""
 
 
-def precision_recall(logits: np.ndarray, labels: np.ndarray, most_points: int = 500) -> PrecisionRecall:
+def precision_recall(
+    logits: np.ndarray, labels: np.ndarray, most_points: int = 500, weights: np.ndarray | None = None
+) -> PrecisionRecall:
     """Return the precision-recall curve, thinned to about ``most_points``, and its average precision before that.
 
     Args:
         logits: ``(N,)``.
         labels: ``(N,)``.
         most_points: of the curve.
+        weights: ``(N,)`` as in ``deciles``.
     """
+    weights = np.ones(len(logits)) if weights is None else np.asarray(weights, dtype=np.float64)
+    logits, labels, weights = logits[weights > 0], labels[weights > 0], weights[weights > 0]
     positive = np.asarray(labels) == 1
     if not positive.any() or np.isnan(logits).any():
         return PrecisionRecall(np.empty(0), np.empty(0), math.nan)
     order = np.argsort(-np.asarray(logits), kind="stable")
-    scores, positive = np.asarray(logits)[order], positive[order]
+    scores, positive, weights = np.asarray(logits)[order], positive[order], weights[order]
     last_of_tie = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    hits = np.cumsum(positive)[last_of_tie]
-    precision, recall = hits / (last_of_tie + 1), hits / hits[-1]
+    hits = np.cumsum(positive * weights)[last_of_tie]
+    precision, recall = hits / np.cumsum(weights)[last_of_tie], hits / hits[-1]
     average = float((np.diff(recall, prepend=0.0) * precision).sum())
     # Even in recall, where the curve is drawn; every score of the first few rows would be most of the points.
     wanted = np.unique(np.searchsorted(recall, np.linspace(recall[0], 1.0, most_points)))

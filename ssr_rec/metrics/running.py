@@ -24,28 +24,28 @@ class RunningAUC:
             raise UserError(f"window is {window}; keep at least one row")
         self.label_names = list(label_names)
         self.window = window
-        self._batches: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        self._batches: deque[tuple[torch.Tensor, ...]] = deque()
         self._rows = 0
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take in a batch: ``logits (B, T)`` and ``labels (B, T)``."""
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Take in a batch: ``logits (B, T)``, ``labels (B, T)`` and ``weights (B, T)``, or None in every batch."""
         # Cloned: the caller may reuse its buffers, and a view would keep the whole batch alive.
-        logits, labels = logits[-self.window :].detach().clone(), labels[-self.window :].detach().clone()
-        self._batches.append((logits, labels))
-        self._rows += len(logits)
+        parts = (logits, labels) if weights is None else (logits, labels, weights)
+        self._batches.append(tuple(part[-self.window :].detach().clone() for part in parts))
+        self._rows += len(self._batches[-1][0])
         while self._rows - len(self._batches[0][0]) >= self.window:
             self._rows -= len(self._batches.popleft()[0])
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the window: ``logits (n, T)`` and ``labels (n, T)``; None before the first batch."""
+    def rows(self) -> tuple[torch.Tensor, ...] | None:
+        """Return the window: ``logits (n, T)``, ``labels (n, T)`` and any weights; None before the first batch."""
         if not self._batches:
             return None
-        logits, labels = (torch.cat(part)[-self.window :] for part in zip(*self._batches, strict=True))
-        return logits, labels
+        return tuple(torch.cat(part)[-self.window :] for part in zip(*self._batches, strict=True))
 
     def compute(self) -> dict[str, float]:
         """Return label -> AUC of the window; nan before both classes were seen."""
         if (rows := self.rows()) is None:
             return dict.fromkeys(self.label_names, math.nan)
-        logits, labels = (part.float().cpu().numpy() for part in rows)
-        return {name: auc(logits[:, task], labels[:, task]) for task, name in enumerate(self.label_names)}
+        logits, labels, *weights = (part.float().cpu().numpy() for part in rows)
+        of_tasks = enumerate(self.label_names)
+        return {name: auc(*(part[:, task] for part in (logits, labels, *weights))) for task, name in of_tasks}

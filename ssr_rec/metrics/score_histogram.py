@@ -72,10 +72,13 @@ def middles_of_bins(bins: np.ndarray) -> np.ndarray:
 def auc_of_histogram(positives: np.ndarray, negatives: np.ndarray) -> BoundedAUC:
     """Return AUC from the counts ``(NUM_BINS,)``, or of any other bins in rising order, and its bound.
 
-    Counts are integers below 2**60; pairs are counted in integers of any size.
+    Counts that are whole and below 2**60 are multiplied in integers of any size, sums of other weights in float64.
     """
     used = (positives > 0) | (negatives > 0)
-    p, n = positives[used].astype(np.int64), negatives[used].astype(np.int64)
+    p, n = positives[used], negatives[used]
+    if not all((part == np.floor(part)).all() and part.sum() < 2**60 for part in (p, n)):
+        return _auc_of_weights(p.astype(np.float64), n.astype(np.float64))
+    p, n = p.astype(np.int64), n.astype(np.int64)
     pairs = int(p.sum()) * int(n.sum())
     if not pairs:
         return BoundedAUC(math.nan, math.nan)
@@ -83,6 +86,16 @@ def auc_of_histogram(positives: np.ndarray, negatives: np.ndarray) -> BoundedAUC
     tied = _dot(p, n)
     # Integers are divided with one rounding, however large.
     return BoundedAUC((2 * _dot(p, below) + tied) / (2 * pairs), tied / (2 * pairs) + _ROUNDING)
+
+
+def _auc_of_weights(p: np.ndarray, n: np.ndarray) -> BoundedAUC:
+    """Return ``auc_of_histogram`` of bins ``(b,)`` that hold weights, its bound widened by what float64 rounds."""
+    pairs = float(p.sum()) * float(n.sum())
+    if not pairs > 0:
+        return BoundedAUC(math.nan, math.nan)
+    below = np.cumsum(n) - n
+    tied = float(p @ n)
+    return BoundedAUC((2 * float(p @ below) + tied) / (2 * pairs), tied / (2 * pairs) + 4 * len(p) * _ROUNDING)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> int:

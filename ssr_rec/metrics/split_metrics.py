@@ -5,7 +5,7 @@ Both take batches with ``update`` and give the figures with ``compute``, over al
 Bounded: AUC from a histogram (``score_histogram``, error bound reported), GAUC from as many groups as fit
 (``group_sample``, interval reported), logloss, NE and calibration from sums in float64, as exact as the exact ones.
 Everything but GAUC's rows lies in one tensor on the device, is added to without waiting for the device, and is summed
-over ranks at once. Counts are whole numbers in float64, exact up to 2**53.
+over ranks at once. Counts are whole numbers in float64, exact up to 2**53; where rows have weights, sums of these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.metrics.exact import evaluate_predictions, gather_predictions, gather_rows, with_equal_rows_tied
+from ssr_rec.metrics.exact import evaluate_predictions, gather_rows, of_task, with_equal_rows_tied
 from ssr_rec.metrics.group_sample import GroupSample, sampled_gauc
 from ssr_rec.metrics.reliability import deciles, deciles_of_scores, sigmoid
 from ssr_rec.metrics.score_histogram import NUM_BINS, auc_of_histogram, bins_of, middles_of_bins
@@ -32,11 +32,19 @@ Tasks = dict[str, dict[str, float]]
 class FoldMetrics(Protocol):
     mode: Mode
 
-    def update(self, logits: Tensor, labels: Tensor, groups: Tensor | None, rows: Tensor | None = None) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        groups: Tensor | None,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         """Take in a batch of this rank: ``logits (B, T)`` float32, ``labels (B, T)``, ``groups (B,)`` on the CPU.
 
         Args:
             rows: ``(B,)`` int64, equal for equal inputs (``row_keys``); None: equal rows tie where their logits do.
+            weights: ``(B, T)`` float32 of each row for each task, in every batch; None: all rows count the same.
         """
 
     def compute(self) -> Tasks | None:
@@ -64,28 +72,36 @@ class ExactMetrics:
 
     def __init__(self, label_names: Sequence[str]) -> None:
         self.label_names = label_names
-        self._batches: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
-        self._ranked: tuple[np.ndarray, np.ndarray] | None = None
+        self._batches: list[tuple[Tensor | None, ...]] = []
+        self._ranked: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
 
-    def update(self, logits: Tensor, labels: Tensor, groups: Tensor | None, rows: Tensor | None = None) -> None:
-        self._batches.append((logits, labels, groups, rows))
+    def update(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        groups: Tensor | None,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        self._batches.append((logits.float(), labels, groups, rows, weights))
 
     def compute(self) -> Tasks | None:
-        logits, labels, groups, rows = zip(*self._batches, strict=True)
-        gathered = gather_predictions(
-            torch.cat(logits), torch.cat(labels), torch.cat(groups) if groups[0] is not None else None
+        logits, labels, groups, keys, weights = (
+            None if parts[0] is None else gather_rows(torch.cat(parts)) for parts in zip(*self._batches, strict=True)
         )
-        keys = gather_rows(torch.cat(rows)) if rows[0] is not None else None
-        if gathered is None:
+        if logits is None or labels is None:
             return None
-        ranked = gathered[0] if keys is None else with_equal_rows_tied(gathered[0], keys)
-        self._ranked = ranked, gathered[1]
-        return evaluate_predictions(ranked, gathered[1], gathered[2], self.label_names)
+        ranked = logits if keys is None else with_equal_rows_tied(logits, keys)
+        self._ranked = ranked, labels, weights
+        return evaluate_predictions(ranked, labels, groups, self.label_names, weights)
 
     def deciles(self) -> dict[str, list[dict[str, Any]]]:
         assert self._ranked is not None
-        logits, labels = self._ranked
-        return {name: deciles(logits[:, task], labels[:, task]) for task, name in enumerate(self.label_names)}
+        logits, labels, weights = self._ranked
+        return {
+            name: deciles(logits[:, task], labels[:, task], weights=of_task(weights, task))
+            for task, name in enumerate(self.label_names)
+        }
 
 
 class BoundedMetrics:
@@ -103,21 +119,32 @@ class BoundedMetrics:
         self._sums: Tensor | None = None
         self._has_groups = False
 
-    def update(self, logits: Tensor, labels: Tensor, groups: Tensor | None, rows: Tensor | None = None) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        groups: Tensor | None,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         tasks, logits = len(self.label_names), logits.detach().float()
         if self._sums is None:
             self._sums = torch.zeros(tasks * (2 * NUM_BINS + 3), dtype=torch.float64, device=logits.device)
         counts, sums = self._sums[: tasks * 2 * NUM_BINS], self._sums[tasks * 2 * NUM_BINS :].view(3, tasks)
         class_of = 2 * torch.arange(tasks, device=logits.device) + (labels > 0)
         where = (class_of * NUM_BINS + bins_of(logits)).flatten()
-        counts.scatter_add_(0, where, torch.ones(len(where), dtype=torch.float64, device=logits.device))
+        w = torch.ones_like(logits, dtype=torch.float64) if weights is None else weights.double()
+        counts.scatter_add_(0, where, w.flatten())
         x, y = logits.double(), labels.double()
         # log(1 + exp(-|x|)) never overflows and keeps small losses: what is left of the cross-entropy is linear.
         losses = (-x.abs()).exp().log1p() + torch.where(labels > 0, -x, x).clamp(min=0)
-        sums += torch.stack([losses.sum(0), x.sigmoid().sum(0), (y * (1 - y)).abs().sum(0)])
+        averaged = torch.stack([losses, x.sigmoid()])
+        if weights is not None:  # also a nan does not count with a row that does not
+            averaged = torch.where(w > 0, averaged, 0.0) * w
+        sums += torch.cat([averaged.sum(1), (y * (1 - y)).abs().sum(0, keepdim=True)])
         if groups is not None:
             self._has_groups = True
-            self.sample.update(logits, labels, groups)
+            self.sample.update(logits, labels, groups, weights)
 
     def compute(self) -> Tasks | None:
         assert self._sums is not None
@@ -133,7 +160,7 @@ class BoundedMetrics:
             loss, predicted, wrong = (float(value) for value in sums.reshape(3, tasks)[:, task])
             if wrong:
                 raise UserError(f"label {name!r} holds values that are neither 0 nor 1; prepare the log again")
-            negatives, positives = (int(count.sum()) for count in counts[task])
+            negatives, positives = (float(count.sum()) for count in counts[task])
             area = auc_of_histogram(counts[task, 1], counts[task, 0])
             is_nan = math.isnan(loss)  # then so is a score, and no order of the rows is right
             measures[name] = {
@@ -142,12 +169,12 @@ class BoundedMetrics:
                 **_averages(loss, predicted, positives, negatives),
             }
             if rows is not None:
-                logits, labels, groups = rows
+                logits, labels, groups, *weights = rows
                 found = sampled_gauc(
                     *(logits[:, task], labels[:, task], groups),
                     self.sample.share,
-                    self.sample.left_out,
-                    self.sample.fold_rows,
+                    *self.sample.rest(task),
+                    weights[0][:, task] if weights else None,
                 )
                 measures[name] |= {
                     "gauc": math.nan if is_nan else found.value,
@@ -169,7 +196,7 @@ class BoundedMetrics:
         return found
 
 
-def _averages(loss: float, predicted: float, positives: int, negatives: int) -> dict[str, float]:
+def _averages(loss: float, predicted: float, positives: float, negatives: float) -> dict[str, float]:
     """Return logloss, NE and calibration from sums over the rows, as ``metrics`` defines them."""
     rows = positives + negatives
     mean = loss / rows if rows else math.nan

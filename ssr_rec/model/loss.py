@@ -14,7 +14,7 @@ from ssr_rec.model.ctr_model import CTRModel
 
 
 class TrainTask(nn.Module):
-    """Gives ``forward(batch) -> (loss, (loss, logits, labels, group_ids))``, what TorchRec's pipelines expect.
+    """Gives ``forward(batch) -> (loss, (loss, logits, labels, weights, group_ids))``, as TorchRec's pipelines expect.
 
     The loss to differentiate is this rank's part of the global mean, times the world size: DDP and TorchRec both
     average gradients over ranks, so ranks with more rows weigh more and the step equals that of one process.
@@ -30,18 +30,52 @@ class TrainTask(nn.Module):
         super().__init__()
         self.model = model
         self.shift = -math.log(negatives)
-        self.loss = WeightedCrossEntropy(task_weights)
+        self.loss = MeanLoss(task_weights)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
-    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
         logits = self.model(batch.sparse)
         sampled = logits + self.shift if self.training and self.shift else logits
-        loss = self.loss(sampled, batch.labels) / batch.global_rows
-        return loss * self.world_size, (loss.detach(), logits.detach(), batch.labels, batch.group_ids)
+        loss = self.loss(sampled, batch.labels, batch.weights, batch.global_rows)
+        return loss * self.world_size, (loss.detach(), logits.detach(), batch.labels, batch.weights, batch.group_ids)
+
+
+class MeanLoss(nn.Module):
+    """Computes this rank's part of the mean loss of a global batch.
+
+    Where rows have weights, each task's mean is over the sum of its weights in the global batch: a row of weight 2 is
+    the row twice, and a task that a batch has no row of adds nothing. It is a module of its own because TorchRec's
+    pipeline traces ``TrainTask`` and leaves parts without tables alone.
+
+    Args:
+        task_weights: as for ``TrainTask``.
+    """
+
+    def __init__(self, task_weights: list[float]) -> None:
+        super().__init__()
+        self.cross_entropy = WeightedCrossEntropy(task_weights)
+
+    def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None, global_rows: int) -> Tensor:
+        """Return the part, a number. Collective where there are weights.
+
+        Args:
+            logits: (B, T).
+            labels: (B, T).
+            weights: (B, T) or None, as ``Batch`` has them.
+            global_rows: rows of the global batch.
+        """
+        if weights is None:
+            return self.cross_entropy(logits, labels) / global_rows
+        totals = weights.sum(0, dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        # Each row's part is divided, not the sum: so a batch of one task has one sum, as without weights.
+        means = weights / torch.where(totals > 0, totals, 1.0).to(weights.dtype)
+        return self.cross_entropy(logits, labels, means)
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Sums over rows the tasks' weighted mean of binary cross-entropy, in nats."""
+    """Sums over rows the tasks' weighted mean of binary cross-entropy, in nats; rows of any weights (B, T) by these."""
 
     weights: Tensor
 
@@ -50,5 +84,6 @@ class WeightedCrossEntropy(nn.Module):
         weights = torch.tensor(task_weights)
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return binary_cross_entropy_with_logits(logits, labels, weight=self.weights, reduction="sum")
+    def forward(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
+        weights = self.weights if rows is None else self.weights * rows
+        return binary_cross_entropy_with_logits(logits, labels, weight=weights, reduction="sum")

@@ -40,10 +40,10 @@ def dataset_table(schema: Schema) -> str:
     size only a config says not at all.
     """
     rows = sum(split.num_rows for split in schema.splits.values())
-    positive = {
-        label: sum(s.num_rows * s.positive_rate[label] for s in schema.splits.values()) / max(1, rows)
-        for label in schema.labels
-    }
+    positive = {}
+    for label in schema.labels:
+        counted = [(s.counted.get(label, s.num_rows), s.positive_rate[label]) for s in schema.splits.values()]
+        positive[label] = sum(count * rate for count, rate in counted) / max(1, sum(count for count, _ in counted))
     kinds = Counter("numerical" if isinstance(f.encoding, LogBuckets) else f.kind for f in schema.features)
     tables = {f.table: f for f in schema.features if not isinstance(f.encoding, RawHash)}
     values = sum(

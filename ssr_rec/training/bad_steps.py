@@ -39,7 +39,7 @@ class SkippingPipeline(TrainPipelineSparseDist):
         loss, output = self._model(batch)
         if not self._model.training:
             return loss, output
-        plain, logits, labels, group_ids = output
+        plain, logits, labels, weights, group_ids = output
         total = plain.clone()
         dist.all_reduce(total)
         self._skips = not total.item() <= self._max_loss
@@ -47,7 +47,8 @@ class SkippingPipeline(TrainPipelineSparseDist):
             return loss, output
         # DDP waits for a gradient of every dense parameter; the tables' update is the gradient they do not get.
         nothing = torch.stack([parameter.sum() for parameter in self._dense]).sum() * 0.0
-        return nothing, (plain * torch.nan, logits[:0], labels[:0], group_ids)
+        none = None if weights is None else weights[:0]
+        return nothing, (plain * torch.nan, logits[:0], labels[:0], none, group_ids)
 
     def _optimizer_step(self) -> None:
         if not self._skips:

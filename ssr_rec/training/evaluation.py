@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -75,15 +76,19 @@ def evaluate(
     batches = reader.epoch(0)
     keys: deque[Tensor] = deque()
     with torch.no_grad():
-        for number, (_, logits, labels, groups) in enumerate(run_steps(pipeline, _noting_keys(batches, keys))):
+        for number, output in enumerate(run_steps(pipeline, _noting_keys(batches, keys))):
+            _, logits, labels, weights, groups = output
             beat(f"batch {number} of the evaluation")
-            metrics.update(logits, labels, groups, keys.popleft())
+            metrics.update(logits, labels, groups, keys.popleft(), weights)
     batches.close()
     model.train()
     tasks = metrics.compute()
     found: list[Any] = [None]
     if tasks is not None:
-        loss = sum(task["logloss"] for task in tasks.values()) / len(tasks)
+        losses = [task["logloss"] for task in tasks.values()]
+        if reader.schema.has_weights:  # a day may have no row of a task
+            losses = [loss for loss in losses if not math.isnan(loss)] or losses
+        loss = sum(losses) / len(losses)
         found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
         if deciles:
             found[0]["deciles"] = metrics.deciles()

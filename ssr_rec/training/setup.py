@@ -65,6 +65,11 @@ def check_train_config(config: TrainConfig, schema: Schema) -> None:
             raise UserError(f"train.{key} names {name!r}; the labels are {', '.join(schema.labels)}")
     if not any(config.task_weights.get(label, 1.0) for label in schema.labels):
         raise UserError(f"train.task_weights gives every label of {', '.join(schema.labels)} 0; leave one above it")
+    if schema.has_weights and config.accumulate > 1:
+        raise UserError(
+            f"train.accumulate={config.accumulate}: dataset {schema.name!r} has weights or missing labels, and a group "
+            "of batches would be another mean than one batch of their rows; set it to 1"
+        )
     if config.monitor == "gauc" and schema.group_id is None:
         raise UserError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
 

@@ -282,9 +282,9 @@ class Trainer:
             return self.accumulation.batch(rows, self._updates_dense_at(fitted.steps + 1))
 
         is_due = is_time = False
-        for loss, logits, labels, _ in run_steps(self.pipeline, islice(batches, until - fitted.steps), around):
+        for loss, logits, labels, weights, _ in run_steps(self.pipeline, islice(batches, until - fitted.steps), around):
             window.losses.append(loss)
-            self.running.update(logits, labels)
+            self.running.update(logits, labels, weights)
             window.samples += train.rows_in_step(fitted.steps)
             fitted.steps += 1
             self.schedule.set(fitted.steps)

@@ -117,7 +117,7 @@ class Fixed(torch.nn.Module):
 
 
 class FixedBatch:
-    sparse = group_ids = None
+    sparse = group_ids = weights = None
     labels = torch.tensor([[1.0], [0.0], [0.0]])
     global_rows = 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from ssr_rec.data.preparation.sources import Read, read_table
 from ssr_rec.data.preparation.spec import TableSpec, make_spec, read_spec
 from ssr_rec.data.schema import Schema
 from tests.data.test_presets import write_alibaba
+from tests.data.test_row_weights import SPEC as WEIGHT_SPEC
+from tests.data.test_row_weights import weighted_rows
 from tests.odd_rows import SPEC as ODD_SPEC
 from tests.odd_rows import odd_rows
 from tests.prepare_log import ROOT, SHARED, Row, make_rows, spec_with, write_csv, write_parquet
@@ -263,3 +266,18 @@ def test_the_shared_samples(tmp_path: Path, name: str) -> None:
         same(tmp_path, [SHARED / "kuairand"], read_spec(ROOT / "configs" / "data" / "kuairand.yaml"))
     else:
         same(tmp_path, [SHARED / f"{name}_small"], PRESETS[name].spec, read=PRESETS[name].read)
+
+
+def test_weights_missing_labels_and_spaces(tmp_path: Path) -> None:
+    rows = weighted_rows(900)
+    path = write_csv(rows, tmp_path / "log.csv")
+    schema = same(tmp_path, [path], spec_with(**WEIGHT_SPEC))
+    assert schema.weight == "w" and schema.missing_labels == ["pay", "like"]
+    for name, bad in {"nan": math.nan, "negative": -1.0, "null": None, "infinite": math.inf}.items():
+        rows[41]["w"] = bad
+        path = write_parquet(rows, tmp_path / f"{name}.parquet")
+        messages = [
+            refusal([path], tmp_path / "out", spec_with(**WEIGHT_SPEC), settings=EngineSettings(spark=spark))
+            for spark in (None, SparkSettings())
+        ]
+        assert messages[0] == messages[1] and "row 42: column 'w' is" in messages[0]

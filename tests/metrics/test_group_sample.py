@@ -122,7 +122,7 @@ def test_the_interval_holds_for_uneven_groups(kind: str, harder: bool) -> None:
             kept = sample.gather()
             assert kept is not None
             args = (kept[0][:, 0], kept[1][:, 0], kept[2], sample.share)
-            found = sampled_gauc(*args, sample.left_out, sample.fold_rows)
+            found = sampled_gauc(*args, *sample.rest(0))
             misses += abs(found.value - exact) > found.bound
             plain += abs(found.value - exact) > sampled_gauc(*args).bound
             widths.append(found.bound)

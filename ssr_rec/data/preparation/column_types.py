@@ -96,11 +96,11 @@ def typed(column: Column, name: str, spec: TableSpec) -> Column:
         return cut_list(listed, spec.lists[name]) if name in spec.lists else listed
     if isinstance(kind, dt.Array):
         raise UserError(f"column {name!r} holds lists; name it under lists with a max_length, or ignore it")
-    if name in spec.labels or name in spec.numeric:
+    if name in (*spec.labels, *spec.numeric, *spec.weighted):
         if not (kind.is_numeric() or kind.is_boolean()):
             raise UserError(f"column {name!r} holds {kind}, not numbers; name it under categorical, or convert it")
         number = column.cast("float64")
-        return number if name in spec.labels else _nan_is_null(number)
+        return _nan_is_null(number) if name in spec.numeric else number
     if kind.is_floating():
         column = _nan_is_null(column)
     if name in spec.categorical:
@@ -119,7 +119,7 @@ def _is_nothing(kind: dt.DataType) -> bool:
 def _kind_of_role(name: str, spec: TableSpec) -> str:
     if name in spec.list_columns:
         return "array<float64>" if name in spec.number_lists else "array<string>"
-    return "float64" if name in spec.labels or name in spec.numeric else "string"
+    return "float64" if name in (*spec.labels, *spec.numeric, *spec.weighted) else "string"
 
 
 def _nan_is_null(number: Column) -> Column:

@@ -15,9 +15,10 @@ from ibis.expr.types import ArrayValue, Column, IntegerValue, Table
 from ssr_rec.data.features import AdmittedHashing, Hashing, LogBuckets, Vocabulary
 from ssr_rec.data.preparation.column_types import cut_list
 from ssr_rec.data.preparation.engine import ROW
+from ssr_rec.data.preparation.row_spec import encoded_label
 from ssr_rec.data.preparation.spec import TableSpec
 from ssr_rec.data.preparation.split import ORDER, SPLIT, digits_of
-from ssr_rec.data.schema import GROUP_COLUMN
+from ssr_rec.data.schema import GROUP_COLUMN, WEIGHT_COLUMN
 
 POSITION_BITS = 40
 RAW_DIGITS = 15
@@ -155,7 +156,9 @@ def encode(
         columns[name] = bucket_items(items, buckets[name])
     columns = {name: columns[name] for name in spec.features if name in columns}
     for name in spec.labels:
-        columns[name] = joined[name].cast("int8")
+        columns[name] = encoded_label(joined, name, spec)
+    if spec.weight is not None:
+        columns[WEIGHT_COLUMN] = joined[spec.weight].cast("float32")
     group = [GROUP_COLUMN] if spec.group_id else []
     return joined.select(**columns, **{name: joined[name] for name in (*group, SPLIT, ORDER, *kept)})
 

@@ -25,6 +25,7 @@ from ssr_rec.data.preparation.encode import (
     value_counts,
 )
 from ssr_rec.data.preparation.histories import number_of_time
+from ssr_rec.data.preparation.row_spec import check_counts, counts_of_labels
 from ssr_rec.data.preparation.sources import Log
 from ssr_rec.data.preparation.spec import DaySplit, TableSpec, TimeSplit
 from ssr_rec.data.preparation.split import (
@@ -118,9 +119,11 @@ def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, Numbers]
 
 
 def count_splits(plan: SplitPlan) -> dict[str, dict[str, int]]:
-    """Return per split: ``rows``, and the positives of the i-th label as ``label<i>``."""
-    spec, rows = plan.spec, plan.rows(plan.spec.labels)
-    sums = {f"label{i}": rows[label].sum().cast("int64") for i, label in enumerate(spec.labels)}
+    """Return per split: ``rows``, and what ``counts_of_labels`` says of the i-th label."""
+    spec = plan.spec
+    conditions = [column for task in spec.tasks.values() for column in task.conditions]
+    rows = plan.rows([*dict.fromkeys([*spec.labels, *spec.weighted, *conditions])])
+    sums = counts_of_labels(rows, spec)
     found = rows.group_by(SPLIT).agg(rows=lambda t: t.count(), **sums).to_pyarrow().to_pylist()
     by_split = {plan.splits[line[SPLIT]]: line for line in found}
     for split in plan.splits:
@@ -129,7 +132,9 @@ def count_splits(plan: SplitPlan) -> dict[str, dict[str, int]]:
                 f"the {split} split is empty: {sum(line['rows'] for line in found)} rows, split rule "
                 f"{spec.split.model_dump_json(exclude_none=True)}; change --ratios or --boundaries, or give more rows"
             )
-    if spec.negatives < 1 and by_split["train"]["label0"] == by_split["train"]["rows"]:
+    check_counts(by_split, spec, isinstance(spec.split, DaySplit))
+    counted = by_split["train"].get("counted0", by_split["train"]["rows"]) if "train" in by_split else 0
+    if spec.negatives < 1 and by_split["train"]["label0"] == counted:
         raise UserError(f"negatives={spec.negatives}: no negative row is left to train on; keep more of them")
     return {split: by_split[split] for split in plan.splits}
 

@@ -48,6 +48,7 @@ class FrameSpec:
             "numeric": spec.numeric,
             "lists": list(spec.lists),
             "sequences": list(spec.sequences),
+            "weight": spec.weighted,
             "ignored": spec.ignore,
         }
         lines = [f"{kind:<12} {', '.join(map(self._marked, names))}" for kind, names in kinds.items() if names]
@@ -101,7 +102,7 @@ def _roles(entries: Mapping[str, Any]) -> tuple[set[Any], set[Any]]:
         found = [of.get(key) for key in keys] if isinstance(of, Mapping) else []
         return [n for one in found for n in (one if isinstance(one, (list, tuple, Mapping)) else [one])]
 
-    named = {*names(entries, "labels", "categorical", "numeric", "lists", "ignore")}
+    named = {*names(entries, "labels", "categorical", "numeric", "lists", "ignore", "weight")}
     helpers = {*names(entries, "group_id"), *names(entries.get("split"), "column")}
     sequences = entries.get("sequences")
     for sequence in sequences.values() if isinstance(sequences, Mapping) else ():

@@ -30,6 +30,7 @@ from ssr_rec.data.preparation.engines import EngineSettings, connect
 from ssr_rec.data.preparation.fit import SplitPlan, count_splits, fit, measured, plan_splits
 from ssr_rec.data.preparation.grown_columns import staged_as
 from ssr_rec.data.preparation.histories import add_histories, age_units, check_histories, helpers, with_keys
+from ssr_rec.data.preparation.row_spec import check_of_label, check_of_weight, missing_labels
 from ssr_rec.data.preparation.sequence_spec import vocabulary_of
 from ssr_rec.data.preparation.sources import Log, Read, find_files, read_table
 from ssr_rec.data.preparation.spec import DaySplit, TableSpec
@@ -84,7 +85,7 @@ def prepare(
 
 
 def check_values(log: Log, spec: TableSpec) -> None:
-    """Refuse what no encoding covers: labels that are not 0 or 1, infinite numbers, rows without group or time.
+    """Refuse what no encoding covers: odd labels and weights, infinite numbers, rows without group or time.
 
     Raises:
         UserError: naming the first offending row of the first offending column, and its value.
@@ -93,8 +94,9 @@ def check_values(log: Log, spec: TableSpec) -> None:
     check_histories(rows, spec)
     checks: dict[str, tuple[BooleanValue, str]] = {}
     for name in spec.labels:
-        wrong = rows[name].isnull() | ~rows[name].isin([0.0, 1.0])
-        checks[name] = wrong, "a label must be 0 or 1"
+        checks[name] = check_of_label(rows, name, spec)
+    if spec.weight is not None:
+        checks[spec.weight] = check_of_weight(rows, spec.weight)
     for name in spec.numeric:
         checks[name] = rows[name].isinf().fill_null(False), "a number must be finite; empty means missing"
     if spec.group_id:
@@ -168,7 +170,8 @@ def _schema(
     """Return the schema, the shards of its splits still missing."""
     spec = plan.spec
     preparation = {**preparation, VALUES_KEY: VALUES, **spec.model_dump(mode="json", exclude={"name"})}
-    for key in ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences", "negatives"):
+    added = ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences", "negatives", "weight", "tasks")
+    for key in added:
         if preparation[key] == TableSpec.model_fields[key].get_default(call_default_factory=True):
             del preparation[key]  # so that the dataset_id is that of before there was such a key
     shared = vocabulary_of(spec)
@@ -190,6 +193,8 @@ def _schema(
         sequences=[sequence.event_sequence(name) for name, sequence in spec.sequences.items()],
         labels=spec.labels,
         group_id=spec.group_id,
+        weight=spec.weight,
+        missing_labels=missing_labels(spec),
         negatives=spec.negatives,
         splits=empty_splits(counts, spec.labels),
         days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
@@ -202,7 +207,11 @@ def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> di
     return {
         split: Split(
             num_rows=0,
-            positive_rate={label: found[f"label{i}"] / found["rows"] for i, label in enumerate(labels)},
+            positive_rate={
+                label: found[f"label{i}"] / max(1, found.get(f"counted{i}", found["rows"]))
+                for i, label in enumerate(labels)
+            },
+            counted={label: found[f"counted{i}"] for i, label in enumerate(labels) if f"counted{i}" in found},
             shards=[],
         )
         for split, found in counts.items()

@@ -16,6 +16,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.data.preparation.module_names import MODULE_NAMES
+from ssr_rec.data.preparation.row_spec import TaskSpec, check_negatives, check_row_spec
 from ssr_rec.data.preparation.sequence_spec import FromLog, SequenceSpec, check_sequence_specs
 from ssr_rec.data.schema import GROUP_COLUMN
 
@@ -103,6 +104,10 @@ class TableSpec(Settings):
     numeric: list[str] = Field(default_factory=list)
     lists: dict[str, ListColumn] = Field(default_factory=dict)
     ignore: list[str] = Field(default_factory=list)
+    weight: str | None = Field(None, description="column of row weights, 0 or more, by which loss and metrics count")
+    tasks: dict[str, TaskSpec] = Field(
+        default_factory=dict, description="label -> which rows it is learned and evaluated on; all, if not named"
+    )
     group_id: str | None = None
     split: RandomSplit | TimeSplit | DaySplit = Field(default_factory=RandomSplit, discriminator="type")
     negatives: float = Field(
@@ -133,7 +138,7 @@ class TableSpec(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> TableSpec:
         events = [column for sequence in self.sequences.values() for column in sequence.given]
-        roles = [*self.labels, *self.categorical, *self.numeric, *self.lists, *events, *self.ignore]
+        roles = [*self.labels, *self.categorical, *self.numeric, *self.lists, *events, *self.ignore, *self.weighted]
         repeated = sorted({column for column in roles if roles.count(column) > 1})
         if repeated:
             raise UserError(f"columns named in two roles: {', '.join(repeated)}")
@@ -141,6 +146,7 @@ class TableSpec(Settings):
             raise UserError("no feature is named under categorical, numeric or lists")
         _check_names(self)
         check_sequence_specs(self)
+        check_row_spec(self)
         counts = self.hash_buckets if isinstance(self.hash_buckets, dict) else {"all columns": self.hash_buckets}
         known = {*self.looked_up, *self.raw_hash}
         for column, count in counts.items():
@@ -155,7 +161,7 @@ class TableSpec(Settings):
             if isinstance(self.hash_buckets, dict) and column in self.hash_buckets:
                 raise UserError(f"raw_hash: {column!r} is under hash_buckets, too")
         if self.negatives < 1:
-            _check_negatives(self)
+            check_negatives(self, isinstance(self.split, DaySplit))
         if self.hash_min_count > 1 and not counts:
             raise UserError(f"hash_min_count: {self.hash_min_count} has no effect without hash_buckets; see min_count")
         return self
@@ -164,6 +170,11 @@ class TableSpec(Settings):
     def features(self) -> list[str]:
         """Return categorical, numeric, list features, then histories made from the log, each in the spec's order."""
         return [*self.categorical, *self.numeric, *self.list_columns, *self.made]
+
+    @property
+    def weighted(self) -> list[str]:
+        """Return the column of weights, if there is one."""
+        return [] if self.weight is None else [self.weight]
 
     @property
     def made(self) -> list[str]:
@@ -192,7 +203,9 @@ class TableSpec(Settings):
     @property
     def used(self) -> list[str]:
         """Return the columns that are read, each once: labels, features, group id, time, what histories go by."""
-        extra = [self.group_id, self.time_column]
+        extra = [self.group_id, self.time_column, *self.weighted]
+        for task in self.tasks.values():
+            extra += task.conditions
         for history in self.histories.values():
             extra += [history.by, history.order, *history.conditions]
         features = [*self.categorical, *self.numeric, *self.list_columns]
@@ -240,23 +253,6 @@ class TableSpec(Settings):
         for column in self.ignore:
             if column not in columns:
                 raise UserError(f"{source}: ignore names {column!r}, no such column{nearest(column, columns)}")
-
-
-def _check_negatives(spec: TableSpec) -> None:
-    """Refuse down-sampling where one shift of the logits would not undo it, or where rows that are left out count.
-
-    Raises:
-        UserError: says why.
-    """
-    problem = None
-    if len(spec.labels) > 1:
-        problem = f"labels {', '.join(spec.labels)}: a row that is negative for one may be kept for another; name one"
-    elif isinstance(spec.split, DaySplit):
-        problem = "the splits are days, which are evaluated, too; split by time"
-    elif spec.histories:
-        problem = f"sequence {next(iter(spec.histories))!r} is made from the log and would miss the rows left out"
-    if problem is not None:
-        raise UserError(f"negatives={spec.negatives}: {problem}, or set negatives to 1")
 
 
 MAX_NAME_BYTES = 200
@@ -325,7 +321,7 @@ def make_spec(entries: dict[str, Any], source: str) -> TableSpec:
         if problem is None:
             raise UserError(f"{source}: {first_problem(error)}") from None
         key = str(problem["loc"][-1])
-        parts = (TableSpec, TextFormat, ListColumn, SequenceSpec, FromLog, RandomSplit, TimeSplit, DaySplit)
+        parts = (TableSpec, TextFormat, ListColumn, SequenceSpec, FromLog, TaskSpec, RandomSplit, TimeSplit, DaySplit)
         known = [name for part in parts for name in part.model_fields]
         where = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"{source}: unknown key {where!r}{nearest(key, known)}") from None
