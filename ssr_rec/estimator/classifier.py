@@ -28,7 +28,7 @@ from ssr_rec.data.preparation.frame_columns import spec_of_frame, write_frame
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import TableSpec, make_spec
 from ssr_rec.estimator.labels import Labels, labels_of
-from ssr_rec.estimator.rows import frame_of, frames_held_out, names_of, split_of
+from ssr_rec.estimator.rows import frame_of, frames_held_out, names_of, new_name, split_of, weights_of
 from ssr_rec.estimator.settings import parameters_of, run_config
 from ssr_rec.metrics.exact import auc
 from ssr_rec.runs.folder import CONFIG_FILE, METRICS_FILE, read_metrics
@@ -100,6 +100,7 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         numeric: Sequence[str] | None = None,
         sequences: Mapping[str, Any] | None = None,
         validation: Any = None,
+        sample_weight: Any = None,
         **spec: Any,
     ) -> CTRClassifier:
         """Prepare the rows and train.
@@ -115,6 +116,8 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             validation: rows that are not trained on: their share, of which one half chooses the best evaluation and
                 the other is the test of ``report_``; or a frame like X for both halves; or two frames. None: .2 of the
                 rows, drawn as ``tools/prepare_data.py`` draws them, or what ``split`` says.
+            sample_weight: (B,) by which the rows of X count in loss and measures, 0 or more; rows of ``validation``
+                count 1 each. A column of X that holds weights is named by ``weight``, of the spec.
             **spec: every other key of a table's spec (docs/data.md): ``lists``, ``ignore``, ``group_id``, ``split``,
                 ``min_count``, ``hash_buckets``, ...
 
@@ -129,9 +132,19 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         split = split_of(targets, validation, spec, config.seed)
         with _speaking(self.verbose):
             entries = {"categorical": categorical, "numeric": numeric, "sequences": sequences, **spec}
+            weights = weights_of(sample_weight, len(frame), entries)
+            if weights is not None:
+                entries["weight"] = new_name("weight_of_row", frame)
             kinds = spec_of_frame(frame, {**entries, "labels": targets.names})
             print(kinds.summary(), flush=True)
-            rule = _prepare(home, kinds.spec, self._parts(frame, targets, split, validation), config.seed)
+            parts = self._parts(frame, targets, split, validation)
+            if weights is not None:
+                each = [weights, *(np.ones(len(rows)) for rows, _, _ in parts[1:])]
+                parts = [
+                    (rows, {**own, kinds.spec.weighted[0]: w}, of)
+                    for (rows, own, of), w in zip(parts, each, strict=True)
+                ]
+            rule = _prepare(home, kinds.spec, parts, config.seed)
             _train(config)
         self._of_run(home, targets.names, targets.classes)
         self.columns_ = rule
@@ -154,16 +167,18 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         found = [of[(p > 0.5).astype(int)] for p, of in zip(self._probabilities(X), classes, strict=True)]
         return found[0] if self._is_single else np.stack(found, axis=1)
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the AUC, the mean over the labels. (Where few rows are clicks, accuracy says nothing.)
 
         Args:
             y: as for ``fit``; None: the labels are columns of X.
+            sample_weight: (B,) of the rows; None: all count the same.
         """
         check_is_fitted(self)
         targets = labels_of(X, y, self.labels_ if y is None else None, self.classes_)
         pairs = zip(self._probabilities(X), targets.encoded().values(), strict=True)
-        return float(np.mean([auc(p, encoded) for p, encoded in pairs]))
+        weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        return float(np.mean([auc(p, encoded, weights) for p, encoded in pairs]))
 
     def save(self, path: str | Path) -> None:
         """Write what ``load`` reads: a run folder with what scoring needs, without the rows it was trained on."""
@@ -249,14 +264,12 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
 
 
 _Part = tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray | None]
-"""Rows, their labels, and the split of each."""
+"""Rows, their labels and weights, and the split of each."""
 
 
 def _prepare(home: PortableRun, spec: TableSpec, parts: list[_Part], seed: int) -> TableSpec:
     """Prepare the dataset of an estimator, and return the spec that it was prepared with."""
-    column = "split_of_rows"
-    while column in parts[0][0].columns:
-        column += "_"
+    column = new_name("split_of_rows", parts[0][0])
     if parts[0][2] is not None:
         rule = {"type": "time", "column": column, "boundaries": [1, 2]}
         spec = make_spec({**spec.model_dump(), "split": rule}, "fit")

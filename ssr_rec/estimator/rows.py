@@ -97,3 +97,29 @@ def frames_held_out(validation: Any) -> list[tuple[pd.DataFrame, np.ndarray]]:
     if len(frames) == 1:
         return [(frames[0], 1 + np.arange(len(frames[0])) % 2)]
     return [(one, np.full(len(one), split)) for split, one in enumerate(frames, start=1)]
+
+
+def new_name(name: str, frame: pd.DataFrame) -> str:
+    """Return a name for a further column, which the frame does not have."""
+    while name in frame.columns:
+        name += "_"
+    return name
+
+
+def weights_of(sample_weight: Any, rows: int, spec: Mapping[str, Any]) -> np.ndarray | None:
+    """Return ``sample_weight`` as an array (rows,) float64, or None.
+
+    Raises:
+        UserError: not a weight for each row, an odd one, or weights in a column of the frame, too.
+    """
+    if sample_weight is None:
+        return None
+    if spec.get("weight") is not None:
+        raise UserError(f"sample_weight and weight={spec['weight']!r} both give the weights; give one")
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != (rows,):
+        raise UserError(f"sample_weight has shape {weights.shape}; give one weight for each of the {rows} rows")
+    if (odd := ~(np.isfinite(weights) & (weights >= 0))).any():
+        row = int(odd.argmax())
+        raise UserError(f"row {row}: sample_weight is {weights[row]}; a weight must be finite and not negative")
+    return weights

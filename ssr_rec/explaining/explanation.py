@@ -17,7 +17,7 @@ from ssr_rec.explaining.importance import MEASURES, Importance, column_groups, p
 from ssr_rec.explaining.rows import SplitRows
 from ssr_rec.explaining.slices import slices, worst_first
 from ssr_rec.explaining.values import read_column
-from ssr_rec.metrics.exact import evaluate_predictions
+from ssr_rec.metrics.exact import evaluate_predictions, of_task
 from ssr_rec.metrics.reliability import deciles, precision_recall
 from ssr_rec.serving.trained_model import Restored, restore_model
 from ssr_rec.training.datasets import choose_days
@@ -76,13 +76,17 @@ def explain_run(
     names = list(asked.columns) or [f.name for f in schema.features if f.kind != "list"]
     columns = [read_column(folder, whole, split, name, rows.block.num_rows) for name in names]
     note(f"scoring {rows.block.num_rows:,} rows of {split}")
-    logits, labels = rows.logits(model, tied=True), rows.block.labels
+    logits, labels, weights = rows.logits(model, tied=True), rows.block.labels, rows.block.weights
     note("slices, calibration, drift")
     found: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, dict[str, Any]] = {}
+    parts_of: dict[str, list[dict[str, Any]]] = {}
     for i, task in enumerate(schema.labels):
-        of_columns = [slices(logits[:, i], labels[:, i], column, asked.min_rows) for column in columns]
+        parts, of_rows = (logits[:, i], labels[:, i]), of_task(weights, i)
+        of_columns = [slices(*parts, column, asked.min_rows, of_rows) for column in columns]
         found[task] = worst_first([one for entries in of_columns for one in entries], asked.order)
-    curves = {task: precision_recall(logits[:, i], labels[:, i]) for i, task in enumerate(schema.labels)}
+        curves[task] = _curve(precision_recall(*parts, weights=of_rows))
+        parts_of[task] = deciles(*parts, weights=of_rows)
     answers = {
         "run": run.name,
         "over_arch": restored.config.over_arch.label,
@@ -94,11 +98,11 @@ def explain_run(
         "rows": rows.block.num_rows,
         "order": asked.order,
         "min_rows": asked.min_rows,
-        "tasks": evaluate_predictions(logits, labels, rows.block.group_ids, schema.labels),
+        "tasks": evaluate_predictions(logits, labels, rows.block.group_ids, schema.labels, weights),
         "filters": filter_view(model, rows),
         "slices": found,
-        "deciles": {task: deciles(logits[:, i], labels[:, i]) for i, task in enumerate(schema.labels)},
-        "precision_recall": {task: _curve(curve) for task, curve in curves.items()},
+        "deciles": parts_of,
+        "precision_recall": curves,
         "drift": drift(folder, schema, split, trained),
     }
     some = SplitRows.read(folder, schema, split, min(asked.importance_rows, rows.block.num_rows))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.schema import Schema
 from ssr_rec.explaining.rows import BATCH_ROWS, SplitRows
-from ssr_rec.metrics.exact import auc, logloss
+from ssr_rec.metrics.exact import auc, logloss, of_task
 from ssr_rec.model.ctr_model import CTRModel, logits_of
 
 MEASURES = ("auc", "logloss")
@@ -167,8 +167,8 @@ class Scored:
 
 
 def _measured(logits: np.ndarray, rows: SplitRows) -> dict[str, dict[str, float]]:
-    labels = rows.block.labels
-    return {
-        task: {"auc": auc(logits[:, i], labels[:, i]), "logloss": logloss(logits[:, i], labels[:, i])}
-        for i, task in enumerate(rows.schema.labels)
-    }
+    found = {}
+    for i, task in enumerate(rows.schema.labels):
+        parts = (logits[:, i], rows.block.labels[:, i], of_task(rows.block.weights, i))
+        found[task] = {"auc": auc(*parts), "logloss": logloss(*parts)}
+    return found

@@ -98,11 +98,13 @@ def _joined(blocks: Sequence[Block]) -> Block:
         ids = np.concatenate([part.ids[part.offsets[0] : part.offsets[-1]] for part in parts])
         lists.append(Lists(ids, offsets, lengths))
     groups = [block.group_ids for block in blocks if block.group_ids is not None]
+    weights = [block.weights for block in blocks if block.weights is not None]
     return Block(
         np.concatenate([block.scalars for block in blocks], axis=1),
         lists,
         np.concatenate([block.labels for block in blocks]),
         np.concatenate(groups) if groups else None,
+        np.concatenate(weights) if weights else None,
     )
 
 

@@ -16,7 +16,9 @@ ORDERS = ("auc", "logloss", "calibration")
 """What "worst" may mean: the lowest AUC, the highest logloss, or the mean prediction furthest off by its ratio."""
 
 
-def slices(logits: np.ndarray, labels: np.ndarray, column: Column, min_rows: int) -> list[dict[str, Any]]:
+def slices(
+    logits: np.ndarray, labels: np.ndarray, column: Column, min_rows: int, weights: np.ndarray | None = None
+) -> list[dict[str, Any]]:
     """Return the measures of one task by the values of a column, in the order of the values.
 
     Values of fewer than ``min_rows`` rows are taken together in one entry, where ``values`` says how many they are.
@@ -26,20 +28,26 @@ def slices(logits: np.ndarray, labels: np.ndarray, column: Column, min_rows: int
         labels: ``(N,)``.
         column: of the same rows.
         min_rows: rows that earn a value a line of its own.
+        weights: ``(N,)`` by which rows count in the measures, 0 where they are not counted at all; None: all the same.
 
     Returns:
         entries of ``column``, ``value``, ``rows``, ``positives``, ``auc``, ``auc_se``, ``logloss``, ``calibration``;
         nan where a measure is not defined.
     """
-    counts = np.bincount(column.codes, minlength=len(column.names))
+    of_rows, kept = column.codes, np.ones(len(labels)) if weights is None else weights.astype(np.float64)
+    if weights is not None:
+        logits, labels, of_rows, kept = (part[weights > 0] for part in (logits, labels, of_rows, kept))
+    counts = np.bincount(of_rows, minlength=len(column.names))
     rare = counts < min_rows
-    codes = np.where(rare[column.codes], len(column.names), column.codes)
-    areas, _ = auc_of_groups(logits, labels, codes)
+    codes = np.where(rare[of_rows], len(column.names), of_rows)
+    areas, _ = auc_of_groups(logits, labels, codes, None if weights is None else kept)
     present, place = np.unique(codes, return_inverse=True)
     positive = labels == 1
     rows, positives = np.bincount(place), np.bincount(place, weights=positive)
-    losses = np.bincount(place, weights=np.logaddexp(0.0, np.where(positive, -logits.astype(np.float64), logits)))
-    predicted = np.bincount(place, weights=sigmoid(logits))
+    weight, hits = np.bincount(place, weights=kept), np.bincount(place, weights=positive * kept)
+    each = np.logaddexp(0.0, np.where(positive, -logits.astype(np.float64), logits))
+    losses = np.bincount(place, weights=each * kept)
+    predicted = np.bincount(place, weights=sigmoid(logits) * kept)
     found = []
     for i, code in enumerate(present.tolist()):
         together = code == len(column.names)
@@ -52,8 +60,8 @@ def slices(logits: np.ndarray, labels: np.ndarray, column: Column, min_rows: int
                 "positives": int(positives[i]),
                 "auc": float(areas[i]) if len(areas) else math.nan,
                 "auc_se": auc_error(float(areas[i]), int(positives[i]), int(rows[i])) if len(areas) else math.nan,
-                "logloss": float(losses[i] / rows[i]),
-                "calibration": float(predicted[i] / positives[i]) if positives[i] else math.nan,
+                "logloss": float(losses[i] / weight[i]),
+                "calibration": float(predicted[i] / hits[i]) if hits[i] else math.nan,
             }
         )
     return found

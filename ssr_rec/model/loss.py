@@ -69,13 +69,12 @@ class MeanLoss(nn.Module):
         totals = weights.sum(0, dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(totals)
-        # Each row's part is divided, not the sum: so a batch of one task has one sum, as without weights.
-        means = weights / torch.where(totals > 0, totals, 1.0).to(weights.dtype)
-        return self.cross_entropy(logits, labels, means)
+        of_tasks = self.cross_entropy.by_task(logits, labels, weights)
+        return (of_tasks / torch.where(totals > 0, totals, 1.0).to(of_tasks.dtype)).sum()
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Sums over rows the tasks' weighted mean of binary cross-entropy, in nats; rows of any weights (B, T) by these."""
+    """Sums over rows the tasks' weighted mean of binary cross-entropy, in nats."""
 
     weights: Tensor
 
@@ -84,6 +83,10 @@ class WeightedCrossEntropy(nn.Module):
         weights = torch.tensor(task_weights)
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
-        weights = self.weights if rows is None else self.weights * rows
-        return binary_cross_entropy_with_logits(logits, labels, weight=weights, reduction="sum")
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(logits, labels, weight=self.weights, reduction="sum")
+
+    def by_task(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        """Return the sum of each task (T,), of rows that count by their weights ``rows`` (B, T)."""
+        weights = self.weights * rows
+        return binary_cross_entropy_with_logits(logits, labels, weight=weights, reduction="none").sum(0)

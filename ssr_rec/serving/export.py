@@ -214,12 +214,13 @@ def compare(
     with torch.no_grad():
         for batch in batches:
             groups = batch.group_ids if batch.group_ids is not None else torch.empty(0, dtype=torch.int64)
-            outputs.append((restored.model(batch.sparse), scorer.score(batch), batch.labels, groups))
+            weights = batch.weights if batch.weights is not None else torch.ones_like(batch.labels)
+            outputs.append((restored.model(batch.sparse), scorer.score(batch), batch.labels, groups, weights))
             seen += len(batch.labels)
             if rows is not None and seen >= rows:
                 break
     batches.close()
-    eager, served, labels, groups = (torch.cat(part)[:rows] for part in zip(*outputs, strict=True))
+    eager, served, labels, groups, weights = (torch.cat(part)[:rows] for part in zip(*outputs, strict=True))
     difference = (eager.sigmoid() - served.sigmoid()).abs()
     worst = float(difference.max())
     if not worst <= tolerance:
@@ -241,7 +242,8 @@ def compare(
     measures: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, logits in (("eager", eager), ("artifact", served)):
         grouped = groups.numpy() if len(groups) else None
-        found = evaluate_predictions(logits.numpy(), labels.numpy(), grouped, scorer.labels)
+        counted = weights.numpy() if restored.schema.has_weights else None
+        found = evaluate_predictions(logits.numpy(), labels.numpy(), grouped, scorer.labels, counted)
         measures[name] = {
             task: {key: None if math.isnan(value) else float(value) for key, value in values.items()}
             for task, values in found.items()
