@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
@@ -191,6 +191,8 @@ def takes_text(path: Sequence[str]) -> bool:
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or key not in model.model_fields:
             return False
         model = model.model_fields[key].annotation
+    if get_origin(model) is dict:
+        return False
     # Of RunName | None, the arguments are str with its check and None.
     kinds = [get_args(kind)[0] if hasattr(kind, "__metadata__") else kind for kind in get_args(model) or (model,)]
     return str in kinds and set(kinds) <= {str, type(None)}

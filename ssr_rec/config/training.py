@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -27,6 +28,11 @@ class TrainConfig(Settings):
     task_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="label -> weight of its loss; 1 for those not named; 0: evaluated, not trained"
     )
+    entire_space: dict[str, str] = Field(
+        {},
+        description="label -> label that it follows, as pay: click; trained by the product of their probabilities "
+        "on all rows (ESMM), though it is observed on rows of the other alone",
+    )
     pipeline: Literal["sparse_dist", "prefetch"] = Field(
         "sparse_dist", description="prefetch: also fetch cached rows of fused_uvm_caching tables ahead; CUDA only"
     )
@@ -43,3 +49,7 @@ class TrainConfig(Settings):
     stall_timeout_s: float | None = Field(
         900.0, gt=0, description="seconds without progress after which a stalled rank ends the job; None: wait"
     )
+
+    def measured(self, labels: Sequence[str]) -> list[str]:
+        """Return what evaluations measure: the labels, then the products of ``entire_space``, as ``click*pay``."""
+        return [*labels, *(f"{before}*{label}" for label, before in self.entire_space.items())]

@@ -98,7 +98,6 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         labels: str | Sequence[str] | None = None,
         categorical: Sequence[str] | None = None,
         numeric: Sequence[str] | None = None,
-        sequences: Mapping[str, Any] | None = None,
         validation: Any = None,
         sample_weight: Any = None,
         **spec: Any,
@@ -111,15 +110,13 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             labels: names of label columns of X.
             categorical: columns of ids, texts or booleans. The kinds of columns named nowhere are guessed.
             numeric: columns of numbers.
-            sequences: sequence -> its spec, such as ``{"max_length": 20, "columns": ["clicked_items"]}`` or a
-                ``from_log``; see docs/sequences.md.
             validation: rows that are not trained on: their share, of which one half chooses the best evaluation and
                 the other is the test of ``report_``; or a frame like X for both halves; or two frames. None: .2 of the
                 rows, drawn as ``tools/prepare_data.py`` draws them, or what ``split`` says.
             sample_weight: (B,) by which the rows of X count in loss and measures, 0 or more; rows of ``validation``
                 count 1 each. A column of X that holds weights is named by ``weight``, of the spec.
-            **spec: every other key of a table's spec (docs/data.md): ``lists``, ``ignore``, ``group_id``, ``split``,
-                ``min_count``, ``hash_buckets``, ...
+            **spec: every other key of a table's spec (docs/data.md): ``sequences`` (docs/sequences.md), ``lists``,
+                ``ignore``, ``group_id``, ``split``, ``weight``, ``tasks``, ``min_count``, ``hash_buckets``, ...
 
         Raises:
             UserError: rows, columns or settings that do not go together; the message names them and the fix.
@@ -131,8 +128,8 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         frame = frame_of(self, X, True, targets.names if y is None else [])
         split = split_of(targets, validation, spec, config.seed)
         with _speaking(self.verbose):
-            entries = {"categorical": categorical, "numeric": numeric, "sequences": sequences, **spec}
-            weights = weights_of(sample_weight, len(frame), entries)
+            entries = {"categorical": categorical, "numeric": numeric, **spec}
+            weights = weights_of(sample_weight, targets, entries)
             if weights is not None:
                 entries["weight"] = new_name("weight_of_row", frame)
             kinds = spec_of_frame(frame, {**entries, "labels": targets.names})

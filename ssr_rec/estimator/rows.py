@@ -106,12 +106,13 @@ def new_name(name: str, frame: pd.DataFrame) -> str:
     return name
 
 
-def weights_of(sample_weight: Any, rows: int, spec: Mapping[str, Any]) -> np.ndarray | None:
-    """Return ``sample_weight`` as an array (rows,) float64, or None.
+def weights_of(sample_weight: Any, labels: Labels, spec: Mapping[str, Any]) -> np.ndarray | None:
+    """Return ``sample_weight`` as an array (B,) float64, or None.
 
     Raises:
-        UserError: not a weight for each row, an odd one, or weights in a column of the frame, too.
+        UserError: not a weight for each row, an odd one, none for a class, or weights in a column of the frame, too.
     """
+    rows = len(labels.values)
     if sample_weight is None:
         return None
     if spec.get("weight") is not None:
@@ -122,4 +123,9 @@ def weights_of(sample_weight: Any, rows: int, spec: Mapping[str, Any]) -> np.nda
     if (odd := ~(np.isfinite(weights) & (weights >= 0))).any():
         row = int(odd.argmax())
         raise UserError(f"row {row}: sample_weight is {weights[row]}; a weight must be finite and not negative")
+    if not weights.any():
+        raise UserError("sample_weight is zero for every row; leave it out, or give some row a weight")
+    for name, values in labels.encoded().items():
+        if len(np.unique(values[weights > 0])) < 2:
+            raise UserError(f"label {name!r} has one class alone among the rows of a weight above 0; two are needed")
     return weights

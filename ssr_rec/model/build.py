@@ -45,7 +45,9 @@ def build_model(
     tables = build_tables(schema, config.embeddings, device.type, over_arch.extra_tables, reading)
     weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
     managed = managed_ids(schema, config.embeddings, config.train.batch_size, config.seed, device)
-    task = TrainTask(CTRModel(tables, dense, managed), weights, schema.negatives)
+    place = schema.labels.index
+    pairs = [(place(label), place(before)) for label, before in config.train.entire_space.items()]
+    task = TrainTask(CTRModel(tables, dense, managed), weights, schema.negatives, pairs)
     topology = build_topology(config.sharding, device.type, world_size, local_world_size)
     fused = config.embeddings.is_fused(device.type)
     rows_per_rank = max(1, config.train.batch_size // world_size)

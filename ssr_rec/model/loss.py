@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from ssr_rec.data.batch import Batch
 from ssr_rec.model.ctr_model import CTRModel
@@ -24,20 +25,60 @@ class TrainTask(nn.Module):
         task_weights: weight of each task's mean cross-entropy in the loss, in label order; scaled to sum to 1.
         negatives: share of the negative rows that training sees. Of such rows the odds are ``1 / negatives`` times
             those of all, so the loss is of the logits plus ``-log(negatives)``, and the logits themselves are of all.
+        entire_space: pairs of a task and the one that it follows, see ``EntireSpace``.
     """
 
-    def __init__(self, model: CTRModel, task_weights: list[float], negatives: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: CTRModel,
+        task_weights: list[float],
+        negatives: float = 1.0,
+        entire_space: Sequence[tuple[int, int]] = (),
+    ) -> None:
         super().__init__()
+        task_weights = [*task_weights, *(task_weights[task] for task, _ in entire_space)]
+        for task, _ in entire_space:
+            task_weights[task] = 0.0  # it is trained by its product alone
+        self.products = EntireSpace(entire_space) if entire_space else None
         self.model = model
         self.shift = -math.log(negatives)
         self.loss = MeanLoss(task_weights)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
-        logits = self.model(batch.sparse)
+        logits, labels, weights = self.model(batch.sparse), batch.labels, batch.weights
+        if self.products is not None:
+            logits, labels, weights = self.products(logits, labels, weights)
         sampled = logits + self.shift if self.training and self.shift else logits
-        loss = self.loss(sampled, batch.labels, batch.weights, batch.global_rows)
-        return loss * self.world_size, (loss.detach(), logits.detach(), batch.labels, batch.weights, batch.group_ids)
+        loss = self.loss(sampled, labels, weights, batch.global_rows)
+        return loss * self.world_size, (loss.detach(), logits.detach(), labels, weights, batch.group_ids)
+
+
+class EntireSpace(nn.Module):
+    """Adds the product of two tasks as a further one: a conversion on all rows is a click and a conversion after it.
+
+    So the head of the conversion given a click learns from all rows, not from clicks alone, and its probability is
+    still that on clicks (Ma et al., "Entire Space Multi-Task Model", SIGIR 2018). Only the product has a loss.
+
+    Args:
+        pairs: a task whose labels are observed where that of the other is 1, and the other.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.tasks, self.before = ([pair[i] for pair in pairs] for i in (0, 1))
+
+    def forward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, labels and weights (B, T) with a further column for each pair, (B, T + P)."""
+        task, before = logits[:, self.tasks], logits[:, self.before]
+        product = logsigmoid(before) + logsigmoid(task)
+        # 1 - pq = (1 - p) + p (1 - q), which no cancellation touches.
+        others = torch.logaddexp(logsigmoid(-before), logsigmoid(before) + logsigmoid(-task))
+        outcome = labels[:, self.before] * labels[:, self.tasks]
+        counts = torch.where(labels[:, self.before] > 0, weights[:, self.tasks], weights[:, self.before])
+        columns = (logits, product - others), (labels, outcome), (weights, counts)
+        x, y, w = (torch.cat(parts, 1) for parts in columns)
+        return x, y, w
 
 
 class MeanLoss(nn.Module):

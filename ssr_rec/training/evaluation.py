@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ class EvaluationConfig(Protocol):
     def metrics(self) -> str: ...
     @property
     def metrics_rows(self) -> int: ...
+    def measured(self, labels: Sequence[str]) -> list[str]: ...
 
 
 def run_steps(
@@ -71,21 +72,22 @@ def evaluate(
         ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
         (exact or bounded); with ``deciles`` also these, label -> what ``metrics.reliability.deciles`` returns.
     """
-    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, reader.schema.labels)
+    labels = reader.schema.labels
+    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, config.measured(labels))
     model.eval()
     batches = reader.epoch(0)
     keys: deque[Tensor] = deque()
     with torch.no_grad():
         for number, output in enumerate(run_steps(pipeline, _noting_keys(batches, keys))):
-            _, logits, labels, weights, groups = output
+            _, logits, outcomes, weights, groups = output
             beat(f"batch {number} of the evaluation")
-            metrics.update(logits, labels, groups, keys.popleft(), weights)
+            metrics.update(logits, outcomes, groups, keys.popleft(), weights)
     batches.close()
     model.train()
     tasks = metrics.compute()
     found: list[Any] = [None]
     if tasks is not None:
-        losses = [task["logloss"] for task in tasks.values()]
+        losses = [tasks[label]["logloss"] for label in labels]
         if reader.schema.has_weights:  # a day may have no row of a task
             losses = [loss for loss in losses if not math.isnan(loss)] or losses
         loss = sum(losses) / len(losses)

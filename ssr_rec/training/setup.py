@@ -61,8 +61,10 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
 def check_train_config(config: TrainConfig, schema: Schema) -> None:
     """Refuse settings that name labels or groups the dataset does not have."""
     for key, names in (("task_weights", list(config.task_weights)), ("monitor_task", [config.monitor_task])):
-        for name in {*names} - {*schema.labels, None}:
-            raise UserError(f"train.{key} names {name!r}; the labels are {', '.join(schema.labels)}")
+        known = schema.labels if key == "task_weights" else config.measured(schema.labels)
+        for name in {*names} - {*known, None}:
+            raise UserError(f"train.{key} names {name!r}; the labels are {', '.join(known)}")
+    _check_entire_space(config, schema)
     if not any(config.task_weights.get(label, 1.0) for label in schema.labels):
         raise UserError(f"train.task_weights gives every label of {', '.join(schema.labels)} 0; leave one above it")
     if schema.has_weights and config.accumulate > 1:
@@ -72,6 +74,26 @@ def check_train_config(config: TrainConfig, schema: Schema) -> None:
         )
     if config.monitor == "gauc" and schema.group_id is None:
         raise UserError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
+
+
+def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
+    """Refuse products of labels that there are not, or of one that is observed on all rows.
+
+    Raises:
+        UserError: names the labels and the fix.
+    """
+    for label, before in config.entire_space.items():
+        for name in (label, before):
+            if name not in schema.labels:
+                raise UserError(f"train.entire_space names {name!r}; the labels are {', '.join(schema.labels)}")
+        if before in config.entire_space or label == before:
+            raise UserError(f"train.entire_space: {label!r} follows {before!r}, which must be no product itself")
+        where = (schema.preparation.get("tasks", {}).get(label) or {}).get("where") or before
+        if label not in schema.missing_labels or before not in where:
+            raise UserError(
+                f"train.entire_space: {label!r} follows {before!r}, but dataset {schema.name!r} has it on other rows, "
+                f'too; prepare the log with tasks: {{{label}: {{where: "{before} = 1"}}}} in its spec'
+            )
 
 
 def share_cores() -> int:

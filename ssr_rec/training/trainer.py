@@ -81,7 +81,7 @@ class Trainer:
         self.train, self.schema = rows.train, rows.train.schema
         self.fitted, self._values = Fitted(), config.model_dump(mode="json")
         self.schedule = Schedule(optimizer, config)
-        self.running = RunningAUC(self.schema.labels, window=PROGRESS_ROWS)
+        self.running = RunningAUC(self.config.measured(self.schema.labels), window=PROGRESS_ROWS)
         self.filter_watch = FilterWatch(self.over_arch.sparse_filters())
         self.adaptation = Adaptation(self.over_arch, optimizer)
         self.accumulation = Accumulation(model, optimizer) if self.config.accumulate > 1 else None

@@ -113,7 +113,7 @@ def test_bad_rows_are_refused_by_name(tmp_path: Path, kind: str) -> None:
 
 def test_a_training_split_of_zeros_is_refused(tmp_path: Path) -> None:
     rows = [{**row, "w": 1.0 if row["day"] >= "2024-01-12" else 0.0} for row in weighted_rows(200)]
-    with pytest.raises(UserError, match=r"no row of the train split counts .weights of 0 in column 'w'"):
+    with pytest.raises(UserError, match=r"no row of the train split counts .zero weights in column 'w'"):
         run(tmp_path, [write_parquet(rows, tmp_path / "log.parquet")], spec_with(**SPEC))
 
 

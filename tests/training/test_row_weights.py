@@ -14,15 +14,15 @@ from sklearn.metrics import log_loss
 from ssr_rec.checkpointing.format import stored_tensors
 from ssr_rec.data.schema import NOT_OBSERVED, WEIGHT_COLUMN, Schema, Split
 from ssr_rec.data.shards import arrow_schema, write_shards
-from ssr_rec.model.loss import MeanLoss
+from ssr_rec.model.loss import EntireSpace, MeanLoss
 from ssr_rec.runs.folder import read_metrics
 from tests.conftest import FEATURES, draw_rows
-from tests.jobs import refused_job, train_job
+from tests.jobs import refused_job, refused_jobs, train_job
 from tests.ranks import run_ranks
 
 RUN = [
     *("--over_arch={name: mlp, hidden: [8]}", "--embeddings.dim=4", "--embeddings.learning_rate=0.05"),
-    *("--optimizer.learning_rate=0.01", "--train.eval_every=null", "--train.log_every=1"),
+    *("--optimizer.learning_rate=0.01", "--train.eval_every=null", "--train.log_every=1", "--data.num_lanes=1"),
     *("--data.shuffle=false", "--checkpoint.every_minutes=null"),
 ]
 
@@ -111,20 +111,14 @@ def losses(runs: Path, name: str, split: str = "train") -> np.ndarray:
     return np.array([row["loss"] for row in read_metrics(runs / name / "metrics.jsonl") if row["split"] == split])
 
 
+def options(folder: Path, name: str, batch: int, *more: str) -> list[str]:
+    data = [f"--data.path={folder}/{name}", f"--runs={folder}/runs", f"--name={name}"]
+    return [*RUN, *data, f"--train.batch_size={batch}", f"--train.eval_batch_size={2 * batch}", *more]
+
+
 def test_runs_with_weights_and_masks_equal_runs_of_the_rows_that_count(parts, tmp_path):
     """Weighted rows against repeated ones, masked ones against filtered ones; equal batches are equal to the bit."""
 
-    def options(name: str, batch: int, *more: str) -> list[str]:
-        lanes = 2 if name == "odd" else 1
-        data = [
-            f"--data.num_lanes={lanes}",
-            f"--data.path={tmp_path}/{name}",
-            f"--runs={tmp_path}/runs",
-            f"--name={name}",
-        ]
-        return [*RUN, *data, f"--train.batch_size={batch}", f"--train.eval_batch_size={2 * batch}", *more]
-
-    rng = np.random.default_rng(8)
     plain = {name: rows.slice(0, rows.num_rows // 2) for name, rows in parts.items()}
     junk = {name: rows.slice(rows.num_rows // 2) for name, rows in parts.items()}
 
@@ -148,16 +142,10 @@ def test_runs_with_weights_and_masks_equal_runs_of_the_rows_that_count(parts, tm
         name: with_column(rows, WEIGHT_COLUMN, np.full(rows.num_rows, 2, np.float32)) for name, rows in plain.items()
     }
     write(tmp_path / "doubled", doubled, weight="w")
-    odd = {
-        name: with_column(r, WEIGHT_COLUMN, rng.gamma(1, 1, r.num_rows).astype(np.float32)) for name, r in parts.items()
-    }
-    write(tmp_path / "odd", odd, weight="w")
     one = "--data.labels=[click]"
-    jobs = [options("plain", 60, one), options("behind", 60, one, "--train.max_steps=5")]
-    jobs += [options("between", 120, one), options("twice", 120), options("doubled", 60), options("odd", 60)]
-    reports = dict(
-        zip(("plain", "behind", "between", "twice", "doubled", "odd"), run_ranks(trained, 1, jobs)[0], strict=True)
-    )
+    jobs = [options(tmp_path, "plain", 60, one), options(tmp_path, "behind", 60, one, "--train.max_steps=5")]
+    jobs += [options(tmp_path, "between", 120, one), options(tmp_path, "twice", 120), options(tmp_path, "doubled", 60)]
+    reports = dict(zip(("plain", "behind", "between", "twice", "doubled"), run_ranks(trained, 1, jobs)[0], strict=True))
     runs = tmp_path / "runs"
     assert losses(runs, "plain").tolist() == losses(runs, "behind").tolist()
     np.testing.assert_allclose(losses(runs, "between"), losses(runs, "plain"), rtol=1e-6)
@@ -166,13 +154,78 @@ def test_runs_with_weights_and_masks_equal_runs_of_the_rows_that_count(parts, tm
         np.testing.assert_allclose(losses(runs, one_run, "validation"), losses(runs, other, "validation"), rtol=1e-6)
         for task, wanted in reports[other]["test"].items():
             assert reports[one_run]["test"][task] == pytest.approx(wanted, rel=1e-5)
-    bounded = [*options("odd", 60, "--train.metrics=bounded"), "--name=bounded"]
-    two = [*options("odd", 60), "--name=two", "--checkpoint.every_steps=4"]
-    run_ranks(trained, 2, [bounded, two])
+
+
+@pytest.mark.slow
+def test_weighted_losses_are_those_of_any_number_of_ranks_and_any_metrics(parts, tmp_path):
+    rng = np.random.default_rng(8)
+    odd = {
+        name: with_column(r, WEIGHT_COLUMN, rng.gamma(1, 1, r.num_rows).astype(np.float32)) for name, r in parts.items()
+    }
+    write(tmp_path / "odd", odd, weight="w")
+    runs = tmp_path / "runs"
+    lanes = ["--data.num_lanes=2", "--checkpoint.every_steps=4"]
+    run_ranks(trained, 1, [options(tmp_path, "odd", 60, *lanes)])
+    jobs = [[*options(tmp_path, "odd", 60, *lanes), "--name=bounded", "--train.metrics=bounded"]]
+    jobs += [[*options(tmp_path, "odd", 60, *lanes), "--name=two"]]
+    run_ranks(trained, 2, jobs)
     for name in ("bounded", "two"):
         np.testing.assert_allclose(losses(runs, name), losses(runs, "odd"), rtol=1e-5)
         np.testing.assert_allclose(losses(runs, name, "validation"), losses(runs, "odd", "validation"), rtol=1e-5)
     newest = sorted((runs / "two" / "checkpoints").glob("step-*"))[-1]
     assert {f"rank{rank}/weights" for rank in (0, 1)} <= set(stored_tensors(newest))
-    said = run_ranks(refused_job, 1, options("odd", 60, "--train.accumulate=2", "--name=refused"))[0]
+    said = run_ranks(refused_job, 1, options(tmp_path, "odd", 60, "--train.accumulate=2", "--name=refused"))[0]
     assert "train.accumulate=2: dataset 'tiny' has weights or missing labels" in said
+
+
+def test_the_product_of_two_tasks_learns_from_all_rows():
+    logits, labels, weights = drawn()
+    labels[:, 1] *= labels[:, 0]
+    weights = weights[:, :1].repeat(1, 2)
+    weights[:, 1] *= labels[:, 0]  # conversions are observed on clicks
+    weights[0, :], weights[-1, 1] = 0, 0
+    x, y, w = EntireSpace([(1, 0)])(logits, labels, weights)
+    p = logits.double().sigmoid().prod(1)
+    torch.testing.assert_close(x[:, 2].double().sigmoid(), p, atol=1e-7, rtol=1e-6)
+    assert torch.equal(y[:, 2], labels.prod(1)) and torch.equal(x[:, :2], logits)
+    rows = [i for i in range(40) if weights[i, 0] and (weights[i, 1] or not labels[i, 0])]
+    assert w[:, 2].nonzero().flatten().tolist() == rows
+    assert torch.equal(w[rows, 2], weights[rows, 0])
+    wanted = log_loss(y[rows, 2], p[rows].numpy(), sample_weight=w[rows, 2])
+    assert loss_of(x[:, [2, 2]], y[:, [2, 2]], w[:, [2, 2]])[0] == pytest.approx(wanted, rel=1e-5)
+    # Where both are all but certain, the chance of the contrary is not lost.
+    sure = EntireSpace([(1, 0)])(torch.full((1, 2), 30.0), torch.ones(1, 2), torch.ones(1, 2))[0][0, 2]
+    assert sure.item() == pytest.approx(30 - np.log(2), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_trains_the_product_and_measures_it(parts, tmp_path):
+    def clicked(rows: pa.RecordBatch) -> pa.RecordBatch:
+        click, like = (rows.column(name).to_numpy() for name in ("click", "like"))
+        return with_column(rows, "like", np.where(click == 1, like, NOT_OBSERVED).astype(np.int8))
+
+    rng = np.random.default_rng(4)
+    more = {
+        name: clicked(draw_rows(count, rng)) for name, count in (("train", 12000), ("validation", 500), ("test", 3000))
+    }
+    write(tmp_path / "esmm", more, missing_labels=["like"])
+    write(tmp_path / "plain", parts)
+    job = [*options(tmp_path, "esmm", 240), "--train.entire_space={like: click}", "--train.epochs=2"]
+    report = run_ranks(trained, 1, [job])[0][0]
+    assert list(report["test"]) == ["click", "like", "click*like"]
+    # Both classes of likes are half of the clicks, and the product's share is that of likes among all rows.
+    assert 0.87 < report["test"]["like"]["calibration"] < 1.15
+    assert 0.87 < report["test"]["click*like"]["calibration"] < 1.15
+    assert report["test"]["click*like"]["auc"] > 0.7
+    assert (report["test"]["like"]["gauc_rows"], report["test"]["click*like"]["gauc_rows"]) == (
+        np.sum(more["test"].column("click").to_numpy()),
+        3000,
+    )
+    refused = {
+        "{like: click}": "'like' follows 'click', but dataset 'tiny' has it on other rows",
+        "{like: buy}": "train.entire_space names 'buy'",
+        "{like: like}": "'like' follows 'like', which must be no product itself",
+    }
+    jobs = [[*options(tmp_path, "plain", 60), f"--train.entire_space={value}"] for value in refused]
+    for said, wanted in zip(run_ranks(refused_jobs, 1, jobs)[0], refused.values(), strict=True):
+        assert wanted in said

@@ -132,11 +132,12 @@ def count_splits(plan: SplitPlan) -> dict[str, dict[str, int]]:
                 f"the {split} split is empty: {sum(line['rows'] for line in found)} rows, split rule "
                 f"{spec.split.model_dump_json(exclude_none=True)}; change --ratios or --boundaries, or give more rows"
             )
+    by_split = {split: by_split[split] for split in plan.splits}
     check_counts(by_split, spec, isinstance(spec.split, DaySplit))
-    counted = by_split["train"].get("counted0", by_split["train"]["rows"]) if "train" in by_split else 0
-    if spec.negatives < 1 and by_split["train"]["label0"] == counted:
+    train = by_split.get("train", {})  # days are not down-sampled
+    if spec.negatives < 1 and train["label0"] == train.get("counted0", train["rows"]):
         raise UserError(f"negatives={spec.negatives}: no negative row is left to train on; keep more of them")
-    return {split: by_split[split] for split in plan.splits}
+    return by_split
 
 
 def fit(plan: SplitPlan, folder: Path) -> tuple[dict[str, Lookup], dict[str, LogBuckets]]:

@@ -132,7 +132,7 @@ def check_counts(counts: dict[str, dict[str, int]], spec: TableSpec, by_days: bo
         task = spec.tasks.get(name, TaskSpec())
         reasons = [f"tasks.{name}.where: {task.where}"] if task.where else []
         reasons += ["only nulls"] if task.missing else []
-        reasons += [f"weights of 0 in column {spec.weight!r}"] if spec.weight else []
+        reasons += [f"zero weights in column {spec.weight!r}"] if spec.weight else []
         where = "no day" if by_days else f"no row of the {without[0]} split"
         raise UserError(
             f"label {name!r}: {where} counts ({' or '.join(reasons)}); correct the spec or the log, or split otherwise"
