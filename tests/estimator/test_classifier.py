@@ -187,3 +187,29 @@ def test_a_missing_label_and_a_class_never_seen_are_named(log: pd.DataFrame, fit
 def test_importing_the_package_is_light() -> None:
     code = "import sys, ssr_rec; sys.exit(bool({'torch', 'sklearn', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sample_weight_is_a_column_of_weights_and_weights_the_score(
+    log: pd.DataFrame, fitted: CTRClassifier, tmp_path: Path
+) -> None:
+    weights = np.random.default_rng(1).gamma(1, 1, len(log)).round(3)
+    roles = {"ignore": ["time"], "group_id": "user", "min_count": 2, **KINDS}
+    one, other = (CTRClassifier(**SMALL, config=TABLES) for _ in range(2))
+    one.fit(log, labels="click", sample_weight=weights, **roles)
+    other.fit(log.assign(w=weights), labels="click", weight="w", **roles)
+    p = one.predict_proba(log)[:, 1]
+    np.testing.assert_array_equal(p, other.predict_proba(log)[:, 1])
+    assert one.report_.test == other.report_.test != fitted.report_.test
+    assert one.score(log, log["click"], sample_weight=weights) == pytest.approx(
+        roc_auc_score(log["click"], p, sample_weight=weights), abs=1e-6
+    )
+    one.save(tmp_path / "saved")
+    np.testing.assert_array_equal(CTRClassifier.load(tmp_path / "saved").predict_proba(log)[:, 1], p)
+    for odd, said in (
+        ({"sample_weight": weights[:-1]}, "give one weight for each of the 1500 rows"),
+        ({"sample_weight": np.where(weights == weights[7], -1, weights)}, "sample_weight is -1.0; a weight must be"),
+        ({"sample_weight": log["click"]}, "label 'click' has one class alone among the rows of a weight above 0"),
+        ({"sample_weight": weights, "weight": "price"}, "sample_weight and weight='price' both give the weights"),
+    ):
+        with pytest.raises(UserError, match=said):
+            CTRClassifier(**SMALL).fit(log, labels="click", **odd, **roles)
