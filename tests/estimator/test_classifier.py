@@ -189,6 +189,7 @@ def test_importing_the_package_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_sample_weight_is_a_column_of_weights_and_weights_the_score(
     log: pd.DataFrame, fitted: CTRClassifier, tmp_path: Path
 ) -> None:

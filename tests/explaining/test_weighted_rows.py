@@ -33,6 +33,7 @@ def test_slices_are_scikit_learns_with_weights():
         assert one["calibration"] == pytest.approx((part.w * part.p).sum() / (part.w * part.y).sum())
 
 
+@pytest.mark.slow
 def test_an_explanation_is_of_the_rows_that_count(tmp_path):
     path = write_parquet(weighted_rows(3000), tmp_path / "log.parquet")
     schema, _ = run(tmp_path, [path], spec_with(**{**SPEC, "min_count": 6}), "data")
