@@ -29,7 +29,7 @@ from ssr_rec.training.stall_watch import Preempted
 
 
 class RunLog:
-    """Keeps the run folder (contract 5 of docs/architecture.md) while the run is on: rank 0 writes, the others agree.
+    """Keeps the run folder while the run is on: rank 0 writes, the others agree.
 
     Calling it with a row of metrics.jsonl writes the row, shows it in the trackers and writes its line on the terminal.
     """
