@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ States = Callable[[nn.Parameter], Mapping[str, Tensor]]
 """Gives a parameter's optimizer state, name -> tensor, to be changed in place."""
 SECOND_MOMENT = "exp_avg_sq"
 """Adam's name for the mean of squared gradients."""
+
+
+class Adapts(NamedTuple):
+    """Says when an over-arch adapts: every so many steps, until a step, having looked at the last batches before."""
+
+    every: int
+    until: int
+    batches: int
 
 
 class Ranks(Protocol):
@@ -112,23 +120,41 @@ def forget(weight: Tensor, states: Mapping[str, Tensor], changed: Tensor) -> Non
 
 
 @torch.no_grad()
-def move_dims(ssr: SSR, step: int, x: Tensor, grad: Tensor, states: States, ranks: Ranks) -> None:
-    """Exchange dims of the first layer's views after a step; ``OverArch.adapt`` has the arguments. Collective.
+def add_would_be(ssr: SSR, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
+    """Add a batch's would-be gradients to those the next exchange looks at. Collective.
 
-    A dim's use is the norm of its weights times its root mean square; its gain is the norm of the gradient that its
-    weights get, or would get at zero. Both are over the rows of all ranks.
+    Args:
+        x: (B, F*D) the over-arch's input.
+        grad: (B, H) the gradient of its output.
+    """
+    seen, of_product = first_products(ssr, x, grad)
+    sums = torch.cat([torch.einsum("bw,vbd->vwd", seen, of_product).flatten(), seen.square().sum(0)])
+    ranks.add(sums)
+    looked_at = ssr.blocks()[0].filter
+    would_be, squares = looked_at.get_buffer("would_be"), looked_at.get_buffer("squares")
+    would_be += sums[: would_be.numel()].view_as(would_be)
+    squares += sums[would_be.numel() :]
+
+
+@torch.no_grad()
+def move_dims(ssr: SSR, step: int, states: States, ranks: Ranks) -> None:
+    """Exchange dims of the first layer's views after a step, by the would-be gradients so far. Collective.
+
+    A dim's use is the norm of its weights. Its gain is the norm of the gradient that its weights got, or would have got
+    at zero, over the root mean square of the dim: rare ids have small embeddings, and are no less worth for it.
     """
     config, first = ssr.config, ssr.blocks()[0]
     weight, indices = first.fusion.dense.weight, first.filter.get_buffer("indices")
-    seen, of_product = first_products(ssr, x, grad)
-    would_be = torch.einsum("bw,vbd->vwd", seen, of_product)
-    sums = torch.cat([would_be.flatten(), seen.square().sum(0)])
-    ranks.add(sums)
-    gain = sums[: would_be.numel()].view_as(would_be).norm(dim=2)
-    use = weight.norm(dim=2) * sums[would_be.numel() :].sqrt()[indices]
+    would_be, squares = first.filter.get_buffer("would_be"), first.filter.get_buffer("squares")
+    if not squares.any():  # every batch was left out
+        return
+    gain = would_be.norm(dim=2) / squares.sqrt().clamp_min(torch.finfo(squares.dtype).tiny)
     count = min(count_at(step, config), first.filter.width - config.view_dim)
-    now = moved(indices, use, gain, count, config.adapt_spread, step // config.adapt_every % config.num_views)
+    turn = step // config.adapt_every % config.num_views
+    now = moved(indices, weight.norm(dim=2), gain, count, config.adapt_spread, turn)
     # Norms may differ in the last bit between machines of different kinds.
     ranks.take_first(now)
     forget(weight, states(weight), now != indices)
     indices.copy_(now)
+    would_be.zero_()
+    squares.zero_()

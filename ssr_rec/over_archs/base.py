@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ssr_rec.common.errors import UserError
 
 if TYPE_CHECKING:
-    from ssr_rec.over_archs.adaptive import Ranks, States
+    from ssr_rec.over_archs.adaptive import Adapts, Ranks, States
 
 SOFTMAX_FLOPS = 5
 """Maximum, subtraction, exp, sum, division."""
@@ -100,17 +100,24 @@ class OverArch(nn.Module, ABC):
         """Return the modules whose outputs' exact zeros a run watches while it trains, first layer to last."""
         return []
 
-    def adapts(self) -> tuple[int, int] | None:
-        """Return every how many steps ``adapt`` is called and the last step of which it is; None: never."""
+    def adapts(self) -> Adapts | None:
+        """Return when this over-arch changes what no optimizer can; None: never, so nobody calls the next two."""
         return None
 
-    def adapt(self, step: int, x: Tensor, grad: Tensor, states: States, ranks: Ranks) -> None:
-        """Change what no optimizer can, in place, after the update of a step; nothing here. Collective.
+    def look(self, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
+        """See a batch of training on which the next ``adapt`` is to rest, after the update of its step. Collective.
+
+        Args:
+            x: (B, sum of field dims) this rank's input.
+            grad: (B, H) the gradient of the loss for what ``forward`` returned.
+            ranks: joins what the ranks have.
+        """
+
+    def adapt(self, step: int, states: States, ranks: Ranks) -> None:
+        """Change, in place, what no optimizer can, after the update of a step. Collective.
 
         Args:
             step: from 1.
-            x: (B, sum of field dims) this rank's input in that step.
-            grad: (B, H) the gradient of the loss for what ``forward`` returned then.
             states: gives a parameter's optimizer state, name -> tensor, to be changed in place.
             ranks: joins what the ranks have.
         """

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ssr_rec.kernels import view_fusion
 from ssr_rec.kernels.reference import gather_views
-from ssr_rec.over_archs.adaptive import Ranks, States, move_dims
+from ssr_rec.over_archs.adaptive import Adapts, Ranks, States, add_would_be, move_dims
 from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
 from ssr_rec.over_archs.filters import FILTERS, IcsFilter, StaticRandomFilter, TopKFilter
 from ssr_rec.over_archs.layers import DenseStack, Dropout, ViewLayerNorm, ViewLinear, evaluating, make_input_norm
@@ -128,11 +128,17 @@ class SSR(OverArch):
         """Return the features of the last layer's views: (B, V, d) -> (B, H)."""
         return self.output_mlp(views.mean(1) if self.config.output == "mean" else views.flatten(1))
 
-    def adapts(self) -> tuple[int, int] | None:
-        return (self.config.adapt_every, self.config.adapt_until) if self.config.filter == "adaptive" else None
+    def adapts(self) -> Adapts | None:
+        config = self.config
+        if config.filter != "adaptive":
+            return None
+        return Adapts(config.adapt_every, config.adapt_until, config.adapt_batches)
 
-    def adapt(self, step: int, x: Tensor, grad: Tensor, states: States, ranks: Ranks) -> None:
-        move_dims(self, step, x, grad, states, ranks)
+    def look(self, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
+        add_would_be(self, x, grad, ranks)
+
+    def adapt(self, step: int, states: States, ranks: Ranks) -> None:
+        move_dims(self, step, states, ranks)
 
     def sparse_filters(self) -> list[nn.Module]:
         return [layer.filter for layer in self.blocks() if isinstance(layer.filter, IcsFilter | TopKFilter)]

@@ -13,23 +13,22 @@ from ssr_rec.over_archs.base import OverArch
 
 
 class Adaptation:
-    """Keeps an over-arch's last input in training and the gradient of its output, for the over-arch's ``adapt``.
+    """Keeps an over-arch's last input in training and the gradient of its output, for the over-arch's ``look``.
 
-    It keeps references and no copies, from outside of what ``compile`` compiles. Of several batches whose gradients
-    are accumulated it has the last.
+    It keeps references and no copies, from outside of what ``compile`` compiles.
 
     Attributes:
-        every: steps from one call to the next; None: the over-arch does not adapt, or no longer.
+        every: steps from one ``adapt`` to the next; None: the over-arch does not adapt, or no longer.
     """
 
     def __init__(self, over_arch: OverArch, optimizer: CombinedOptimizer) -> None:
         self._over_arch, self._optimizer = over_arch, optimizer
         self._x: Tensor | None = None
         self._grad: Tensor | None = None
-        self.every: int | None = None
         self._hook: RemovableHandle | None = None
-        if (times := over_arch.adapts()) is not None:
-            self.every, self._until = times
+        self._times = over_arch.adapts()
+        self.every = self._times.every if self._times else None
+        if self._times is not None:
             self._hook = over_arch.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -42,17 +41,20 @@ class Adaptation:
     def _keep_gradient(self, grad: Tensor) -> None:
         self._grad = grad.detach()
 
-    def after(self, step: int) -> None:
-        """Let the over-arch adapt after the update of a step, and stop looking when it was the last time. Collective.
+    def after(self, step: int, is_due: bool) -> None:
+        """Look at the batch of a step, adapt if that is due, and end when it was the last time. Collective.
 
         Args:
-            step: from 1, one that is due.
+            step: from 1, after its update.
         """
-        if self._hook is None:
+        if self._times is None or self._hook is None:
             return
-        if step <= self._until and self._x is not None and self._grad is not None:
-            self._over_arch.adapt(step, self._x, self._grad, self._state, self)
-        if step >= self._until:
+        every, until, batches = self._times
+        if step <= until and -step % every < batches and self._x is not None and self._grad is not None:
+            self._over_arch.look(self._x, self._grad, self)
+        if is_due and step <= until:
+            self._over_arch.adapt(step, self._state, self)
+        if step >= until:
             self._hook.remove()
             self.every = self._hook = self._x = self._grad = None
 

@@ -288,8 +288,7 @@ class Trainer:
             window.samples += train.rows_in_step(fitted.steps)
             fitted.steps += 1
             self.schedule.set(fitted.steps)
-            if self._is_due(self.adaptation.every):
-                self.adaptation.after(fitted.steps)
+            self.adaptation.after(fitted.steps, self._is_due(self.adaptation.every))
             self._beat(f"step {fitted.steps}")
             is_due = self._is_due(checkpoints.config.every_steps)
             if not self._is_due(self.config.log_every) and fitted.steps < until and not is_due:

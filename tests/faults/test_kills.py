@@ -71,7 +71,7 @@ OPTIMISATION = (
 )
 ADAPTIVE = (
     *("--over_arch.filter=adaptive", "--over_arch.adapt_every=3", "--over_arch.adapt_until=45"),
-    "--over_arch.adapt_share=0.6",
+    *("--over_arch.adapt_batches=3", "--over_arch.adapt_share=0.6"),
 )
 
 

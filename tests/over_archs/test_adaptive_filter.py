@@ -15,7 +15,13 @@ from ssr_rec.over_archs.ssr import SSR
 from ssr_rec.over_archs.ssr_settings import SSRConfig
 from tests.small_ssr import D, F, batch, build
 
-ADAPTIVE: dict[str, Any] = {"filter": "adaptive", "adapt_every": 2, "adapt_until": 8, "adapt_share": 0.5}
+ADAPTIVE: dict[str, Any] = {
+    "filter": "adaptive",
+    "adapt_every": 2,
+    "adapt_until": 8,
+    "adapt_batches": 2,
+    "adapt_share": 0.5,
+}
 EVERY_SWITCH = {
     "residual": True,
     "fusion_layers": 2,
@@ -134,7 +140,8 @@ def test_spread_makes_views_take_different_dims() -> None:
 
 
 def test_the_share_falls_to_none() -> None:
-    config = SSRConfig(filter="adaptive", adapt_every=10, adapt_until=40, adapt_share=0.5, view_dim=16)
+    settings = {"adapt_every": 10, "adapt_until": 40, "adapt_batches": 1}
+    config = SSRConfig(filter="adaptive", **settings, adapt_share=0.5, view_dim=16)
     assert [count_at(step, config) for step in (10, 20, 30, 40, 50, 90)] == [8, 6, 4, 2, 0, 0]
 
 
@@ -154,6 +161,34 @@ def test_exchanged_rows_begin_anew_and_others_stay() -> None:
     assert states["step"] == 7
 
 
+def test_what_comes_has_the_largest_gradient_for_its_size_over_all_batches() -> None:
+    """Two batches count as one of all their rows; small dims are not put back for being small."""
+    whole, parts = build(**ADAPTIVE, adapt_spread=0.0).train(), build(**ADAPTIVE, adapt_spread=0.0).train()
+    first = whole.blocks()[0]
+    x, before = batch(rows=20) * torch.logspace(-2, 0, F * D, dtype=torch.float64), first.filter.indices.clone()
+    grad = torch.randn(20, whole.out_features, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    whole.look(x, grad, OneRank())
+    for rows in (slice(0, 7), slice(7, 20)):
+        parts.look(x[rows], grad[rows], OneRank())
+    seen, of_product = first_products(whole, x, grad)
+    norms = torch.einsum("bw,vbd->vwd", seen, of_product).square().sum(2).sqrt()
+    sizes = [sum(value * value for value in column) ** 0.5 for column in x.t().tolist()]
+    gain = [[norm / size for norm, size in zip(row, sizes, strict=True)] for row in norms.tolist()]
+    use = [[math.hypot(*row) for row in view] for view in first.fusion.dense.weight.tolist()]
+    for ssr in (whole, parts):
+        ssr.adapt(2, no_state, OneRank())
+        found = ssr.blocks()[0].filter
+        assert found.indices.tolist() == loop_moved(before.tolist(), use, gain, 4, 0.0, 1)
+        assert not found.would_be.any() and not found.squares.any()
+
+
+def test_nothing_moves_where_no_batch_was_seen() -> None:
+    ssr = build(**ADAPTIVE)
+    before = copy.deepcopy(ssr.state_dict())
+    ssr.adapt(2, no_state, OneRank())
+    assert all(torch.equal(value, before[name]) for name, value in ssr.state_dict().items())
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_what_sees_the_views_sees_the_moved_dims(compiled: bool) -> None:
     """No form keeps dims that it saw before, and an SSR-S of the same weights is the same model."""
@@ -161,14 +196,16 @@ def test_what_sees_the_views_sees_the_moved_dims(compiled: bool) -> None:
     start = {name: value.clone() for name, value in ssr.state_dict().items()}
     forward = torch.compile(ssr.forward, backend="aot_eager", dynamic=True) if compiled else ssr.forward
     features = forward(x)
-    ssr.adapt(2, x, torch.randn_like(features), no_state, OneRank())
+    ssr.look(x, torch.randn_like(features), OneRank())
+    ssr.adapt(2, no_state, OneRank())
     first, second = (layer.filter.indices for layer in ssr.blocks())
     assert ((first != start["layers.0.filter.indices"]).sum(1) == 4).all()
     assert torch.equal(second, start["layers.1.filter.indices"])
     with torch.no_grad():  # those of new dims are zero, and would hide which dims they are of
         ssr.blocks()[0].fusion.dense.weight.normal_()
     static = build(filter="static").float().eval()
-    static.load_state_dict(ssr.state_dict())
+    unused = static.load_state_dict(ssr.state_dict(), strict=False).unexpected_keys
+    assert unused == ["layers.0.filter.would_be", "layers.0.filter.squares"]
     torch.testing.assert_close(forward(x), static(x))
     before = x.clone().requires_grad_()
     forward(before).square().sum().backward()
@@ -185,8 +222,9 @@ def test_views_of_the_whole_input_are_refused() -> None:
     ("settings", "message"),
     [
         ({"filter": "static", "adapt_share": 0.2}, r"adapt_share=0\.2 has no effect.*filter='adaptive'"),
+        ({"filter": "adaptive", "adapt_every": 10, "adapt_batches": 11}, r"adapt_batches=11.*at most adapt_every=10"),
         ({"filter": "dynamic", "adapt_every": 7}, r"adapt_every=7 has no effect.*filter='adaptive'"),
-        ({"filter": "adaptive", "adapt_every": 9, "adapt_until": 8}, r"adapt_every=9.*adapt_until=8"),
+        ({"filter": "adaptive", "adapt_every": 309, "adapt_until": 308}, r"adapt_every=309.*adapt_until=308"),
         ({"filter": "adaptive", "view_dim": 8, "adapt_share": 0.05}, r"adapt_share=0\.05 of view_dim=8"),
     ],
 )

@@ -10,42 +10,49 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ssr_rec.over_archs.base import OverArch
 from ssr_rec.training.adaptation import Adaptation
+from ssr_rec.training.trainer import Trainer
 from tests.checkpointing.test_resume import options
 from tests.ranks import run_ranks
 from tests.small_ssr import batch, build
 from tests.training.test_trainer import made, state_job
 
 SETTINGS = [
-    *("--over_arch.filter=adaptive", "--over_arch.adapt_every=4", "--over_arch.adapt_until=12"),
-    *("--over_arch.adapt_share=0.5", "--train.max_steps=20", "--train.eval_every=null", "--checkpoint.keep=1"),
+    *("--over_arch.filter=adaptive", "--over_arch.adapt_every=5", "--over_arch.adapt_until=15"),
+    *("--over_arch.adapt_batches=3", "--over_arch.adapt_share=0.5"),
+    *("--train.max_steps=20", "--train.eval_every=null", "--checkpoint.keep=1"),
 ]
+LOOKED_AT = [3, 4, 5, 8, 9, 10, 13, 14, 15]
 
 
 class Seen:
-    """Notes every call of ``adapt`` and compares what it is given with what autograd and the optimizer have."""
+    """Notes every call of ``look`` and ``adapt``, and compares them with what autograd and the optimizer have."""
 
-    def __init__(self, over_arch: OverArch) -> None:
+    def __init__(self, trainer: Trainer) -> None:
+        self.looked: list[int] = []
         self.steps: list[int] = []
         self.moved: list[int] = []
-        self.kept: dict[str, Tensor] = {}
         self.states: list[set[str]] = []
-        self._adapt = over_arch.adapt
-        self.over_arch = over_arch
-        over_arch.adapt = self.adapt
-        over_arch.register_forward_hook(self._keep)
+        self.kept: dict[str, Tensor] = {}
+        self.trainer, self.over_arch = trainer, trainer.over_arch
+        self._look, self._adapt = self.over_arch.look, self.over_arch.adapt
+        self.over_arch.look, self.over_arch.adapt = self.look, self.adapt
+        self.over_arch.register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if module.training:
             self.kept = {"x": inputs[0].detach().clone()}
             output.register_hook(lambda grad: self.kept.update(grad=grad.clone()))
 
-    def adapt(self, step: int, x: Tensor, grad: Tensor, states: Any, ranks: Any) -> None:
-        first = self.over_arch.blocks()[0]
+    def look(self, x: Tensor, grad: Tensor, ranks: Any) -> None:
         assert torch.equal(x, self.kept["x"]) and torch.equal(grad, self.kept["grad"])
+        self.looked.append(self.trainer.fitted.steps)
+        self._look(x, grad, ranks)
+
+    def adapt(self, step: int, states: Any, ranks: Any) -> None:
+        first = self.over_arch.blocks()[0]
         before = first.filter.indices.clone()
-        self._adapt(step, x, grad, states, ranks)
+        self._adapt(step, states, ranks)
         changed = before != first.filter.indices
         self.steps.append(step)
         self.moved.append(int(changed.sum()))
@@ -54,12 +61,12 @@ class Seen:
         assert not states(first.fusion.dense.weight)["exp_avg"][changed].any()
 
 
-def adapt_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[int], list[int], list[set[str]]]:
+def adapt_job(arguments: list[str], dataset: Path, folder: Path) -> Any:
     trainer = made(arguments, dataset, folder)
-    seen = Seen(trainer.over_arch)
+    seen = Seen(trainer)
     list(trainer.fit())
     assert trainer.adaptation.every is None
-    return seen.steps, seen.moved, seen.states
+    return seen.looked, seen.steps, seen.moved, seen.states
 
 
 def ends_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[list[int]], list[list[float]]]:
@@ -73,18 +80,18 @@ def ends_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[li
 @pytest.mark.parametrize(
     ("more", "steps"),
     [
-        ([], [4, 8, 12]),
-        (["--optimizer.ema_decay=0.9", "--optimizer.clip_norm=1.0", "--train.bf16=true"], [4, 8, 12]),
-        (["--train.accumulate=3"], [6, 9, 12]),
+        ([], [5, 10, 15]),
+        (["--optimizer.ema_decay=0.9", "--optimizer.clip_norm=1.0", "--train.bf16=true"], [5, 10, 15]),
+        (["--train.accumulate=3"], [6, 12, 15]),
     ],
     ids=["plain", "averages, clipping, bf16", "accumulate"],
 )
 def test_dims_move_when_they_are_due(dataset: Path, tmp_path: Path, more: list[str], steps: list[int]) -> None:
-    ((seen, moved, states),) = run_ranks(adapt_job, 1, options(dataset, tmp_path, *SETTINGS, *more), dataset, tmp_path)
-    assert seen == steps
-    # Two views of 8 dims: half, then less, in the end none.
-    shares = [round(0.5 * (1 - (step - 4) / 12) * 8) for step in steps]
-    assert moved == [2 * share for share in shares]
+    (found,) = run_ranks(adapt_job, 1, options(dataset, tmp_path, *SETTINGS, *more), dataset, tmp_path)
+    looked, adapted, moved, states = found
+    assert looked == LOOKED_AT and adapted == steps
+    # Two views of 8 dims: half, then less.
+    assert moved == [2 * round(0.5 * (1 - (step - 5) / 15) * 8) for step in steps]
     wanted = {"step", "exp_avg", "exp_avg_sq"} | ({"average"} if "--optimizer.ema_decay=0.9" in more else set())
     assert all(names == wanted for names in states)
 
@@ -98,21 +105,21 @@ def test_ranks_agree_and_choose_as_one_does(dataset: Path, tmp_path: Path) -> No
 
 
 def test_a_run_goes_on_from_between_two_moves(dataset: Path, tmp_path: Path) -> None:
-    """Step 8 of 16 moves dims, and so does 12: weights, dims and moments of both ends are equal to the bit."""
+    """It stops after step 8, the first of three that the exchange at 10 looks at: both ends are equal to the bit."""
     arguments = options(dataset, tmp_path, *SETTINGS, "--train.max_steps=16", "--train.eval_every=4")
     run_ranks(state_job, 1, arguments, dataset, tmp_path)
 
 
 def test_a_batch_that_is_left_out_moves_nothing() -> None:
-    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_share=0.5).train()
+    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_batches=1, adapt_share=0.5).train()
     adaptation = Adaptation(ssr, CombinedOptimizer([]))
     before = ssr.blocks()[0].filter.indices.clone()
     ssr(batch()).sum().backward()
     ssr(batch())  # no backward pass
-    adaptation.after(2)
+    adaptation.after(2, True)
     assert torch.equal(before, ssr.blocks()[0].filter.indices) and adaptation.every == 2
     ssr.eval()(batch()).sum().backward()
-    adaptation.after(4)
+    adaptation.after(4, True)
     assert torch.equal(before, ssr.blocks()[0].filter.indices) and adaptation.every is None
 
 
