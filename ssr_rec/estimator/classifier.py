@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
@@ -31,6 +32,7 @@ from ssr_rec.estimator.labels import Labels, labels_of
 from ssr_rec.estimator.rows import frame_of, frames_held_out, names_of, new_name, split_of, weights_of
 from ssr_rec.estimator.settings import parameters_of, run_config
 from ssr_rec.metrics.exact import auc
+from ssr_rec.runs.curves import curves_figure
 from ssr_rec.runs.folder import CONFIG_FILE, METRICS_FILE, read_metrics
 from ssr_rec.runs.portable import PortableRun
 from ssr_rec.runs.report import read_report
@@ -176,6 +178,11 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         pairs = zip(self._probabilities(X), targets.encoded().values(), strict=True)
         weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         return float(np.mean([auc(p, encoded, weights) for p, encoded in pairs]))
+
+    def curves(self) -> Figure:
+        """Return a figure of the training: loss, validation AUC and speed against samples."""
+        check_is_fitted(self)
+        return curves_figure(read_metrics(self._home.run / METRICS_FILE), self.report_)
 
     def save(self, path: str | Path) -> None:
         """Write what ``load`` reads: a run folder with what scoring needs, without the rows it was trained on."""

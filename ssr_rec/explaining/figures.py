@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ssr_rec.common.formatting import decimal
 from ssr_rec.explaining.text import NAMES
-from ssr_rec.runs.curves import COLORS, DPI, Decimals, lay_grid
+from ssr_rec.runs.curves import COLORS, DPI, Decimals, Picture, lay_grid
 
 MOST_BARS = 30
 NOTED, LARGE = 0.1, 0.25
@@ -28,17 +28,17 @@ def draw_all(found: Mapping[str, Any], folder: Path) -> list[Path]:
         found: what ``explain_run`` returns.
         folder: of the pictures; there.
     """
-    drawn = {"importance.png": draw_importance, "slices.png": draw_slices, "calibration.png": draw_calibration}
-    drawn["drift.png"] = draw_drift
+    drawn = {"importance.png": importance_figure, "slices.png": slices_figure, "calibration.png": calibration_figure}
+    drawn["drift.png"] = drift_figure
     if found["filters"] is not None:
-        drawn["filters.png"] = draw_filters
+        drawn["filters.png"] = filters_figure
     for name, draw in drawn.items():
-        draw(found, folder / name)
+        draw(found).savefig(folder / name)
     return [folder / name for name in drawn]
 
 
-def draw_importance(found: Mapping[str, Any], path: Path) -> None:
-    """Draw logloss added and AUC lost by feature, every seed a dot, as a PNG."""
+def importance_figure(found: Mapping[str, Any]) -> Figure:
+    """Return a figure of logloss added and AUC lost by feature, every seed a dot, as a PNG."""
     groups, tasks = found["importance"]["groups"][:MOST_BARS], list(found["tasks"])
     left_out = len(found["importance"]["groups"]) - len(groups)
     figure = _figure(13, 1.6 + 0.3 * len(groups) * max(1, len(tasks) / 2), found, "what the model relies on")
@@ -60,11 +60,11 @@ def draw_importance(found: Mapping[str, Any], path: Path) -> None:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
-    figure.savefig(path)
+    return figure
 
 
-def draw_filters(found: Mapping[str, Any], path: Path) -> None:
-    """Draw what the filter of SSR's first layer lets through of each field, as a PNG."""
+def filters_figure(found: Mapping[str, Any]) -> Figure:
+    """Return a figure of what the filter of SSR's first layer lets through of each field, as a PNG."""
     view = found["filters"]
     names = [one["field"] for one in view["fields"]]
     heat = np.array(view["heat"], dtype=float).T  # (F, V)
@@ -94,11 +94,11 @@ def draw_filters(found: Mapping[str, Any], path: Path) -> None:
     grid.set_xlabel("view" + (", and its dims alive" if alive and views <= 16 else ""))
     grid.set_title(label, fontsize=11, loc="left", fontweight="bold")
     figure.colorbar(image, ax=grid, shrink=0.6)
-    figure.savefig(path)
+    return figure
 
 
-def draw_slices(found: Mapping[str, Any], path: Path) -> None:
-    """Draw AUC and calibration of the worst slices of each task as a PNG."""
+def slices_figure(found: Mapping[str, Any]) -> Figure:
+    """Return a figure of AUC and calibration of the worst slices of each task as a PNG."""
     tasks = list(found["slices"])
     lines = max(1, max(min(MOST_BARS, len(found["slices"][task])) for task in tasks))
     figure = _figure(13, (1.2 + 0.26 * lines) * len(tasks), found, f"slices, worst {NAMES[found['order']]} first")
@@ -119,11 +119,11 @@ def draw_slices(found: Mapping[str, Any], path: Path) -> None:
         area.set_ylim(lines - 0.4, -0.6)
         for ax in (area, ratio):
             lay_grid(ax)
-    figure.savefig(path)
+    return figure
 
 
-def draw_calibration(found: Mapping[str, Any], path: Path) -> None:
-    """Draw the reliability diagram and the precision-recall curve of each task as a PNG."""
+def calibration_figure(found: Mapping[str, Any]) -> Figure:
+    """Return a figure of the reliability diagram and the precision-recall curve of each task as a PNG."""
     tasks = list(found["deciles"])
     figure = _figure(11, 4.6 * len(tasks), found, "calibration")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
@@ -148,11 +148,11 @@ def draw_calibration(found: Mapping[str, Any], path: Path) -> None:
         for ax in (diagram, curve):
             lay_grid(ax)
             ax.legend(frameon=False, fontsize=9, loc="upper left" if ax is diagram else "upper right")
-    figure.savefig(path)
+    return figure
 
 
-def draw_drift(found: Mapping[str, Any], path: Path) -> None:
-    """Draw the PSI of every column as a PNG."""
+def drift_figure(found: Mapping[str, Any]) -> Figure:
+    """Return a figure of the PSI of every column as a PNG."""
     entries = found["drift"][: 2 * MOST_BARS]
     figure = _figure(9, 1.6 + 0.24 * len(entries), found, "drift of the inputs against training")
     ax = figure.subplots()
@@ -172,11 +172,11 @@ def draw_drift(found: Mapping[str, Any], path: Path) -> None:
     ax.set_xlabel("population stability index")
     lay_grid(ax)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path)
+    return figure
 
 
 def _figure(width: float, height: float, found: Mapping[str, Any], what: str) -> Figure:
-    figure = Figure(figsize=(width, max(3.2, height)), dpi=DPI, layout="constrained")
+    figure = Picture(figsize=(width, max(3.2, height)), dpi=DPI, layout="constrained")
     title = f"{found['run']}   ·   {found['over_arch']}   ·   {found['dataset']}, {found['split']}: {what}"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -24,6 +25,15 @@ COLORS = ("#1f6fb4", "#d9541e", "#2f8f4e", "#8a4fa8", "#b5891a", "#c23b6b", "#3a
 MARKERS = "osD^vP*X"
 
 
+class Picture(Figure):
+    """Is a matplotlib figure that a notebook shows, also where pyplot has set nothing up."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
+
+
 class Decimals(ScalarFormatter):
     """Writes ticks such as .700 and .725, all with the same number of digits."""
 
@@ -36,28 +46,36 @@ class Decimals(ScalarFormatter):
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], report: Report, path: str | Path) -> None:
-    """Draw training loss, validation AUC and throughput of one run against samples as a PNG of 1560 x 540 pixels.
+    """Write ``curves_figure`` as a PNG of 1560 x 540 pixels."""
+    curves_figure(rows, report).savefig(path)
+
+
+def curves_figure(rows: Sequence[Mapping[str, Any]], report: Report) -> Figure:
+    """Return a figure of training loss, validation AUC and throughput of one run against samples.
 
     Args:
         rows: the run's metrics.jsonl; may be empty.
         report: the run's; what it lacks is left out of the picture.
-        path: the PNG.
     """
-    figure = Figure(figsize=(13, 4.5), dpi=DPI, layout="constrained")
+    figure = Picture(figsize=(13, 4.5), dpi=DPI, layout="constrained")
     figure.suptitle(_headline(report), fontsize=11, x=0.01, ha="left")
     loss, quality, speed = figure.subplots(1, 3)
     _draw_loss(loss, rows)
     _draw_validation_auc(quality, rows, report)
     _draw_speed(speed, rows)
-    figure.savefig(path)
+    return figure
 
 
 def draw_comparison(runs: Sequence[Run], path: str | Path) -> None:
-    """Draw several runs on one dataset as a PNG: one line of panels per task, validation AUC and test AUC.
+    """Write ``comparison_figure`` as a PNG; errors as there."""
+    comparison_figure(runs).savefig(path)
+
+
+def comparison_figure(runs: Sequence[Run]) -> Figure:
+    """Return a figure of several runs on one dataset: one line of panels per task, validation AUC and test AUC.
 
     Args:
         runs: at least one, in any order; the best is drawn on top.
-        path: the PNG.
 
     Raises:
         UserError: no run, or runs on different datasets.
@@ -66,13 +84,13 @@ def draw_comparison(runs: Sequence[Run], path: str | Path) -> None:
     names = display_names(ranked)
     tasks = list(ranked[0].report.test)
     height = max(3.6, 1.4 + 0.3 * len(ranked))
-    figure = Figure(figsize=(13, height * len(tasks)), dpi=DPI, layout="constrained")
+    figure = Picture(figsize=(13, height * len(tasks)), dpi=DPI, layout="constrained")
     figure.suptitle(_dataset(ranked[0].report), fontsize=11, x=0.01, ha="left")
     panels = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(1.15, 1))
     for (history, final), task in zip(panels, tasks, strict=True):
         _draw_histories(history, ranked, task)
         _draw_test_auc(final, ranked, names, task)
-    figure.savefig(path)
+    return figure
 
 
 def _draw_loss(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ssr_rec.common.formatting import decimal, duration
-from ssr_rec.runs.curves import COLORS, DPI, Decimals, lay_grid
+from ssr_rec.runs.curves import COLORS, DPI, Decimals, Picture, lay_grid
 from ssr_rec.runs.table import markdown_table
 from ssr_rec.studies.trials import TrialBook
 from ssr_rec.studies.tuner import metric_name, short
@@ -87,7 +87,7 @@ def draw_tuning(book: TrialBook, frame: pd.DataFrame, shares: dict[str, float], 
     keys = [*shares, *(key for key in book.tuning.search if key not in shares)][:MOST_PANELS]
     rows = math.ceil((len(keys) + 1) / 4)
     columns = math.ceil((len(keys) + 1) / rows)
-    figure = Figure(figsize=(0.5 + 4.1 * columns, 0.6 + 3.4 * rows), dpi=DPI, layout="constrained")
+    figure = Picture(figsize=(0.5 + 4.1 * columns, 0.6 + 3.4 * rows), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     first, *others = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     complete, pruned = (frame[frame["state"] == state] for state in ("complete", "pruned"))
