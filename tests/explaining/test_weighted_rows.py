@@ -36,7 +36,7 @@ def test_slices_are_scikit_learns_with_weights():
 @pytest.mark.slow
 def test_an_explanation_is_of_the_rows_that_count(tmp_path):
     path = write_parquet(weighted_rows(3000), tmp_path / "log.parquet")
-    schema, _ = run(tmp_path, [path], spec_with(**{**SPEC, "min_count": 6}), "data")
+    schema, _ = run(tmp_path, [path], spec_with(**{**SPEC, "hash_buckets": {"uid": 50}}), "data")
     folder = make_run(
         tmp_path / "run", tmp_path / "data", ["--over_arch={name: mlp, hidden: [8]}", "--embeddings.dim=4"]
     )
