@@ -92,7 +92,7 @@ def train_stage(config: RunConfig) -> tuple[Report, OverArchConfig | None]:
             return done, None
 
         rows = open_rows(config, folder, schema, rank, world_size)
-        model = build_model(config, schema, device, world_size, local_world_size)
+        model = build_model(config, schema, device, world_size, local_world_size, folder)
         optimizer = build_optimizer(model, config.optimizer, config.embeddings)
         try:
             start = log.open(config, schema, model.module.model.dense.over_arch, rows.train)

@@ -118,16 +118,19 @@ def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
 
 
 def _check_order(start: str, origin: Origin, there: Schema, here: Schema) -> None:
-    """Refuse features or labels in another order, in which every weight of the over-arch would still fit."""
+    """Refuse features, dense columns or labels in another order, in which every weight would still fit."""
     for key, all_there, names in (
         ("features", there.feature_names, here.feature_names),
+        ("features", there.dense_names, here.dense_names),
         ("labels", there.labels, here.labels),
     ):
-        before = origin.data.get(key) or all_there
+        chosen = origin.data.get(key)
+        before = [name for name in chosen if name in all_there] if chosen else all_there
         if before != names and sorted(before) == sorted(names):
+            whole = chosen or (all_there if key == "labels" else [*there.feature_names, *there.dense_names])
             raise UserError(
                 f"{start}: its {key} are in another order, {', '.join(before)}; the over-arch tells them apart by "
-                f"their place, so give this run --data.{key}={json.dumps(before)}"
+                f"their place, so give this run --data.{key}={json.dumps(whole)}"
             )
 
 

@@ -64,7 +64,8 @@ def first_rows(restored: Restored, split: str) -> torch.Tensor:
     reader = open_reader(restored.config, restored.data, restored.schema, split, 0, 1, to_train=False)
     batches = reader.epoch(0)
     with capture(restored.model.dense) as captured, torch.no_grad():
-        restored.model(next(batches).sparse)
+        batch = next(batches)
+        restored.model(batch.sparse, batch.dense)
     batches.close()
     assert captured.inputs is not None
     return captured.inputs

@@ -16,7 +16,7 @@ class DataConfig(Settings):
     path: str | None = Field(None, description="a folder made by tools/prepare_data.py; None: draw the synthetic log")
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="the log to draw when path is None")
     synthetic_root: str = Field("data", description="folder that keeps drawn logs")
-    features: list[str] | None = Field(None, description="features to use, in this order; None: all")
+    features: list[str] | None = Field(None, description="features and dense columns to use, in this order; None: all")
     labels: list[str] | None = Field(None, description="labels to train, one task each; None: all")
     days: str | None = Field(
         None,

@@ -18,6 +18,7 @@ from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import parse_yaml, read_yaml
 from ssr_rec.config.checkpointing import CheckpointConfig
 from ssr_rec.config.data import DataConfig
+from ssr_rec.config.dense import DenseConfig
 from ssr_rec.config.embeddings import EmbeddingsConfig
 from ssr_rec.config.heads import HeadsConfig
 from ssr_rec.config.optimizer import DenseOptimizerConfig
@@ -58,6 +59,7 @@ class RunConfig(Settings):
     sequences: dict[str, SequenceConfig] = Field(
         {}, description="sequence, or list feature -> encoder that makes fields of its events; others are pooled"
     )
+    dense: DenseConfig = DenseConfig()
     over_arch: OverArchConfig = SSRConfig()
     heads: HeadsConfig = HeadsConfig()
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
@@ -130,7 +132,7 @@ def resolve(values: dict[str, Any], where: str) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
-    _refuse_sizes(config.model_dump(include={"over_arch", "heads", "embeddings", "sequences"}), where)
+    _refuse_sizes(config.model_dump(include={"over_arch", "heads", "embeddings", "sequences", "dense"}), where)
     return config
 
 

@@ -26,6 +26,8 @@ class Batch(Pipelineable):
             its gradient do not depend on how the rows are spread; B may differ between ranks and may be 0.
         weights: (B, T) float32 of each row for each task, 0 where its label is not observed; None: all rows count the
             same. The loss is then divided by the sums of weights over all ranks instead.
+        dense: (B, C) float32, NaN where missing: the scaled numbers of dense columns, then the vectors of rows, each in
+            schema order; None: there are none.
     """
 
     sparse: KeyedJaggedTensor
@@ -33,6 +35,7 @@ class Batch(Pipelineable):
     group_ids: Tensor | None
     global_rows: int
     weights: Tensor | None = None
+    dense: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(
@@ -42,17 +45,22 @@ class Batch(Pipelineable):
             group_ids=self.group_ids,
             global_rows=self.global_rows,
             weights=None if self.weights is None else self.weights.to(device=device, non_blocking=non_blocking),
+            dense=self.dense.to(device=device, non_blocking=non_blocking) if self.dense is not None else None,
         )
 
     def pin_memory(self) -> Batch:
         weights = None if self.weights is None else self.weights.pin_memory()
-        return Batch(self.sparse.pin_memory(), self.labels.pin_memory(), self.group_ids, self.global_rows, weights)
+        dense = None if self.dense is None else self.dense.pin_memory()
+        sparse, labels = self.sparse.pin_memory(), self.labels.pin_memory()
+        return Batch(sparse, labels, self.group_ids, self.global_rows, weights, dense)
 
     def record_stream(self, stream: torch.Stream) -> None:
         self.sparse.record_stream(stream)
         self.labels.record_stream(stream)
         if self.weights is not None:
             self.weights.record_stream(stream)
+        if self.dense is not None:
+            self.dense.record_stream(stream)
 
 
 def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> Batch:
@@ -69,8 +77,12 @@ def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> B
     return batch
 
 
-def row_keys(sparse: KeyedJaggedTensor) -> Tensor:
-    """Return a 64-bit hash (B,) int64 of each row's ids, lists in their order: rows of equal inputs have equal keys."""
+def row_keys(sparse: KeyedJaggedTensor, dense: Tensor | None = None) -> Tensor:
+    """Return a 64-bit hash (B,) int64 of each row's inputs, lists in their order: rows of equal ones have equal keys.
+
+    Args:
+        dense: (B, C) float32, see ``Batch``.
+    """
     lengths = sparse.lengths().view(len(sparse.keys()), -1)
     keys = torch.zeros(lengths.shape[1], dtype=torch.int64)
     for feature, (ids, counts) in enumerate(zip(sparse.values().split(sparse.length_per_key()), lengths, strict=True)):
@@ -82,6 +94,9 @@ def row_keys(sparse: KeyedJaggedTensor) -> Tensor:
         rows = torch.repeat_interleave(counts)
         places = torch.arange(len(ids)) - (torch.cumsum(counts, 0) - counts)[rows]
         keys.index_add_(0, rows, _mixed(_mixed(ids + seed) + places))
+    if dense is not None:
+        seeds = torch.arange(len(lengths) + 1, len(lengths) + 1 + dense.shape[1]) * _GOLDEN
+        keys += _mixed(dense.contiguous().view(torch.int32).long() + seeds).sum(1)
     return keys
 
 

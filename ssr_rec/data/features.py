@@ -92,6 +92,13 @@ class Drawn(Settings):
     column: str
 
 
+class GivenVectors(Settings):
+    """Says where the vectors of a feature's ids are, which are given and not learned from the log."""
+
+    dim: int = Field(ge=1, description="E, the entries of each")
+    file: InnerPath = Field(description="npy (num_embeddings, E) float32, relative to the dataset")
+
+
 Encoding = Annotated[Vocabulary | Hashing | AdmittedHashing | RawHash | LogBuckets | Drawn, Field(discriminator="type")]
 RAW_HASHES = 2**60 + 1
 MAX_EMBEDDINGS = 2**40
@@ -109,13 +116,15 @@ class Feature(Settings):
     encoding: Encoding = Field(description="how the column was made")
     max_length: int | None = Field(None, ge=1, description="list features: most ids a row holds")
     vocabulary: Column | None = Field(None, description="shared with other features, as is the table of that name")
+    vectors: GivenVectors | None = Field(None, description="those of its ids, instead of a table that is learned")
 
     @model_serializer(mode="wrap")
     def _without_none(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A feature that shares nothing is written, and counts for a dataset_id, as before there was sharing.
+        # A feature without is written, and counts for a dataset_id, as before there were such keys.
         found: dict[str, Any] = values(self)
-        if self.vocabulary is None:
-            found.pop("vocabulary", None)
+        for key in ("vocabulary", "vectors"):
+            if getattr(self, key) is None:
+                found.pop(key, None)
         return found
 
     @property

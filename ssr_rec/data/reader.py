@@ -186,6 +186,7 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
     features, labels = schema.features, np.empty((num_rows, len(schema.labels)), dtype=np.float32)
     groups = np.empty(num_rows, dtype=np.int64) if schema.group_id is not None else None
     weights = np.empty_like(labels) if schema.has_weights else None
+    dense = np.empty((num_rows, sum(schema.dense_widths)), dtype=np.float32) if schema.dense_names else None
     ends = np.cumsum([stop - start for _, start, stop in slices]).tolist()
     rows = [slice(end - (stop - start), end) for end, (_, start, stop) in zip(ends, slices, strict=True)]
     for there, (block, start, stop) in zip(rows, slices, strict=True):
@@ -194,6 +195,8 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
             groups[there] = block.group_ids[start:stop]
         if weights is not None and block.weights is not None:
             weights[there] = block.weights[start:stop]
+        if dense is not None and block.dense is not None:
+            dense[there] = block.dense[start:stop]
     lengths = np.ones((len(features), num_rows), dtype=np.int64)
     items = sum(
         int(lists.offsets[stop] - lists.offsets[start]) for block, start, stop in slices for lists in block.lists
@@ -222,7 +225,8 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
     )
     group_ids = torch.from_numpy(groups) if groups is not None else None
     of_tasks = torch.from_numpy(weights) if weights is not None else None
-    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows, of_tasks)
+    numbers = torch.from_numpy(dense) if dense is not None else None
+    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows, of_tasks, numbers)
 
 
 def check_rows(folder: Path, schema: Schema, split: str, world_size: int) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import source
 from ssr_rec.data.batch_order import Piece
+from ssr_rec.data.dense import WrongVector, scaled, stacked
 from ssr_rec.data.features import Feature
 from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, NOT_OBSERVED, SCHEMA_FILE, WEIGHT_COLUMN, Schema, Shard
 from ssr_rec.data.shards import arrow_schema, footer_digest
@@ -41,6 +42,7 @@ class Block:
         labels: (n, T) float32, 0 where not observed.
         group_ids: (n,) int64 or None.
         weights: (n, T) float32 of each row for each task, 0 where its label is not observed; None: all count the same.
+        dense: (n, C) float32 scaled numbers and vectors, NaN where missing, or None of a dataset without.
     """
 
     scalars: np.ndarray
@@ -48,6 +50,7 @@ class Block:
     labels: np.ndarray
     group_ids: np.ndarray | None
     weights: np.ndarray | None = None
+    dense: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -221,6 +224,27 @@ class SplitFiles:
             labels[:, task] = outcomes[rows]
         return labels, weights
 
+    def _dense(self, table: pa.Table, rows: np.ndarray, where: str) -> np.ndarray | None:
+        """Return the dense columns (n, C) of ``rows``, scaled."""
+        if not self.schema.dense_names:
+            return None
+        found = np.empty((len(rows), sum(self.schema.dense_widths)), dtype=np.float32)
+        for place, column in enumerate(self.schema.dense):
+            array = self._column(table, column.name, table.num_rows, where)
+            numbers = array.to_numpy(zero_copy_only=False)[rows]
+            if np.isinf(numbers).any():
+                raise UserError(f"{where}: dense column {column.name!r} holds an infinite number; prepare it again")
+            found[:, place] = scaled(numbers, column)
+        at = len(self.schema.dense)
+        for vector in self.schema.row_vectors:
+            array = self._column(table, vector.name, table.num_rows, where)
+            try:
+                found[:, at : at + vector.dim] = stacked(array, vector)[rows]
+            except WrongVector as error:
+                raise UserError(f"{where}: column {vector.name!r}: {error}; prepare the log again") from None
+            at += vector.dim
+        return found
+
     @staticmethod
     def _column(table: pa.Table, name: str, num_rows: int, where: str) -> pa.Array:
         chunks = table.column(name)
@@ -228,7 +252,7 @@ class SplitFiles:
         array = chunks.chunk(0) if chunks.num_chunks == 1 else pa.concat_arrays(chunks.chunks or [_empty(chunks.type)])
         if len(array) != num_rows:
             raise UserError(f"{where}: damaged, column {name!r} has {len(array)} of {num_rows} rows; prepare it again")
-        if array.null_count:
+        if array.null_count and not pa.types.is_floating(array.type):
             row = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
             raise UserError(f"{where}: column {name!r} is null at its row {row}; prepare the log again")
         if pa.types.is_list(array.type) and array.values.null_count:

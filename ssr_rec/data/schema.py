@@ -2,9 +2,10 @@
 
 A prepared dataset is a folder: ``schema.json``, parquet shards of each split, and the fitted vocabularies.
 In a shard, a single-valued feature is an int64 column of ids, a list feature a ``list<int64>`` column,
-a label an int8 column of 0 and 1, and the evaluation group (GAUC) the int64 column ``GROUP_COLUMN``.
-A label that may be missing is -1 where it is not observed; weights of rows are the float column ``WEIGHT_COLUMN``.
-No column holds nulls: a missing value already has an id of its own, a missing list is empty.
+a dense column a float64 one, a vector of a row a ``list<float64>``, a label an int8 column of 0 and 1, and the
+evaluation group (GAUC) the int64 column ``GROUP_COLUMN``. A label that may be missing is -1 where it is not observed;
+weights of rows are the float column ``WEIGHT_COLUMN``. No other than dense columns hold nulls: a missing value
+already has an id of its own, a missing list or vector is empty.
 
 Damage shows: ``schema.json`` holds a checksum of its own content and one of each shard's footer, and the pages of a
 shard hold theirs (``data/shards.py``). Datasets from before there were checksums are read without.
@@ -26,6 +27,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import is_local, place
 from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
+from ssr_rec.data.dense import DenseColumn, RowVector
 from ssr_rec.data.event_sequences import EventSequence, check_sequences, check_vocabularies
 from ssr_rec.data.features import Column, Feature, InnerPath, Vocabulary
 
@@ -132,6 +134,8 @@ class Schema(Settings):
     )
     features: list[Feature] = Field(min_length=1)
     sequences: list[EventSequence] = Field(default_factory=list)
+    dense: list[DenseColumn] = Field(default_factory=list, description="raw numbers, null where missing")
+    row_vectors: list[RowVector] = Field(default_factory=list, description="columns of vectors, empty where missing")
     labels: list[Column] = Field(min_length=1)
     group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
     weight: str | None = Field(None, description="raw column behind WEIGHT_COLUMN; None: all rows count the same")
@@ -149,7 +153,7 @@ class Schema(Settings):
     def _consistent(self) -> Schema:
         if self.negatives < 1 and len(self.labels) > 1:
             raise UserError("negatives: below 1 there can be one label alone")
-        _refuse_repeated("names", [*self.feature_names, *self.labels, GROUP_COLUMN, WEIGHT_COLUMN])
+        _refuse_repeated("names", [*self.feature_names, *self.dense_names, *self.labels, GROUP_COLUMN, WEIGHT_COLUMN])
         _refuse_repeated("missing_labels", self.missing_labels)
         if not set(self.missing_labels) <= set(self.labels):
             raise UserError("missing_labels names what is no label")
@@ -183,6 +187,21 @@ class Schema(Settings):
     def has_weights(self) -> bool:
         """Return whether rows count differently, or for some tasks alone."""
         return self.weight is not None or bool(self.missing_labels)
+
+    @property
+    def embedded(self) -> list[Feature]:
+        """Return the features that have a table: all but those with given vectors."""
+        return [feature for feature in self.features if feature.vectors is None]
+
+    @property
+    def dense_names(self) -> list[str]:
+        """Return the columns that a batch's ``dense`` is made of: dense ones, then vectors of rows."""
+        return [*(column.name for column in self.dense), *(vector.name for vector in self.row_vectors)]
+
+    @property
+    def dense_widths(self) -> list[int]:
+        """Return how many columns of a batch's ``dense`` each of ``dense_names`` has."""
+        return [*(1 for _ in self.dense), *(vector.dim for vector in self.row_vectors)]
 
     @property
     def known_ids(self) -> set[str]:
@@ -225,18 +244,30 @@ class Schema(Settings):
     def select(self, features: Sequence[str] | None, labels: Sequence[str] | None) -> Schema:
         """Return the same dataset seen through some of its features and labels, in the order given (None: all).
 
+        Args:
+            features: names of features, of dense columns and of vectors of rows.
+
         Raises:
             UserError: a name the dataset does not have.
         """
         by_name = {feature.name: feature for feature in self.features}
-        for kind, wanted, known in (("feature", features, list(by_name)), ("label", labels, self.labels)):
+        dense = {column.name: column for column in self.dense}
+        rows = {vector.name: vector for vector in self.row_vectors}
+        for kind, wanted, known in (
+            ("feature", features, [*by_name, *self.dense_names]),
+            ("label", labels, self.labels),
+        ):
             for name in wanted or ():
                 if name not in known:
                     raise UserError(f"{kind} {name!r} is not in dataset {self.name!r}; it has {', '.join(known)}")
         sequences = [sequence.select(features or self.feature_names) for sequence in self.sequences]
+        if features and not any(name in by_name for name in features):
+            raise UserError(f"features {', '.join(features)}: none of them has ids; name one that has")
         return self.model_copy(
             update={
-                "features": [by_name[name] for name in features] if features else self.features,
+                "features": [by_name[name] for name in features if name in by_name] if features else self.features,
+                "dense": [dense[name] for name in features if name in dense] if features else self.dense,
+                "row_vectors": [rows[name] for name in features if name in rows] if features else self.row_vectors,
                 "sequences": [sequence for sequence in sequences if sequence is not None],
                 "labels": list(labels) if labels else self.labels,
                 "missing_labels": [name for name in self.missing_labels if not labels or name in labels],
@@ -245,7 +276,7 @@ class Schema(Settings):
 
     def write(self, folder: Path) -> None:
         values = self.model_dump(mode="json")
-        for key in ("days", "additions", "shard_ids", "sequences", "weight", "missing_labels"):
+        for key in ("days", "additions", "shard_ids", "sequences", "weight", "missing_labels", "dense", "row_vectors"):
             if not values[key]:  # so that programs from before there were any read it
                 del values[key]
         for split in values["splits"].values():

@@ -55,11 +55,13 @@ def row_group_rows(num_rows: int) -> int:
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:
-    """Return the columns every shard of the dataset has, in order: features, labels, group id, weight."""
+    """Return the columns every shard of the dataset has: features, dense columns, labels, group id, weight."""
     fields = [
         pa.field(f.name, pa.list_(pa.int64()) if f.kind == "list" else pa.int64(), False, _special_ids(f))
         for f in schema.features
     ]
+    fields += [pa.field(column.name, pa.float64()) for column in schema.dense]
+    fields += [pa.field(vector.name, pa.list_(pa.float64()), nullable=False) for vector in schema.row_vectors]
     fields += [pa.field(label, pa.int8(), nullable=False) for label in schema.labels]
     if schema.group_id is not None:
         fields.append(pa.field(GROUP_COLUMN, pa.int64(), nullable=False))
@@ -116,7 +118,7 @@ def _write_shard(groups: Iterator[pa.Table], columns: pa.Schema, folder: Path, p
             columns.with_metadata({**columns.metadata, SHARD_KEY: path.encode()}),
             compression="lz4",
             use_dictionary=False,
-            column_encoding={_leaf(field): _encoding(field.type) for field in columns},
+            column_encoding=_encodings(columns),
             write_page_checksum=True,
         ) as writer,
     ):
@@ -138,13 +140,19 @@ def _write_shard(groups: Iterator[pa.Table], columns: pa.Schema, folder: Path, p
     )
 
 
-def _leaf(field: pa.Field) -> str:
-    """Return the path of a column's values within a parquet file."""
-    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+def _encodings(columns: pa.Schema) -> str | dict[str, str]:
+    """Return how columns are encoded: one way for all integers, or a way for the path of each."""
+    if not any(_is_floating(field) for field in columns):
+        return "DELTA_BINARY_PACKED"
+    found = {}
+    for field in columns:
+        path = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        found[path] = "PLAIN" if _is_floating(field) else "DELTA_BINARY_PACKED"
+    return found
 
 
-def _encoding(kind: pa.DataType) -> str:
-    return "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
+def _is_floating(field: pa.Field) -> bool:
+    return bool(pa.types.is_floating(field.type.value_type if pa.types.is_list(field.type) else field.type))
 
 
 def _values(content: hashlib._Hash, field: pa.Field, column: pa.ChunkedArray) -> np.ndarray:

@@ -109,7 +109,7 @@ class Reading:
     """Says which features are read how.
 
     Attributes:
-        fields: features with a field of their own in the input vector, in schema order: all but the events'.
+        fields: features with a table and a field of their own in the input vector, in schema order: not the events'.
         events: table -> the features of it, for the tables that are read un-pooled.
         histories: those with an encoder.
     """
@@ -137,7 +137,7 @@ def reading_of(schema: Schema, sequences: Mapping[str, SequenceConfig]) -> Readi
         table: tuple(feature for feature in schema.features if feature.table == table)
         for table in dict.fromkeys(tables)
     }
-    reading = Reading(tuple(f for f in schema.features if f.name not in in_events), events, tuple(histories))
+    reading = Reading(tuple(f for f in schema.embedded if f.name not in in_events), events, tuple(histories))
     if not reading.pooled:
         raise UserError(
             f"sequences: every feature of {schema.name!r} is of a table that a sequence reads; the model needs one "

@@ -72,7 +72,7 @@ def table_dims(
         UserError: ``dims`` or ``dtypes`` name an unknown table, a dim is not a multiple of 4, or a feature has a
             name that no PyTorch module can have.
     """
-    names = list(dict.fromkeys(feature.table for feature in schema.features))
+    names = list(dict.fromkeys(feature.table for feature in schema.embedded))
     for name in dict.fromkeys([*schema.feature_names, *names]):
         if not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise UserError(
@@ -83,7 +83,7 @@ def table_dims(
     for key, entries in named.items():
         unknown = sorted(set(entries) - set(names))
         if unknown:
-            shared = {feature.name: feature.table for feature in schema.features}.get(unknown[0])
+            shared = {feature.name: feature.table for feature in schema.embedded}.get(unknown[0])
             if shared is not None:
                 raise UserError(f"embeddings.{key} names {unknown[0]!r}, whose table is {shared!r}: name that")
             raise UserError(
@@ -98,12 +98,12 @@ def table_dims(
         if dim % DIM_MULTIPLE:
             raise UserError(f"{key}={dim} must be a multiple of {DIM_MULTIPLE}, which FBGEMM's kernels need")
     tables: dict[str, tuple[Feature, int]] = {}
-    for feature in schema.features:
+    for feature in schema.embedded:
         tables.setdefault(feature.table, (feature, config.dim_of(feature.table)))
     for set_name, dims in extra.items():
         columns = columns_per_dim(dims)
         # Beyond the features' fields come those of encoders, which have no table.
-        for feature, dim in zip(reading.fields if reading else schema.features, dims, strict=False):
+        for feature, dim in zip(reading.fields if reading else schema.embedded, dims, strict=False):
             tables.setdefault(f"{feature.table}@{set_name}", (feature, dim * columns))
     return tables
 
@@ -134,7 +134,7 @@ def build_tables(
     Raises:
         UserError: as ``table_dims``; or half-precision tables whose optimizer has no form that keeps its state exact.
     """
-    halves = [feature.table for feature in schema.features if config.dtype_of(feature.table) != "fp32"]
+    halves = [feature.table for feature in schema.embedded if config.dtype_of(feature.table) != "fp32"]
     if halves and not config.is_fused(device_type):
         raise UserError(
             f"embeddings.dtype: {halves[0]!r} is {config.dtype_of(halves[0])}, but {config.optimizer} here would keep "
@@ -163,7 +163,7 @@ def plain_tables(
     Raises:
         UserError: as ``table_dims``.
     """
-    fields = reading.fields if reading else schema.features
+    fields = reading.fields if reading else schema.embedded
     pooled: list[EmbeddingBagConfig] = []
     events: list[EmbeddingBagConfig] = []
     for name, (feature, columns) in table_dims(schema, config, extra or {}, reading).items():

@@ -117,8 +117,8 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
                 rows, drawn as ``tools/prepare_data.py`` draws them, or what ``split`` says.
             sample_weight: (B,) by which the rows of X count in loss and measures, 0 or more; rows of ``validation``
                 count 1 each. A column of X that holds weights is named by ``weight``, of the spec.
-            **spec: every other key of a table's spec (docs/data.md): ``sequences`` (docs/sequences.md), ``lists``,
-                ``ignore``, ``group_id``, ``split``, ``weight``, ``tasks``, ``min_count``, ``hash_buckets``, ...
+            **spec: every other key of a table's spec (docs/data.md): ``sequences`` (docs/sequences.md), ``dense`` (raw
+                floats), ``vectors``, ``lists``, ``ignore``, ``group_id``, ``split``, ``weight``, ``tasks``, ...
 
         Raises:
             UserError: rows, columns or settings that do not go together; the message names them and the fix.

@@ -121,7 +121,8 @@ def _input(model: CTRModel, rows: SplitRows) -> Tensor:
     handle = model.dense.over_arch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         with torch.inference_mode():
-            model(next(rows.batches()).sparse)
+            batch = next(rows.batches())
+            model(batch.sparse, batch.dense)
     finally:
         handle.remove()
     return seen[0]

@@ -71,12 +71,13 @@ def column_groups(schema: Schema, named: Mapping[str, Sequence[str]]) -> dict[st
             groups[sequence.name] = [feature]
         else:
             groups[f"{sequence.name} (all columns)"] = list(sequence.features)
+    groups |= {name: [name] for name in schema.dense_names}
     for name, columns in named.items():
         if name in groups:
             raise UserError(f"--group {name}: there is a feature or sequence of that name; choose another")
         for column in columns:
-            if column not in schema.feature_names:
-                known = ", ".join(schema.feature_names)
+            if column not in [*schema.feature_names, *schema.dense_names]:
+                known = ", ".join([*schema.feature_names, *schema.dense_names])
                 raise UserError(f"--group {name}: no feature {column!r} in the run; it has {known}")
             sequence = sequence_of.get(column)
             if sequence is not None and not set(sequence.features) <= set(columns):
@@ -148,7 +149,7 @@ class Scored:
         self._fields = {
             name: [slice(end[place], end[place + 1]) for end in ends]
             for place, name in enumerate(dense.field_names)
-            if name not in encoded
+            if name not in encoded and name in rows.schema.feature_names
         }
 
     def exchanged(self, columns: Sequence[str], order: np.ndarray) -> np.ndarray:

@@ -63,7 +63,11 @@ class SplitRows:
             if feature.name in features:
                 scalars[single] = self.block.scalars[single][order]
             single += 1
-        return replace(self, block=replace(self.block, scalars=scalars, lists=lists))
+        dense = self.block.dense
+        if dense is not None:
+            moved = np.repeat(np.isin(self.schema.dense_names, features), self.schema.dense_widths)
+            dense = np.where(moved, dense[order], dense)
+        return replace(self, block=replace(self.block, scalars=scalars, lists=lists, dense=dense))
 
     def batches(self, rows: int = BATCH_ROWS) -> Iterator[Batch]:
         """Yield all rows in order."""
@@ -82,9 +86,9 @@ class SplitRows:
         logits, keys = [], []
         with torch.inference_mode():
             for batch in self.batches():
-                logits.append(model(batch.sparse))
+                logits.append(model(batch.sparse, batch.dense))
                 if tied:
-                    keys.append(row_keys(batch.sparse))
+                    keys.append(row_keys(batch.sparse, batch.dense))
         found = torch.cat(logits).float().numpy()
         return with_equal_rows_tied(found, torch.cat(keys).numpy()) if tied else found
 
@@ -99,12 +103,14 @@ def _joined(blocks: Sequence[Block]) -> Block:
         lists.append(Lists(ids, offsets, lengths))
     groups = [block.group_ids for block in blocks if block.group_ids is not None]
     weights = [block.weights for block in blocks if block.weights is not None]
+    dense = [block.dense for block in blocks if block.dense is not None]
     return Block(
         np.concatenate([block.scalars for block in blocks], axis=1),
         lists,
         np.concatenate([block.labels for block in blocks]),
         np.concatenate(groups) if groups else None,
         np.concatenate(weights) if weights else None,
+        np.concatenate(dense) if dense else None,
     )
 
 

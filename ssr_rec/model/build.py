@@ -2,42 +2,69 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from ssr_rec.common.errors import UserError
+from ssr_rec.config.dense import DenseConfig
 from ssr_rec.config.run import RunConfig
 from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
 from ssr_rec.embeddings.tables import build_tables, initialise_tables
-from ssr_rec.model.ctr_model import CTRModel, DenseArch
+from ssr_rec.model.ctr_model import CTRModel, DenseArch, Given
+from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
 from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.model.loss import TrainTask
+from ssr_rec.model.vector_fields import VectorFields, fill_vectors
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.over_archs.choice import OverArchConfig
 from ssr_rec.over_archs.registry import build_over_arch
 
 
 def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
-    """Return over-arch, heads and encoders of sequences of a run.
+    """Return over-arch, heads, encoders of sequences and what makes fields of numbers, of a run.
 
     Raises:
-        UserError: sizes that do not fit, or a sequence that the schema does not have.
+        UserError: sizes that do not fit, a sequence that the schema does not have, or settings of dense columns where
+            it has none.
     """
+    if not schema.dense and config.dense != DenseConfig():
+        raise UserError(
+            f"dense: {schema.name!r} has no dense columns; name them under dense in its spec and prepare the log again"
+        )
     reading = reading_of(schema, config.sequences)
     histories = HistoryFields(reading, config.embeddings) if reading.histories else None
     dims = [config.embeddings.dim_of(feature.table) for feature in reading.fields]
     dims += histories.dims if histories is not None else []
+    numbers = DenseFields(schema.dense, config.dense, config.embeddings.dim) if schema.dense else None
+    given = [feature for feature in schema.features if feature.vectors is not None]
+    vectors = VectorFields(given, config.embeddings.dim) if given else None
+    of_rows = RowVectorFields(schema.row_vectors, config.embeddings.dim) if schema.row_vectors else None
+    made = Given(numbers, of_rows, vectors)
+    dims += [dim for part in made if part is not None for dim in part.dims]
     over_arch = build_over_arch(len(dims), dims, len(schema.labels), config.over_arch)
-    return DenseArch(reading.fields, over_arch, len(schema.labels), config.heads, config.train.bf16, histories)
+    tasks = len(schema.labels)
+    return DenseArch(reading.fields, over_arch, tasks, config.heads, config.train.bf16, histories, made)
 
 
 def build_model(
-    config: RunConfig, schema: Schema, device: torch.device, world_size: int, local_world_size: int
+    config: RunConfig,
+    schema: Schema,
+    device: torch.device,
+    world_size: int,
+    local_world_size: int,
+    folder: Path | None = None,
 ) -> DistributedModelParallel:
-    """Return the sharded model, with weights that depend on the seed and not on the world size."""
+    """Return the sharded model, with weights that depend on the seed and not on the world size.
+
+    Args:
+        folder: the dataset, which has the vectors that are given; None: there are none.
+    """
     torch.manual_seed(config.seed)
     dense = build_dense(config, schema)
     over_arch = dense.over_arch
@@ -61,6 +88,7 @@ def build_model(
     )
     model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
     initialise_tables(model, config.seed, config.embeddings.init_scale)
+    fill_vectors(model.module.model.dense.vectors, schema, folder)
     if managed is not None:
         managed.bind(model)
     compile_over_arch(over_arch, config.over_arch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from ssr_rec.data.features import Feature
 from ssr_rec.embeddings.evicting_tables import ManagedIds
 from ssr_rec.embeddings.histories import EventIds
 from ssr_rec.embeddings.tables import ConcatFields, Tables
+from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
 from ssr_rec.model.history_fields import HistoryFields
+from ssr_rec.model.vector_fields import VectorFields
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.over_archs.layers import Dropout, ViewLinear
 
@@ -47,6 +50,20 @@ class Heads(nn.Module):
         return (features * self.weight).sum(dim=-1) + self.bias
 
 
+class Given(NamedTuple):
+    """Holds what makes fields of numbers that a row brings or that its values stand for, in the order of the fields."""
+
+    numbers: DenseFields | None = None
+    """Of dense columns."""
+    row_vectors: RowVectorFields | None = None
+    """Of vectors that rows bring."""
+    vectors: VectorFields | None = None
+    """Of given vectors."""
+
+
+GIVEN_NOTHING = Given()
+
+
 class DenseArch(nn.Module):
     """Runs all that is not a table: embeddings to the input vector, the over-arch, the heads.
 
@@ -55,7 +72,8 @@ class DenseArch(nn.Module):
     Args:
         fields: the features that have a field of the input vector, in order.
         bf16: run the over-arch and heads in bfloat16 by autocast; parameters, tables and logits stay float32.
-        histories: the fields that are read un-pooled; those of encoders come last in the input vector.
+        histories: the fields that are read un-pooled; those of encoders come behind the others in the input vector.
+        given: the fields of what is given, which come behind those.
     """
 
     def __init__(
@@ -66,29 +84,50 @@ class DenseArch(nn.Module):
         heads: HeadsConfig | None = None,
         bf16: bool = False,
         histories: HistoryFields | None = None,
+        given: Given = GIVEN_NOTHING,
     ) -> None:
         super().__init__()
         self.concat = ConcatFields(fields, over_arch.extra_tables, histories.own if histories else ())
         self.histories = histories
-        self.field_names = [*(feature.name for feature in fields), *(histories.names if histories else ())]
+        self.numbers, self.row_vectors, self.vectors = given
+        self.dense_width = sum(part.num_columns for part in given[:2] if part is not None)
+        made = [part for part in (histories, *given) if part is not None]
+        self.field_names = [feature.name for feature in fields] + [name for part in made for name in part.names]
         self.extra_of_histories = nn.ModuleList()
-        if histories is not None:
-            added = len(histories.dims)
-            # What a table of the extra set is to a feature's field, a linear map is to an encoder's.
+        if made:
+            added = [dim for part in made for dim in part.dims]
+            # What a table of the extra set is to a feature's field, a linear map is to those that are made.
             for dims in over_arch.extra_tables.values():
-                self.extra_of_histories.append(nn.Linear(sum(histories.dims), sum(dims[-added:]), bias=False))
+                self.extra_of_histories.append(nn.Linear(sum(added), sum(dims[-len(added) :]), bias=False))
         self.over_arch = over_arch
         self.heads = Heads(over_arch.out_features, num_tasks, heads)
         self.bf16 = bf16
 
     def forward(
-        self, embeddings: KeyedTensor, looked_up: KeyedTensor | None = None, sparse: KeyedJaggedTensor | None = None
+        self,
+        embeddings: KeyedTensor,
+        looked_up: KeyedTensor | None = None,
+        sparse: KeyedJaggedTensor | None = None,
+        dense: Tensor | None = None,
     ) -> Tensor:
-        """Return (B, T) logits of pooled ``embeddings`` and, where there are sequences, un-pooled ones and the ids."""
-        if self.histories is None:
-            return logits_of(self.concat(embeddings), self.over_arch, self.heads, self.bf16)
-        unpooled, encoded = self.histories(looked_up, sparse)
-        inputs = joined(self.concat(embeddings, unpooled), encoded, self.extra_of_histories)
+        """Return (B, T) logits of pooled ``embeddings`` and, where the model has them, of what else it is given.
+
+        Args:
+            looked_up: un-pooled embeddings of sequences.
+            sparse: the ids of sequences and of given vectors.
+            dense: (B, C) numbers.
+        """
+        unpooled, made = None, []
+        if self.histories is not None:
+            unpooled, encoded = self.histories(looked_up, sparse)
+            made.append(encoded)
+        if self.numbers is not None:
+            made.append(self.numbers(dense))
+        if self.row_vectors is not None:
+            made.append(self.row_vectors(dense))
+        if self.vectors is not None:
+            made.append(self.vectors.of_batch(sparse))
+        inputs = joined(self.concat(embeddings, unpooled), made, self.extra_of_histories)
         return logits_of(inputs, self.over_arch, self.heads, self.bf16)
 
 
@@ -102,14 +141,17 @@ def logits_of(inputs: Sequence[Tensor], over_arch: OverArch, heads: Heads, bf16:
         return heads(features).float() + logits.float()
 
 
-def joined(inputs: Sequence[Tensor], encoded: Tensor, extra: nn.ModuleList) -> list[Tensor]:
-    """Return the inputs of an over-arch with the encoders' fields (B, sum of D) behind those of the features."""
+def joined(inputs: Sequence[Tensor], made: Sequence[Tensor], extra: nn.ModuleList) -> list[Tensor]:
+    """Return the inputs of an over-arch with the fields ``made``, (B, sum of D) each, behind those of the features."""
+    if not made:
+        return list(inputs)
+    encoded = torch.cat(list(made), 1) if len(made) > 1 else made[0]
     further = [torch.cat([x, linear(encoded)], 1) for x, linear in zip(inputs[1:], extra, strict=True)]
     return [torch.cat([inputs[0], encoded], 1), *further]
 
 
 class CTRModel(nn.Module):
-    """Maps ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows) -> (B, T)``.
+    """Maps ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows, dense (B, C) or None) -> (B, T)``.
 
     Args:
         managed: says which row an id has now, where tables are smaller than the range of ids.
@@ -122,12 +164,12 @@ class CTRModel(nn.Module):
         self.managed = managed
         self.event_ids = EventIds(dense.histories.events) if dense.histories is not None else None
 
-    def forward(self, sparse: KeyedJaggedTensor) -> Tensor:
+    def forward(self, sparse: KeyedJaggedTensor, dense: Tensor | None = None) -> Tensor:
         if self.managed is not None:
             sparse = self.managed(sparse)
         if self.event_ids is None or self.event_tables is None:
-            return self.dense(self.tables(sparse))
-        return self.dense(self.tables(sparse), self.event_tables(self.event_ids(sparse)), sparse)
+            return self.dense(self.tables(sparse), None, sparse if self.dense.vectors is not None else None, dense)
+        return self.dense(self.tables(sparse), self.event_tables(self.event_ids(sparse)), sparse, dense)
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:

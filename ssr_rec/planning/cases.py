@@ -18,6 +18,7 @@ from ssr_rec.common.paths import place, source
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.config.run import RunConfig
+from ssr_rec.data.dense import DenseColumn
 from ssr_rec.data.features import AdmittedHashing, Drawn, Feature, Hashing, Vocabulary
 from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.histories import Reading, reading_of
@@ -41,6 +42,8 @@ class TablesFile(Settings):
     """Lists features of a log that is not prepared, or not there yet."""
 
     labels: list[str] = Field(["click"], min_length=1)
+    dense: int = Field(0, ge=0, le=65_536, description="raw numbers of a row")
+    dense_bins: int = Field(64, ge=1, le=4096, description="quantile bins of each of them")
     tables: list[TableLine] = Field(min_length=1)
 
 
@@ -212,8 +215,14 @@ def read_tables(path: str | Path, config: RunConfig) -> tuple[RunConfig, Schema,
             lengths[name] = line.mean_length
             if line.dim is not None:
                 dims[name] = line.dim
+    edges = [float(edge) for edge in range(file.dense_bins + 1)]
+    dense = [
+        DenseColumn(name=f"dense_{i}", scale="standard", mean=0.0, std=1.0, edges=edges) for i in range(file.dense)
+    ]
     try:
-        schema = Schema(name=Path(path).stem, dataset_id="", features=features, labels=file.labels, splits={})
+        schema = Schema(
+            name=Path(path).stem, dataset_id="", features=features, dense=dense, labels=file.labels, splits={}
+        )
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}") from None
     embeddings = config.embeddings.model_copy(update={"dims": dims})

@@ -39,7 +39,7 @@ PROBE_ROWS = (64, 128)
 
 @dataclass(frozen=True)
 class DenseCost:
-    """Says what the encoders of sequences, the over-arch and heads cost.
+    """Says what the encoders of sequences, the bottom MLP of numbers, the over-arch and heads cost.
 
     Attributes:
         parameters: trainable.
@@ -74,12 +74,16 @@ def dense_cost(case: Case) -> DenseCost:
             few = _kept_bytes(dense, PROBE_ROWS[0], case.config.train.bf16)
         many = _kept_bytes(dense, PROBE_ROWS[1], case.config.train.bf16)
         few, many = (kept + sum(cost.kept[at] for cost in encoders) for at, kept in enumerate((few, many)))
+        made = [part for part in (dense.numbers, dense.row_vectors, dense.vectors) if part is not None]
         heads = sum(2 * p.numel() for p in dense.heads.parameters() if p.dim() > 1)
         per_row = (many - few) / (PROBE_ROWS[1] - PROBE_ROWS[0])
         return DenseCost(
             parameters=sum(p.numel() for p in dense.parameters() if p.requires_grad),
             buffer_bytes=sum(b.nbytes for b in dense.buffers()),
-            matmul_flops=dense.over_arch.flops().matmul + heads + sum(cost.matmul_flops for cost in encoders),
+            matmul_flops=dense.over_arch.flops().matmul
+            + heads
+            + sum(cost.matmul_flops for cost in encoders)
+            + sum(part.matmul_flops() for part in made),
             activation_bytes=per_row,
             fixed_bytes=max(0.0, few - per_row * PROBE_ROWS[0]),
             operators=FORWARD_BACKWARD * (forward.operators + sum(cost.operators for cost in encoders)),
@@ -91,6 +95,13 @@ def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
     widths = [over_arch.in_features, *(sum(dims) for dims in over_arch.extra_tables.values())]
     inputs = [torch.empty(rows, width, requires_grad=True) for width in widths]
     kept = Kept([*dense.parameters(), *dense.buffers()])
+    for part in (dense.numbers, dense.row_vectors):
+        if part is not None:
+            with kept:
+                part(torch.zeros(rows, dense.dense_width))
+    if dense.vectors is not None:
+        with kept:
+            dense.vectors([torch.zeros(rows, dtype=torch.int64)] * len(dense.vectors.names))
     with kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         features = over_arch(*inputs)
         dense.heads(features if isinstance(features, Tensor) else features[0])

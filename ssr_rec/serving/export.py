@@ -190,12 +190,12 @@ def compile_model(model: ServingModel, tables: list[Tensor], path: Path) -> None
     events = [Dim(f"events{number}", min=1, max=2**31 - 1) for number in range(len(histories))]
     of_sharing = [{0: dim} for dim in [*[rows] * len(layout.lists), *events]]
     ids = torch.zeros(len(layout.singles), batch, dtype=torch.int64)
+    inputs: tuple[Any, ...] = (ids, lists, sharing, tables)
+    dynamic: tuple[Any, ...] = ({1: rows}, shapes, of_sharing, [None] * len(tables))
+    if model.dense_width:
+        inputs, dynamic = (*inputs, torch.zeros(batch, model.dense_width)), (*dynamic, {0: rows})
     with torch.no_grad():
-        program = torch.export.export(
-            model,
-            (ids, lists, sharing, tables),
-            dynamic_shapes=({1: rows}, shapes, of_sharing, [None] * len(tables)),
-        )
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic)
         options = {"cpp.dynamic_threads": True}
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
@@ -215,7 +215,8 @@ def compare(
         for batch in batches:
             groups = batch.group_ids if batch.group_ids is not None else torch.empty(0, dtype=torch.int64)
             weights = batch.weights if batch.weights is not None else torch.ones_like(batch.labels)
-            outputs.append((restored.model(batch.sparse), scorer.score(batch), batch.labels, groups, weights))
+            logits = restored.model(batch.sparse, batch.dense)
+            outputs.append((logits, scorer.score(batch), batch.labels, groups, weights))
             seen += len(batch.labels)
             if rows is not None and seen >= rows:
                 break

@@ -66,7 +66,13 @@ def make_layout(schema: Schema, dense: DenseArch, pooling: str, precision: Preci
     fields = [at for at, name in enumerate(schema.feature_names) if name in place]
     field_dims = dense.over_arch.field_dims
     names = schema.feature_names
-    main = {at: field_dims[place[name]] if at in fields else columns_of[name] for at, name in enumerate(names)}
+    given = dense.vectors.names if dense.vectors is not None else []
+    fields = [at for at in fields if names[at] not in given]
+    main = {
+        at: field_dims[place[name]] if at in fields else columns_of[name]
+        for at, name in enumerate(names)
+        if name not in given
+    }
     sets = [("main", 1, main)]
     for name, dims in dense.over_arch.extra_tables.items():
         sets.append((name, columns_per_dim(dims), {at: dims[place[names[at]]] for at in fields}))
@@ -102,6 +108,8 @@ def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str,
             if stack.columns > 1:
                 whole = whole.unflatten(1, (-1, stack.columns)).mean(2)
             tables[stack.name] = pack(whole, stack.kind)
+    if model.dense.vectors is not None:
+        tables |= {f"vectors-{place}": table for place, table in enumerate(model.dense.vectors.tables)}
     return tables
 
 
@@ -110,6 +118,8 @@ class ServingModel(nn.Module):
 
     ``sharing`` holds which list each row has, (B,) of each list feature; then, of each sequence with an encoder, which
     of its events are those of the rows, (N,) (``Shared``). What depends on a list alone is computed once.
+
+    A model of dense columns takes their numbers (B, C) after the tables.
 
     The tables are arguments, so that they stay files of their own, mapped into memory.
 
@@ -121,13 +131,24 @@ class ServingModel(nn.Module):
         super().__init__()
         self.over_arch = for_scoring(dense.over_arch, bf16)
         self.heads, self.layout, self.bf16 = dense.heads, layout, bf16
-        self.histories, self.extra_of_histories = dense.histories, dense.extra_of_histories
+        self.histories, self.numbers, self.row_vectors = dense.histories, dense.numbers, dense.row_vectors
+        self.dense_width = dense.dense_width
+        # The vectors themselves are among the tables.
+        self.vectors = dense.vectors.without_tables() if dense.vectors is not None else None
+        self.extra_of_histories = dense.extra_of_histories
         for number, stacks in enumerate(layout.sets):
             for place, stack in enumerate(stacks):
                 rows = [row for i, row in zip(stack.features, stack.first_rows, strict=True) if i in layout.singles]
                 self.register_buffer(f"first_rows_{number}_{place}", torch.tensor(rows, dtype=torch.int64))
 
-    def forward(self, ids: Tensor, lists: list[Tensor], sharing: list[Tensor], tables: list[Tensor]) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        lists: list[Tensor],
+        sharing: list[Tensor],
+        tables: list[Tensor],
+        dense: Tensor | None = None,
+    ) -> Tensor:
         left = list(tables)
         of_rows = dict(zip(self.layout.lists, sharing, strict=False))
         inputs, vectors = [], {}
@@ -138,8 +159,17 @@ class ServingModel(nn.Module):
             if number == 0:
                 vectors = {self.layout.names[at]: piece for at, piece in pieces.items()}
             inputs.append(torch.cat([pieces[at] for at in sorted(pieces) if at not in self.layout.events], dim=1))
+        made = []
         if self.histories is not None:
-            inputs = joined(inputs, self._encode(vectors, lists, of_rows, sharing), self.extra_of_histories)
+            made.append(self._encode(vectors, lists, of_rows, sharing))
+        if self.numbers is not None:
+            made.append(self.numbers(dense))
+        if self.row_vectors is not None:
+            made.append(self.row_vectors(dense))
+        if self.vectors is not None:
+            places = [self.layout.singles.index(self.layout.names.index(name)) for name in self.vectors.names]
+            made.append(self.vectors([ids[place] for place in places], left))
+        inputs = joined(inputs, made, self.extra_of_histories)
         return logits_of(inputs, self.over_arch, self.heads, self.bf16)
 
     def _embed(

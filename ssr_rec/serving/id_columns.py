@@ -19,7 +19,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import source
 from ssr_rec.data.features import LISTED, Drawn, Feature, LogBuckets, RawHash
 from ssr_rec.kernels.value_ids import BucketIds, Part, TextIds, ValueIndex, write_ids
-from ssr_rec.serving.raw_values import WrongValue, each, number_of, shown, text_of
+from ssr_rec.serving.raw_values import WrongValue, each, is_missing, items_of, number_of, shown, text_of
 
 Column: TypeAlias = Sequence[Any] | pa.Array
 NOT_OF_TYPE = (pa.ArrowInvalid, OverflowError, UnicodeEncodeError)
@@ -122,6 +122,39 @@ def write_columns(to_ids: Sequence[ToIds], columns: Sequence[Column], outs: Sequ
             each([None] * row + [part.array[part.first - part.array.offset + row].as_py()], to_ids[place].form)
 
 
+def numbers_of(column: Column) -> np.ndarray:
+    """Return a column of numbers as (n,) float64, NaN where missing.
+
+    Raises:
+        WrongValue: a value that is no number, or not finite.
+    """
+    plain = _plain(column, ToIds(None, number_of), True)
+    numbers: np.ndarray = plain.to_numpy(zero_copy_only=False).astype(np.float64)
+    if np.isinf(numbers).any():
+        each(numbers.tolist(), number_of)
+    return numbers
+
+
+def lists_of(column: Column) -> pa.Array:
+    """Return a column of lists of numbers as an array of lists of float64, null where missing.
+
+    Raises:
+        WrongValue: a value that is no list of numbers.
+    """
+    wanted, types = pa.large_list(pa.float64()), pa.types
+    if isinstance(column, pa.Array):
+        kind = column.type
+        is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        if is_list and (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
+            return column.cast(wanted)
+        column = column.to_pylist()
+    return pa.array(each(column, _numbers_of_list), wanted)
+
+
+def _numbers_of_list(value: Any) -> list[float | None] | None:
+    return None if is_missing(value) else [number_of(item) for item in items_of(value, None)]
+
+
 @contextmanager
 def _in_column(place: int) -> Iterator[None]:
     try:
@@ -179,20 +212,24 @@ def _type_of(column: Sequence[Any]) -> pa.DataType | None:
     return pa.float64() if kinds == {int, float} else None if kinds else pa.int64()
 
 
-def _plain(column: Column, to: ToIds) -> pa.Array:
+def _plain(column: Column, to: ToIds, is_number: bool | None = None) -> pa.Array:
     """Return a column as text, bytes of text, int64 or float64.
+
+    Args:
+        is_number: None: as ``to`` says.
 
     Raises:
         WrongValue: a value of the wrong type.
     """
+    is_number = to.is_number if is_number is None else is_number
     array: pa.Array | None = column if isinstance(column, pa.Array) else None
     if array is None and (kind := _type_of(column)) is not None:
         with suppress(*NOT_OF_TYPE):
             array = pa.array(column, kind)
-    plain = None if array is None else _cast(array, to.is_number)
+    plain = None if array is None else _cast(array, is_number)
     if plain is None:
         values = column.to_pylist() if isinstance(column, pa.Array) else column
-        plain = pa.array(each(values, to.form), pa.float64() if to.is_number else pa.large_binary())
+        plain = pa.array(each(values, to.form), pa.float64() if is_number else pa.large_binary())
     return plain
 
 

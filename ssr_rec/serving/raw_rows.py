@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.data.dense import DenseColumn, RowVector, WrongVector, scaled, stacked
 from ssr_rec.data.features import Feature, LogBuckets
 from ssr_rec.data.preparation.spec import ListColumn, nearest
 from ssr_rec.data.schema import VALUES, VALUES_KEY, Schema
 from ssr_rec.kernels.row_ids import FieldOfRow, RowIds, RowsOfIds
-from ssr_rec.serving.id_columns import Column, make_to_ids, write_columns
+from ssr_rec.serving.id_columns import Column, lists_of, make_to_ids, numbers_of, write_columns
 from ssr_rec.serving.raw_values import WrongValue, each, items_of
 
 Rows: TypeAlias = pd.DataFrame | pa.Table | pa.RecordBatch | str | Path | Iterable[Mapping[str, Any]]
@@ -38,6 +39,8 @@ class Encoded(NamedTuple):
     """Ids (n,) and offsets (G + 1,) of the G lists of each list feature, int64."""
     of_rows: list[np.ndarray | None]
     """Which list each row has, (B,) int64, where rows share one; None: row k has the k-th of B."""
+    dense: np.ndarray | None = None
+    """(B, C) float32, the scaled numbers of dense columns, NaN where missing."""
 
     @property
     def rows(self) -> int:
@@ -52,12 +55,13 @@ class Encoder:
         folder: where its vocabularies are.
 
     Attributes:
-        columns: of each feature, in schema order.
+        columns: of each feature, in schema order, then the dense ones.
     """
 
     def __init__(self, schema: Schema, folder: Path) -> None:
         self.features = schema.features
-        self.columns = [feature.encoding.column for feature in schema.features]
+        self.dense: list[DenseColumn | RowVector] = [*schema.dense, *schema.row_vectors]
+        self.columns = [*(feature.encoding.column for feature in schema.features), *schema.dense_names]
         canonical = schema.preparation.get(VALUES_KEY, 1) >= VALUES
         self.to_ids = make_to_ids(schema.features, folder, canonical)
         self.part = lru_cache(MOST_PARTS)(self._part)
@@ -76,17 +80,19 @@ class Encoder:
 
     def _make_row_ids(self) -> RowIds:
         fields = []
-        for feature, column, to in zip(self.features, self.columns, self.to_ids, strict=True):
+        columns = self.columns[: len(self.features)]
+        for feature, column, to in zip(self.features, columns, self.to_ids, strict=True):
             cut = self.list_settings.get(feature.name)
             how = (None, False) if cut is None else (cut.max_length, cut.keep == "last")
             fields.append(FieldOfRow(sys.intern(column), to.to, feature.num_embeddings, *how))
         return RowIds(fields)
 
     def _part(self, places: tuple[int, ...]) -> Encoder:
-        """Return an encoder of some of the features, by their places in schema order: all or none of a sequence."""
-        part = copy(self)
-        part.features, part.columns = [self.features[i] for i in places], [self.columns[i] for i in places]
-        part.to_ids = [self.to_ids[i] for i in places]
+        """Return an encoder of some of the ``columns``, by their places: all or none of a sequence."""
+        part, features = copy(self), [i for i in places if i < len(self.features)]
+        part.features, part.columns = [self.features[i] for i in features], [self.columns[i] for i in places]
+        part.to_ids = [self.to_ids[i] for i in features]
+        part.dense = [self.dense[i - len(self.features)] for i in places if i >= len(self.features)]
         part._row_ids = part._make_row_ids()
         return part
 
@@ -100,11 +106,14 @@ class Encoder:
             UserError: no rows of a kind that is read, a column that is not there or there twice, or a value of the
                 wrong type; the message names row, feature and value.
         """
+        of_ids = len(self.features)
         if (found := self._of_common_types(rows)) is not None:
             names = [feature.name for feature in self.features if feature.kind == "list"]
             self._check_aligned(dict(zip(names, found.lengths, strict=True)), first_row)
-            return Encoded(found.singles, found.lists, [None] * len(names))
-        columns, num_rows = columns_of(rows, self.columns)
+            numbers = columns_of(rows, self.columns[of_ids:])[0] if self.dense else []
+            return Encoded(found.singles, found.lists, [None] * len(names), self._scaled(numbers, first_row))
+        given, num_rows = columns_of(rows, self.columns)
+        columns, numbers = given[:of_ids], given[of_ids:]
         singles = np.empty((sum(feature.kind != "list" for feature in self.features), num_rows), np.int64)
         lists, free, outs = [], iter(singles), []
         lengths: dict[str, np.ndarray] = {}
@@ -126,7 +135,21 @@ class Encoder:
         except WrongValue as error:
             raise self._located(error, lists, first_row) from None
         self._check_aligned(lengths, first_row)
-        return Encoded(singles, lists, [None] * len(lists))
+        return Encoded(singles, lists, [None] * len(lists), self._scaled(numbers, first_row))
+
+    def _scaled(self, columns: Sequence[Column], first_row: int) -> np.ndarray | None:
+        """Return (B, C) float32 of the dense columns and vectors; None where there are none."""
+        found = []
+        for dense, column in zip(self.dense, columns, strict=True):
+            try:
+                if isinstance(dense, RowVector):
+                    found.append(stacked(lists_of(column), dense))
+                else:
+                    found.append(scaled(numbers_of(column), dense)[:, None])
+            except (WrongValue, WrongVector) as error:
+                kind = "vector" if isinstance(dense, RowVector) else "dense column"
+                raise UserError(f"row {first_row + error.row}: {kind} {dense.name!r} {error.problem}") from None
+        return np.ascontiguousarray(np.concatenate(found, axis=1)) if found else None
 
     def _of_common_types(self, rows: Rows) -> RowsOfIds | None:
         """Return the ids of a list of dicts or of a table of common types, which C++ reads whole; None for others."""

@@ -45,7 +45,8 @@ class RunScorer:
         with torch.no_grad():
             for start in range(0, encoded.rows, ROWS_AT_ONCE):
                 part = slice(start, min(start + ROWS_AT_ONCE, encoded.rows))
-                logits.append(self.restored.model(sparse_of(self.restored.schema, encoded, part)))
+                numbers = torch.from_numpy(encoded.dense[part]) if encoded.dense is not None else None
+                logits.append(self.restored.model(sparse_of(self.restored.schema, encoded, part), numbers))
         probabilities = torch.cat(logits).sigmoid().numpy()
         return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
 

@@ -108,6 +108,7 @@ def _text(source: Path, schema: Schema, names: Sequence[str]) -> Iterator[pa.Rec
     """Yield the rows of a text file as the preparation reads them, with its own reader."""
     form = TextFormat.model_validate(schema.preparation.get("text", {}))
     numbers = {f.encoding.column for f in schema.features if f.kind != "list" and isinstance(f.encoding, LogBuckets)}
+    numbers |= {column.name for column in schema.dense}
     with TemporaryDirectory(prefix="ssr_rec.") as spill:
         connection = open_duckdb(Path(spill), MEMORY_LIMIT, None)
         try:

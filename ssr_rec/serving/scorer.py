@@ -92,7 +92,7 @@ class Scorer:
     def predict_encoded(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Return label -> probabilities (B,) float32 of rows that ``encoder`` has encoded."""
         probabilities = self.score_arrays(*encoded).sigmoid().numpy()
-        if self.values.add(*encoded):
+        if self.values.add(encoded.ids, encoded.lists):
             self._warn_of_values()
         return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
 
@@ -102,25 +102,32 @@ class Scorer:
                 self._warned_of.add(name)
                 logger.warning("%s; are these the columns that the model was trained on?", sentence)
 
-    def score(self, sparse: Tensor | KeyedJaggedTensor | Batch, lengths: Tensor | None = None) -> Tensor:
+    def score(
+        self,
+        sparse: Tensor | KeyedJaggedTensor | Batch,
+        lengths: Tensor | None = None,
+        dense: Tensor | None = None,
+    ) -> Tensor:
         """Return logits (B, T) of prepared ids.
 
         Args:
             sparse: a batch, or the ids of every feature one after another in schema order.
             lengths: (F * B,) with ids: how many each feature has in each row, again feature by feature.
+            dense: (B, C) float32 with ids: the scaled numbers of dense columns, NaN where missing.
 
         Raises:
             UserError: lengths that do not fit, or an id that the feature does not have.
         """
         if isinstance(sparse, Batch):
-            sparse = sparse.sparse
+            sparse, dense = sparse.sparse, sparse.dense
         if isinstance(sparse, KeyedJaggedTensor):
             if sparse.keys() != self.schema.feature_names:
                 raise UserError(f"the batch has features {sparse.keys()}, the artifact {self.schema.feature_names}")
             sparse, lengths = sparse.values(), sparse.lengths()
         if lengths is None:
             raise UserError("score takes a batch, or values and lengths")
-        return self.score_arrays(*self._split(sparse.numpy(), lengths.numpy()))
+        numbers = dense.numpy() if dense is not None else None
+        return self.score_arrays(*self._split(sparse.numpy(), lengths.numpy()), dense=numbers)
 
     def _split(self, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
         """Return the single-valued ids (S, B), and ids (n,) and offsets (B + 1,) of each list."""
@@ -157,6 +164,7 @@ class Scorer:
         ids: np.ndarray,
         lists: list[tuple[np.ndarray, np.ndarray]],
         of_rows: Sequence[np.ndarray | None] | None = None,
+        dense: np.ndarray | None = None,
     ) -> Tensor:
         """Return logits (B, T).
 
@@ -164,13 +172,16 @@ class Scorer:
             ids: (S, B) int64, of the single-valued features.
             lists: ids (n,) int64 and offsets (G + 1,) int64 of each list feature.
             of_rows: which of the G lists each row has, (B,) int64, or None for the k-th of B; by default all None.
+            dense: (B, C) float32, the scaled numbers of dense columns, NaN where missing; None: the model has none.
 
         Raises:
-            UserError: an id that the feature does not have, or a process forked from one that has scored.
+            UserError: an id that the feature does not have, numbers of another shape, or a process forked from one
+                that has scored.
         """
         check_not_forked()
         self._check_ids(ids, lists)
-        encoded = Encoded(ids, lists, list(of_rows or [None] * len(lists)))
+        encoded = Encoded(ids, lists, list(of_rows or [None] * len(lists)), dense)
+        self._check_dense(dense, encoded.rows)
         if encoded.rows > MAX_ROWS:
             return torch.cat([self.score_arrays(*_cut(encoded, at)) for at in range(0, encoded.rows, MAX_ROWS)])
         if not encoded.rows:
@@ -185,7 +196,14 @@ class Scorer:
             inputs += [events_of_rows(encoded.lists[at][1], encoded.of_rows[at]) for at in self._histories]
         # The program has no graph for no ids or events at all; one that no row points to changes nothing.
         filled = [torch.from_numpy(array if array.size else np.zeros(1, np.int64)) for array in inputs[1:]]
-        return self._run([torch.from_numpy(ids), *filled, *self._tables])[0]
+        numbers = [torch.from_numpy(dense)] if dense is not None else []
+        return self._run([torch.from_numpy(ids), *filled, *self._tables, *numbers])[0]
+
+    def _check_dense(self, dense: np.ndarray | None, rows: int) -> None:
+        columns = sum(self.schema.dense_widths)
+        given = None if dense is None else dense.shape
+        if given != ((rows, columns) if columns else None):
+            raise UserError(f"numbers of shape {given} for {rows} rows and {columns} of dense columns and vectors")
 
     def _check_ids(self, ids: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray]]) -> None:
         # As unsigned numbers negative ids are too large as well.
@@ -224,7 +242,8 @@ def _cut(encoded: Encoded, start: int) -> Encoded:
         inner = offsets[start : start + MAX_ROWS + 1]
         lists.append((values[inner[0] : inner[-1]], inner - inner[0]) if rows is None else (values, offsets))
     of_rows = [None if rows is None else rows[part] for rows in encoded.of_rows]
-    return Encoded(np.ascontiguousarray(encoded.ids[:, part]), lists, of_rows)
+    dense = None if encoded.dense is None else encoded.dense[part]
+    return Encoded(np.ascontiguousarray(encoded.ids[:, part]), lists, of_rows, dense)
 
 
 def _mapped(path: Path) -> Tensor:

@@ -168,4 +168,5 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
         before = np.cumsum([0, *(len(own) - 1 for _, own in same)])
         each = [np.arange(part.rows) if rows is None else rows for part, rows in zip(parts, shared, strict=True)]
         of_rows.append(np.concatenate([rows + first for rows, first in zip(each, before, strict=False)]))
-    return Encoded(ids, lists, of_rows)
+    dense = [part.dense for part in parts if part.dense is not None]
+    return Encoded(ids, lists, of_rows, np.concatenate(dense) if dense else None)

@@ -30,4 +30,4 @@ def flat(encoded: Encoded) -> Encoded:
         else:
             ends = np.cumsum([0, *np.diff(offsets)[of_rows]])
             lists.append((values[events_of_rows(offsets, of_rows)], ends))
-    return Encoded(encoded.ids, lists, [None] * len(lists))
+    return Encoded(encoded.ids, lists, [None] * len(lists), encoded.dense)

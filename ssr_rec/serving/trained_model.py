@@ -20,6 +20,7 @@ from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.tables import plain_tables
 from ssr_rec.model.build import build_dense
 from ssr_rec.model.ctr_model import CTRModel
+from ssr_rec.model.vector_fields import fill_vectors
 from ssr_rec.runs.folder import CONFIG_FILE
 from ssr_rec.runs.report import REPORT_FILE, read_report
 
@@ -65,6 +66,7 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
             raise UserError(f"{folder}: dataset {schema.dataset_id}, the run {run} was trained on {trained_on}{grown}")
     model = build_plain_model(config, schema)
     load_plain_weights(model, checkpoint)
+    fill_vectors(model.dense.vectors, schema, folder)
     return Restored(model, schema, config, folder, checkpoint)
 
 

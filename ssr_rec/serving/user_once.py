@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.data.dense import RowVector
 from ssr_rec.serving.raw_rows import Encoded, Encoder
 
 
@@ -48,8 +49,26 @@ def encode_user_once(encoder: Encoder, user: Mapping[str, Any], candidates: Sequ
     lists |= dict(zip(_of(own, is_list, True), of_rows.lists, strict=True))
     ids = np.stack([singles[place] for place in sorted(singles)]) if singles else np.empty((0, count), np.int64)
     the_users = [np.zeros(count, np.int64) if place in shared else None for place in sorted(lists)]
-    return Encoded(ids, [lists[place] for place in sorted(lists)], the_users)
+    dense = _dense_of(encoder, shared, of_user, of_rows)
+    return Encoded(ids, [lists[place] for place in sorted(lists)], the_users, dense)
+
+
+def _dense_of(encoder: Encoder, shared: Sequence[int], of_user: Encoded, of_rows: Encoded) -> np.ndarray | None:
+    """Return the numbers (B, C) of dense columns, of which some are the user's."""
+    if not encoder.dense:
+        return None
+    first, parts = len(encoder.features), []
+    ends = {True: 0, False: 0}
+    for place, one in enumerate(encoder.dense, start=first):
+        whose, width = place in shared, one.dim if isinstance(one, RowVector) else 1
+        numbers = of_user.dense if whose else of_rows.dense
+        assert numbers is not None
+        part = numbers[:, ends[whose] : ends[whose] + width]
+        parts.append(np.repeat(part, of_rows.rows, axis=0) if whose else part)
+        ends[whose] += width
+    return np.concatenate(parts, axis=1)
 
 
 def _of(places: Sequence[int], is_list: Sequence[bool], wanted: bool) -> list[int]:
-    return [place for place in places if is_list[place] == wanted]
+    # Places behind those of the features are of dense columns.
+    return [place for place in places if place < len(is_list) and is_list[place] == wanted]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +26,11 @@ from ssr_rec.data.schema import Schema
 from tests.data.test_presets import write_alibaba
 from tests.data.test_row_weights import SPEC as WEIGHT_SPEC
 from tests.data.test_row_weights import weighted_rows
+from tests.dense_log import SPEC as DENSE_SPEC
+from tests.dense_log import frame
+from tests.model.test_given_vectors import ITEMS
+from tests.model.test_given_vectors import SPEC as VECTOR_SPEC
+from tests.model.test_given_vectors import rows as vector_rows
 from tests.odd_rows import SPEC as ODD_SPEC
 from tests.odd_rows import odd_rows
 from tests.prepare_log import ROOT, SHARED, Row, make_rows, spec_with, write_csv, write_parquet
@@ -77,6 +83,29 @@ def test_down_sampled_rows_are_the_same(tmp_path):
     spec = spec_with(split=split, negatives=0.3)
     schema = same(tmp_path, [write_parquet(make_rows(900), tmp_path / "log.parquet")], spec, seed=3)
     assert schema.negatives == 0.3 and schema.splits["train"].num_rows < 400
+
+
+def test_dense_columns_are_the_same(tmp_path):
+    # From tiny to huge, so that an engine's own sums, or another logarithm, would show.
+    exponents = np.linspace(-300, 300, 3000)
+    log = frame(3000).assign(price=np.resize([1.5, -2.25, 1 / 3], 3000) * 10.0**exponents)
+    log.to_parquet(tmp_path / "log.parquet")
+    schema = same(
+        tmp_path,
+        [tmp_path / "log.parquet"],
+        make_spec({**DENSE_SPEC, "ignore": ["row"], "split": {"type": "random"}}, "test"),
+    )
+    assert [column.name for column in schema.dense] == ["price", "age", "never"]
+
+
+def test_given_vectors_and_those_of_rows_are_the_same(tmp_path):
+    log = vector_rows().assign(thumb=[None if n % 9 == 2 else [n / 3, -1e-3 * n] for n in range(600)])
+    log.to_parquet(tmp_path / "log.parquet")
+    pq.write_table(pa.table({"item": ITEMS, "vector": np.eye(30).tolist()}), tmp_path / "text.parquet")
+    vectors = {"text": {"of": "item", "file": str(tmp_path / "text.parquet")}}
+    spec = {**VECTOR_SPEC, "vectors": vectors, "row_vectors": {"thumb": 2}}
+    schema = same(tmp_path, [tmp_path / "log.parquet"], make_spec(spec, "test"))
+    assert schema.dense_widths == [2] and schema.features[-1].vectors is not None
 
 
 def refusal(inputs: list[Path], output: Path, spec: TableSpec, **options: Any) -> str:

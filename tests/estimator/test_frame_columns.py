@@ -54,6 +54,10 @@ def test_what_is_named_is_not_guessed() -> None:
     assert found.spec.numeric[0] == "age" and found.spec.lists["tags"].max_length == 2
     assert "moment" not in found.reasons and not {"age", "tags", "city"} & set(found.reasons)
     found.spec.check_columns([*frame.columns, "click"], "frame")  # no column is left without a role
+    raw = spec_of_frame(frame, {"labels": ["click"], "dense": ["price", "views"]})
+    assert raw.spec.dense == {"price": "standard", "views": "standard"} and "price" not in raw.reasons
+    with pytest.raises(UserError, match="dense: no column 'prices', did you mean 'price'"):
+        spec_of_frame(frame, {"labels": ["click"], "dense": ["prices"]})
 
 
 R = {"ratios": [8, 1, 1]}

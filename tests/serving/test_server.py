@@ -50,7 +50,7 @@ class SlowScorer(Scorer):
         self.gate = threading.Event()
         self.gate.set()
 
-    def score_arrays(self, ids: np.ndarray, lists: Any, of_rows: Any = None) -> torch.Tensor:
+    def score_arrays(self, ids: np.ndarray, lists: Any, of_rows: Any = None, dense: Any = None) -> torch.Tensor:
         self.begun += 1
         self.gate.wait(20)
         self.calls.append(ids.shape[1])

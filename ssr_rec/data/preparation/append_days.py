@@ -28,6 +28,7 @@ from ssr_rec.data.features import LISTED, Feature, Hashing, LogBuckets, RawHash,
 from ssr_rec.data.preparation.encode import Lookup, cut_sequences
 from ssr_rec.data.preparation.engines import EngineSettings, connect
 from ssr_rec.data.preparation.fit import VOCABULARY_FOLDER, SplitPlan, by_days, count_splits, hashed, shuffled
+from ssr_rec.data.preparation.fit_vectors import check_vectors
 from ssr_rec.data.preparation.grown_columns import staged_as, without_later_ids
 from ssr_rec.data.preparation.prepare import check_values, empty_splits, encoded, progress_lines
 from ssr_rec.data.preparation.presets import PRESETS
@@ -209,9 +210,9 @@ def _lookups(
         if isinstance(feature.encoding, Hashing):
             ids = hashed(plan.log, names, feature.encoding, staged).table
         elif isinstance(feature.encoding, LISTED):
-            values = known_values(folder, feature.encoding, rows[feature.name])
+            values = known_values(folder, feature.encoding, rows[feature.encoding.column])
             ids = engine.store(staged, values)
-            if extend and isinstance(feature.encoding, Vocabulary):
+            if extend and isinstance(feature.encoding, Vocabulary) and feature.vectors is None:
                 min_count = feature.encoding.min_count
                 found = growth(rows, names, ids, feature.num_embeddings, min_count, len(plan.splits))
                 if len(found.values):
@@ -223,6 +224,7 @@ def _lookups(
         for one in sharing:
             assert isinstance(one.encoding, (Hashing, *LISTED))
             lookups[one.name] = Lookup(ids, one.encoding)
+    check_vectors(plan.log, plan.spec, lookups)
     return lookups, grown
 
 

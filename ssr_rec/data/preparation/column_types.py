@@ -88,6 +88,8 @@ def typed(column: Column, name: str, spec: TableSpec) -> Column:
     kind = column.type()
     if _is_nothing(kind):
         return ibis.null(_kind_of_role(name, spec))
+    if name in spec.row_vectors:
+        return _typed_vectors(column, name)
     if name in spec.number_lists:
         return _typed_numbers(column, name, spec.list_columns[name])
     if name in spec.list_columns:
@@ -96,7 +98,7 @@ def typed(column: Column, name: str, spec: TableSpec) -> Column:
         return cut_list(listed, spec.lists[name]) if name in spec.lists else listed
     if isinstance(kind, dt.Array):
         raise UserError(f"column {name!r} holds lists; name it under lists with a max_length, or ignore it")
-    if name in (*spec.labels, *spec.numeric, *spec.weighted):
+    if name in (*spec.labels, *spec.numeric, *spec.dense, *spec.weighted):
         if not (kind.is_numeric() or kind.is_boolean()):
             raise UserError(f"column {name!r} holds {kind}, not numbers; name it under categorical, or convert it")
         number = column.cast("float64")
@@ -117,9 +119,11 @@ def _is_nothing(kind: dt.DataType) -> bool:
 
 
 def _kind_of_role(name: str, spec: TableSpec) -> str:
+    if name in spec.row_vectors:
+        return "array<float64>"
     if name in spec.list_columns:
         return "array<float64>" if name in spec.number_lists else "array<string>"
-    return "float64" if name in (*spec.labels, *spec.numeric, *spec.weighted) else "string"
+    return "float64" if name in (*spec.labels, *spec.numeric, *spec.dense, *spec.weighted) else "string"
 
 
 def _nan_is_null(number: Column) -> Column:
@@ -188,6 +192,13 @@ def _typed_numbers(column: Column, name: str, settings: ListColumn) -> Column:
     elif not isinstance(kind, dt.Array) or not (kind.value_type.is_numeric() or kind.value_type.is_boolean()):
         raise UserError(f"list column {name!r} holds {kind}, not lists of numbers")
     return column.cast("array<float64>").map(_nan_is_null)
+
+
+def _typed_vectors(column: Column, name: str) -> Column:
+    kind = column.type()
+    if not isinstance(kind, dt.Array) or not kind.value_type.is_numeric():
+        raise UserError(f"column {name!r} of row_vectors holds {kind}, not lists of numbers; write them as parquet")
+    return column.cast("array<float64>")
 
 
 def cut_list(column: ArrayColumn, settings: ListColumn) -> ArrayColumn:

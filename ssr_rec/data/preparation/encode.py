@@ -129,23 +129,24 @@ def encode(
 ) -> Table:
     """Return ids, labels, group id, ``SPLIT``, ``ORDER`` and the ``kept`` of ``rows``, which has the last four."""
     joined = rows
-    for position, name in enumerate(spec.categorical):
+    singles = {name: name for name in spec.categorical} | {name: given.of for name, given in spec.vectors.items()}
+    for position, (name, source) in enumerate(singles.items()):
         if name in spec.raw_hash:
             continue
         lookup = lookups[name].table.rename({f"__value{position}__": "value", f"__id{position}__": "id"})
-        joined = joined.left_join(lookup, rows[name] == lookup[f"__value{position}__"])
+        joined = joined.left_join(lookup, rows[source] == lookup[f"__value{position}__"])
     numbers = spec.number_lists
     looked_up = [name for name in spec.list_columns if name not in numbers]
     for position, name in enumerate(looked_up):
         ids = list_ids(rows, name, lookups[name]).rename({f"__list_row{position}__": ROW, f"__list{position}__": "ids"})
         joined = joined.left_join(ids, rows[ROW] == ids[f"__list_row{position}__"])
     columns: dict[str, Column] = {}
-    for position, name in enumerate(spec.categorical):
+    for position, (name, source) in enumerate(singles.items()):
         if name in spec.raw_hash:
             digest = joined[name].cast("string").hexdigest("md5")
             columns[name] = (digits_of(digest, 0, RAW_DIGITS) + 1).fill_null(0)
             continue
-        columns[name] = _found(joined[f"__id{position}__"], joined[name], lookups[name])
+        columns[name] = _found(joined[f"__id{position}__"], joined[source], lookups[name])
     for name in spec.numeric:
         columns[name] = bucket(joined[name], buckets[name])
     empty = ibis.literal([], type="array<int64>")
@@ -155,6 +156,9 @@ def encode(
         items = ibis.coalesce(joined[name], ibis.literal([], type="array<float64>"))
         columns[name] = bucket_items(items, buckets[name])
     columns = {name: columns[name] for name in spec.features if name in columns}
+    columns |= {name: joined[name] for name in spec.dense}
+    nothing = ibis.literal([], type="array<float64>")
+    columns |= {name: ibis.coalesce(joined[name], nothing) for name in spec.row_vectors}
     for name in spec.labels:
         columns[name] = encoded_label(joined, name, spec)
     if spec.weight is not None:

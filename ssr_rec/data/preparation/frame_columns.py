@@ -46,7 +46,9 @@ class FrameSpec:
             "labels": spec.labels,
             "categorical": spec.categorical,
             "numeric": spec.numeric,
+            "dense": list(spec.dense),
             "lists": list(spec.lists),
+            "vectors": list(spec.vectors),
             "sequences": list(spec.sequences),
             "weight": spec.weighted,
             "ignored": spec.ignore,
@@ -54,7 +56,7 @@ class FrameSpec:
         lines = [f"{kind:<12} {', '.join(map(self._marked, names))}" for kind, names in kinds.items() if names]
         if self.reasons:
             lines.append("* guessed: " + "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items()))
-            lines.append("name a column under categorical=, numeric=, lists= or ignore= of fit to correct it")
+            lines.append("name a column under categorical=, numeric=, dense=, lists= or ignore= of fit to correct it")
         return "\n".join(lines)
 
     def _marked(self, name: str) -> str:
@@ -76,6 +78,7 @@ def spec_of_frame(frame: pd.DataFrame, entries: Mapping[str, Any]) -> FrameSpec:
     if isinstance(lists := wanted.get("lists"), (list, tuple)):
         _refuse_unknown(frame, lists, "lists")
         wanted["lists"] = {name: {"max_length": _longest(frame[name])} for name in lists}
+    _refuse_unknown(frame, wanted.get("dense", ()), "dense")
     for kind in ("categorical", "numeric", "ignore"):
         wanted[kind] = list(wanted.get(kind, ()))
         _refuse_unknown(frame, wanted[kind], kind)
@@ -102,7 +105,7 @@ def _roles(entries: Mapping[str, Any]) -> tuple[set[Any], set[Any]]:
         found = [of.get(key) for key in keys] if isinstance(of, Mapping) else []
         return [n for one in found for n in (one if isinstance(one, (list, tuple, Mapping)) else [one])]
 
-    named = {*names(entries, "labels", "categorical", "numeric", "lists", "ignore", "weight")}
+    named = {*names(entries, "labels", "categorical", "numeric", "dense", "lists", "ignore", "weight")}
     helpers = {*names(entries, "group_id"), *names(entries.get("split"), "column")}
     sequences = entries.get("sequences")
     for sequence in sequences.values() if isinstance(sequences, Mapping) else ():

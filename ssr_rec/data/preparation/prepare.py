@@ -23,11 +23,14 @@ from ibis.expr.types import BooleanValue, Table
 from ssr_rec.common import stopping
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json
+from ssr_rec.data.dense import RowVector
 from ssr_rec.data.features import LISTED, RAW_HASHES, Feature, LogBuckets, RawHash, Vocabulary
 from ssr_rec.data.preparation.encode import Lookup, cut_sequences, encode
 from ssr_rec.data.preparation.engine import ROW, Progress
 from ssr_rec.data.preparation.engines import EngineSettings, connect
 from ssr_rec.data.preparation.fit import SplitPlan, count_splits, fit, measured, plan_splits
+from ssr_rec.data.preparation.fit_dense import fit_dense
+from ssr_rec.data.preparation.fit_vectors import given_vectors, vector_feature
 from ssr_rec.data.preparation.grown_columns import staged_as
 from ssr_rec.data.preparation.histories import add_histories, age_units, check_histories, helpers, with_keys
 from ssr_rec.data.preparation.row_spec import check_of_label, check_of_weight, missing_labels
@@ -73,6 +76,7 @@ def prepare(
         plan = plan_splits(log, spec, seed)
         counts = count_splits(plan)
         lookups, buckets = fit(plan, folder)
+        lookups |= given_vectors(plan, folder)
         progress("fit vocabularies and buckets", log.count)
         schema = _schema(folder, plan, lookups, buckets, counts, {"preset": preset, "seed": seed})
         # What an addition must know of these rows; after the digest, of which it is no part.
@@ -97,7 +101,7 @@ def check_values(log: Log, spec: TableSpec) -> None:
         checks[name] = check_of_label(rows, name, spec)
     if spec.weight is not None:
         checks[spec.weight] = check_of_weight(rows, spec.weight)
-    for name in spec.numeric:
+    for name in [*spec.numeric, *spec.dense]:
         checks[name] = rows[name].isinf().fill_null(False), "a number must be finite; empty means missing"
     if spec.group_id:
         checks[spec.group_id] = rows[spec.group_id].isnull(), "the group id must not be missing"
@@ -115,12 +119,17 @@ def check_values(log: Log, spec: TableSpec) -> None:
     for column in spec.number_lists:
         odd = rows[column].filter(lambda item: item.isinf()).length().fill_null(0) > 0
         checks[column] = odd, "a number must be finite; empty means missing"
+    for column, dim in spec.row_vectors.items():
+        length = rows[column].length().fill_null(0)
+        odd = rows[column].filter(lambda x: x.isnull() | x.isnan() | x.isinf()).length().fill_null(0) > 0
+        rule = f"a vector has {dim} finite numbers, and missing is null or an empty list"
+        checks[column] = odd | ((length != 0) & (length != dim)), rule
     found = rows.aggregate(**{name: rows[ROW].min(where=wrong) for name, (wrong, _) in checks.items()}).to_pyarrow()
     for name, (_, rule) in checks.items():
         row = found[name][0].as_py()
         if row is not None:
             value = rows.filter(rows[ROW] == row).select(name).to_pyarrow()[name][0].as_py()
-            shown = "missing" if value is None else repr(value)
+            shown = "missing" if value is None else repr(value)[:200]
             raise UserError(f"{log.where(row)}: column {name!r} is {shown}; {rule}")
 
 
@@ -171,9 +180,11 @@ def _schema(
     spec = plan.spec
     preparation = {**preparation, VALUES_KEY: VALUES, **spec.model_dump(mode="json", exclude={"name"})}
     added = ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences", "negatives", "weight", "tasks")
-    for key in added:
+    for key in (*added, "dense", "dense_bins", "vectors", "row_vectors"):
         if preparation[key] == TableSpec.model_fields[key].get_default(call_default_factory=True):
             del preparation[key]  # so that the dataset_id is that of before there was such a key
+    for one in preparation.get("vectors", {}).values():
+        one["file"] = Path(one["file"]).name  # where it lay says nothing of the dataset, which has a copy
     shared = vocabulary_of(spec)
     features = [
         _feature(name, folder, spec, lookups, buckets).model_copy(update={"vocabulary": shared.get(name)})
@@ -182,15 +193,22 @@ def _schema(
     digest = hashlib.sha256(canonical_json([spec.name, preparation, counts]))
     for feature in features:
         digest.update(feature.model_dump_json().encode())
+        if feature.vectors is not None:
+            digest.update((folder / feature.vectors.file).read_bytes())
         if isinstance(feature.encoding, LISTED):
             for column in pq.read_table(folder / feature.encoding.file).itercolumns():
                 for buffer in column.combine_chunks().buffers():
                     digest.update(buffer or b"")
+    dense = fit_dense(plan)
+    for one in dense:
+        digest.update(one.model_dump_json().encode())
     return Schema(
         name=spec.name,
         dataset_id=digest.hexdigest()[:16],
         features=features,
         sequences=[sequence.event_sequence(name) for name, sequence in spec.sequences.items()],
+        dense=dense,
+        row_vectors=[RowVector(name=name, dim=dim) for name, dim in spec.row_vectors.items()],
         labels=spec.labels,
         group_id=spec.group_id,
         weight=spec.weight,
@@ -223,6 +241,8 @@ def _feature(
 ) -> Feature:
     if name in spec.raw_hash:
         return Feature(name=name, kind="categorical", num_embeddings=RAW_HASHES, encoding=RawHash(column=name))
+    if name in spec.vectors:
+        return vector_feature(name, folder, lookups[name])
     made = {feature: (one, source) for key, one in spec.sequences.items() for feature, source in one.made(key).items()}
     sequence, source = made.get(name, (None, name))
     of = source or name

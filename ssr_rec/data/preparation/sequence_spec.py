@@ -101,7 +101,7 @@ def check_sequence_specs(spec: TableSpec) -> None:
     Raises:
         UserError: naming the entry, the column and the fix.
     """
-    taken = {*spec.labels, *spec.categorical, *spec.numeric, *spec.list_columns, *spec.ignore}
+    taken = {*spec.labels, *spec.categorical, *spec.numeric, *spec.dense, *spec.list_columns, *spec.ignore}
     for name, history in spec.histories.items():
         where = f"sequences.{name}"
         for column in (history.by, history.order, *history.conditions):

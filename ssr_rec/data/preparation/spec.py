@@ -8,17 +8,17 @@ from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import read_yaml
-from ssr_rec.data.preparation.module_names import MODULE_NAMES
+from ssr_rec.data.dense import Scale
 from ssr_rec.data.preparation.row_spec import TaskSpec, check_negatives, check_row_spec
 from ssr_rec.data.preparation.sequence_spec import FromLog, SequenceSpec, check_sequence_specs
-from ssr_rec.data.schema import GROUP_COLUMN
+from ssr_rec.data.preparation.spec_names import check_names
+from ssr_rec.data.preparation.vectors import MAX_DIM, VectorSpec, check_vector_specs
 
 MAX_BUCKETS = 2**31 - 1
 """Buckets of a hash: the remainder of an md5 is taken 32 bits at a time, which must fit an int64."""
@@ -59,6 +59,10 @@ def _moments(values: Any) -> Any:
     return [str(v) if isinstance(v, date) else v for v in values] if isinstance(values, list) else values
 
 
+Scales = Annotated[
+    dict[str, Scale],
+    BeforeValidator(lambda given: dict.fromkeys(given, "standard") if isinstance(given, list) else given),
+]
 Ratios = Annotated[list[float], BeforeValidator(_ratios)]
 
 
@@ -102,6 +106,7 @@ class TableSpec(Settings):
     labels: list[str] = Field(min_length=1)
     categorical: list[str] = Field(default_factory=list)
     numeric: list[str] = Field(default_factory=list)
+    dense: Scales = Field(default_factory=dict, description="raw floats: column -> standard or log, how it is scaled")
     lists: dict[str, ListColumn] = Field(default_factory=dict)
     ignore: list[str] = Field(default_factory=list)
     weight: str | None = Field(None, description="column of row weights, 0 or more, by which loss and metrics count")
@@ -115,6 +120,9 @@ class TableSpec(Settings):
     )
     min_count: int = Field(6, ge=1, description="training occurrences that earn a value an id of its own")
     num_buckets: int = Field(64, ge=1, le=MAX_BUCKETS, description="buckets of a numeric column")
+    dense_bins: int = Field(
+        64, ge=1, le=4096, description="quantile bins of a dense column, for dense.encoding piecewise"
+    )
     hash_buckets: int | dict[str, int] = Field(
         default_factory=dict, description="hash instead of a vocabulary: for all columns, or per column"
     )
@@ -130,6 +138,12 @@ class TableSpec(Settings):
     vocabularies: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
         default_factory=dict, description="name -> columns whose values are counted together and share ids and a table"
     )
+    vectors: dict[str, VectorSpec] = Field(
+        default_factory=dict, description="name -> given vectors of a column's values, such as content embeddings"
+    )
+    row_vectors: dict[str, Annotated[int, Field(ge=1, le=MAX_DIM)]] = Field(
+        default_factory=dict, description="column of float lists, all of one length -> that length"
+    )
     sequences: dict[str, SequenceSpec] = Field(
         default_factory=dict, description="name -> ordered events: list columns of the log, or a history made from it"
     )
@@ -138,15 +152,17 @@ class TableSpec(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> TableSpec:
         events = [column for sequence in self.sequences.values() for column in sequence.given]
-        roles = [*self.labels, *self.categorical, *self.numeric, *self.lists, *events, *self.ignore, *self.weighted]
+        roles = [*self.labels, *self.categorical, *self.numeric, *self.dense, *self.row_vectors]
+        roles += [*self.lists, *events, *self.ignore, *self.weighted]
         repeated = sorted({column for column in roles if roles.count(column) > 1})
         if repeated:
             raise UserError(f"columns named in two roles: {', '.join(repeated)}")
         if not self.features:
             raise UserError("no feature is named under categorical, numeric or lists")
-        _check_names(self)
+        check_names(self)
         check_sequence_specs(self)
         check_row_spec(self)
+        check_vector_specs(self)
         counts = self.hash_buckets if isinstance(self.hash_buckets, dict) else {"all columns": self.hash_buckets}
         known = {*self.looked_up, *self.raw_hash}
         for column, count in counts.items():
@@ -168,8 +184,8 @@ class TableSpec(Settings):
 
     @property
     def features(self) -> list[str]:
-        """Return categorical, numeric, list features, then histories made from the log, each in the spec's order."""
-        return [*self.categorical, *self.numeric, *self.list_columns, *self.made]
+        """Return categorical, numeric, list, vector features, then histories made from the log, in the spec's order."""
+        return [*self.categorical, *self.numeric, *self.list_columns, *self.vectors, *self.made]
 
     @property
     def weighted(self) -> list[str]:
@@ -208,7 +224,7 @@ class TableSpec(Settings):
             extra += task.conditions
         for history in self.histories.values():
             extra += [history.by, history.order, *history.conditions]
-        features = [*self.categorical, *self.numeric, *self.list_columns]
+        features = [*self.categorical, *self.numeric, *self.dense, *self.row_vectors, *self.list_columns]
         return list(dict.fromkeys([*self.labels, *features, *(column for column in extra if column)]))
 
     @property
@@ -247,54 +263,12 @@ class TableSpec(Settings):
         if without:
             names = ", ".join(map(repr, without[:40])) + (" ..." if len(without) > 40 else "")
             raise UserError(
-                f"{source}: columns {names} have no role in the spec; name each under labels, categorical, numeric or "
-                "lists, or add it to ignore"
+                f"{source}: columns {names} have no role in the spec; name each under labels, categorical, numeric, "
+                "dense or lists, or add it to ignore"
             )
         for column in self.ignore:
             if column not in columns:
                 raise UserError(f"{source}: ignore names {column!r}, no such column{nearest(column, columns)}")
-
-
-MAX_NAME_BYTES = 200
-"""Of a column's name: a vocabulary's file is named after it."""
-
-
-def _check_names(spec: TableSpec) -> None:
-    """Refuse names that would mean something else to DuckDB, PyTorch or a file system.
-
-    Raises:
-        UserError: names the column, vocabulary or sequence, and why.
-    """
-    features = {*spec.features}
-    kinds = {"column": spec.used, "vocabulary": spec.vocabularies, "sequence": spec.sequences, "feature": spec.made}
-    for kind, names in kinds.items():
-        for name in names:
-            # A shard's own group ids have that name, so that prepared rows may be prepared again.
-            is_group = kind == "column" and (name, spec.group_id) == (GROUP_COLUMN, GROUP_COLUMN)
-            is_module = kind != "column" or name in features
-            problem = None if is_group else _problem(name, is_module)
-            if problem is not None:
-                what = "sequence" if kind == "feature" else kind
-                raise UserError(f"{kind} {name[:80]!r}: {problem}; rename the {what}")
-    by_lower: dict[str, str] = {}
-    for column in [*spec.used, *spec.made]:
-        other = by_lower.setdefault(column.lower(), column)
-        if other != column:
-            raise UserError(f"columns {other!r} and {column!r} differ by case alone; rename one of them")
-
-
-def _problem(name: str, is_module: bool) -> str | None:
-    """Return what is wrong with a name, of a part of the model or not."""
-    if name.startswith("__"):
-        return f"names beginning with __ (as {GROUP_COLUMN}) are reserved"
-    if not name or "\0" in name:
-        return "it is empty, or has a NUL in it"
-    if name.lower() == "rowid":
-        return "DuckDB numbers its rows under that name"
-    if len(quote(name, safe="")) > MAX_NAME_BYTES:
-        return f"it is longer than {MAX_NAME_BYTES} bytes, as files are named after it"
-    refused = "." in name or name in MODULE_NAMES
-    return "PyTorch takes no table of that name" if is_module and refused else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -321,7 +295,8 @@ def make_spec(entries: dict[str, Any], source: str) -> TableSpec:
         if problem is None:
             raise UserError(f"{source}: {first_problem(error)}") from None
         key = str(problem["loc"][-1])
-        parts = (TableSpec, TextFormat, ListColumn, SequenceSpec, FromLog, TaskSpec, RandomSplit, TimeSplit, DaySplit)
+        parts: tuple[type[Settings], ...] = (TableSpec, TextFormat, ListColumn, SequenceSpec, VectorSpec, FromLog)
+        parts = (*parts, TaskSpec, RandomSplit, TimeSplit, DaySplit)
         known = [name for part in parts for name in part.model_fields]
         where = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"{source}: unknown key {where!r}{nearest(key, known)}") from None
