@@ -194,7 +194,7 @@ class SplitFiles:
         groups = None
         if self.schema.group_id is not None:
             groups = self._column(table, GROUP_COLUMN, num_rows, where).to_numpy()[rows]
-        return Block(scalars, lists, labels, groups, weights)
+        return Block(scalars, lists, labels, groups, weights, self._dense(table, rows, where))
 
     def _labels(
         self, table: pa.Table, rows: np.ndarray, num_rows: int, where: str, first_row: int

@@ -233,7 +233,7 @@ def test_raw_rows_encode_to_the_ids_they_stand_for(bench, cases, tmp_path):
     schema, _ = run(tmp_path, [write_parquet(make_rows(), tmp_path / "log.parquet")], spec_with())
     rows = cases.draw_rows(schema, 400, 0)
     raw = importlib.import_module("inference_raw").raw_rows(schema, tmp_path / "out", rows, 50, 350)
-    ids, lists, _ = Encoder(schema, tmp_path / "out").encode(raw)
+    ids, lists, *_ = Encoder(schema, tmp_path / "out").encode(raw)
     singles = iter(ids)
     for feature, wanted, offsets in zip(schema.features, rows.ids, rows.offsets, strict=True):
         if feature.kind == "list":
