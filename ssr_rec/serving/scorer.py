@@ -92,7 +92,7 @@ class Scorer:
     def predict_encoded(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Return label -> probabilities (B,) float32 of rows that ``encoder`` has encoded."""
         probabilities = self.score_arrays(*encoded).sigmoid().numpy()
-        if self.values.add(encoded.ids, encoded.lists):
+        if self.values.add(*encoded[:3]):
             self._warn_of_values()
         return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
 

@@ -35,7 +35,7 @@ def test_a_given_sequence_keeps_its_last_events_and_shares_ids(tmp_path: Path) -
     wanted = {tuple(items[-2:]) for items in log.watched}
     assert {one for one in seen if None not in one} <= wanted and len(wanted - seen) < 8
     lines, encoder = decoded(tmp_path / "data"), Encoder(schema, tmp_path / "data")
-    singles, lists, _ = encoder.encode(log)
+    singles, lists, *_ = encoder.encode(log)
     names = [feature.name for feature in schema.features if feature.kind == "list"]
     assert singles[0].tolist() == [lines[number]["item"] for number in log.row]
     for name, (ids, offsets) in zip(names, lists, strict=True):

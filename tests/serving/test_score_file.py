@@ -29,7 +29,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[Any, 
     weights = np.arange(1.0, 5.0)[:, None]
 
     def predict(rows: Any, first_row: int) -> dict[str, np.ndarray]:
-        ids, ((items, offsets),), _ = encoder.encode(rows, first_row)
+        ids, ((items, offsets),), *_ = encoder.encode(rows, first_row)
         of_list = np.add.reduceat(np.append(items, 0), offsets[:-1]) * (np.diff(offsets) > 0)
         return {"click": ((ids[[0, 1, 3]] * weights[:3]).sum(0) + 1e4 * of_list).astype(np.float32)}
 

@@ -58,8 +58,8 @@ def test_scoring_counts_and_says_which_column_is_unlike_training(tmp_path: Path,
     size = -(-len(ROWS) // pieces)
     for start in range(0, len(ROWS), size):
         piece = ROWS[start : start + size]
-        same.add(*encoder.encode(piece))
-        other.add(*encoder.encode([{**row, "user": f"u{row['user']}", "price": None} for row in piece]))
+        same.add(*encoder.encode(piece)[:3])
+        other.add(*encoder.encode([{**row, "user": f"u{row['user']}", "price": None} for row in piece])[:3])
     everything = [row for rows in stored.values() for row in rows]
     for name, found in same.counts().items():
         assert found.model_dump() == looped(everything, schema, name), name
