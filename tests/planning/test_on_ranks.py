@@ -116,6 +116,7 @@ def test_a_plan_changes_where_tables_lie_and_not_what_is_learned(dataset: Path, 
     assert planned == pytest.approx(free, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_every_rank_says_why_a_plan_is_refused(dataset: Path, tmp_path: Path) -> None:
     overrides = [*SMALL, "--embeddings.dim=8"]
     saved = save(plan_cpu(dataset, overrides, 4), tmp_path / "plan.json")

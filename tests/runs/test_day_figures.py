@@ -63,7 +63,7 @@ def test_days_that_are_numbers_are_in_their_order():
     assert [line[0] for line in cells(days_table([one]))[2:]] == ["9", "10", "11", "mean"]
 
 
-@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("runs", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_picture_has_ink_in_every_panel(tmp_path, runs):
     draw_days([run(report(f"kind {n}", [0.7 + n / 100, 0.72, 0.74])) for n in range(runs)], tmp_path / "days.png")
     picture = matplotlib.image.imread(tmp_path / "days.png")[:, :, :3]

@@ -193,7 +193,7 @@ def test_compiled_ahead_of_time(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
-        ("hstu", "aot_eager"),
+        pytest.param("hstu", "aot_eager", marks=pytest.mark.slow),
         *(
             pytest.param(case, "inductor", marks=pytest.mark.slow)
             for case in ("din dice", "target_attention", "transformer mean", "hstu")
@@ -260,6 +260,7 @@ def test_dropout_acts_in_training_only() -> None:
         assert not torch.equal(encoder(*inputs), encoder(*inputs))
 
 
+@pytest.mark.slow
 def test_importing_an_encoder_does_not_import_torchrec_nor_its_settings_torch() -> None:
     for statement, absent in (
         ("from ssr_rec.sequences import DIN, DINConfig", "torchrec"),

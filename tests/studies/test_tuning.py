@@ -96,6 +96,7 @@ def value_of(trial):
     return 0.81 - 0.05 * abs(math.log10(trial.params["optimizer.learning_rate"]) + 2)
 
 
+@pytest.mark.slow
 def test_every_trial_is_a_run_and_the_best_ones_config_trains_it_again(opened, fake, dataset, tmp_path):
     book, lines = opened(), []
     Tuner(book, str(dataset), 2, fake, lines.append).run()

@@ -19,7 +19,7 @@ from tools.explain import main
 SMALL = ["--embeddings.dim=8", "--over_arch.num_views=2", "--over_arch.view_dim=8"]
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
 def test_every_answer_is_given(kind, dataset, tmp_path, capsys):
     run = make_run(tmp_path / "run", dataset, [*SMALL, f"--over_arch.filter={kind}"])
     assert main([str(run), "--min-rows=20", "--seeds=2", "--group=pair=user,item", "--slices", "price", "like"]) == 0

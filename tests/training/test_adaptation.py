@@ -96,6 +96,7 @@ def test_dims_move_when_they_are_due(dataset: Path, tmp_path: Path, more: list[s
     assert all(names == wanted for names in states)
 
 
+@pytest.mark.slow
 def test_ranks_agree_and_choose_as_one_does(dataset: Path, tmp_path: Path) -> None:
     arguments = options(dataset, tmp_path, *SETTINGS)
     (alone,) = run_ranks(ends_job, 1, arguments, dataset, tmp_path / "one")

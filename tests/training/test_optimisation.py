@@ -166,7 +166,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["all", pytest.param("unfused", marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_bit_for_bit(case, world_size, dataset, tmp_path):
     def options(runs: Path) -> list[str]:

@@ -116,6 +116,7 @@ def options(folder: Path, name: str, batch: int, *more: str) -> list[str]:
     return [*RUN, *data, f"--train.batch_size={batch}", f"--train.eval_batch_size={2 * batch}", *more]
 
 
+@pytest.mark.slow
 def test_runs_with_weights_and_masks_equal_runs_of_the_rows_that_count(parts, tmp_path):
     """Weighted rows against repeated ones, masked ones against filtered ones; equal batches are equal to the bit."""
 
