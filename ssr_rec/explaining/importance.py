@@ -146,6 +146,8 @@ class Scored:
         ends = [np.cumsum([0, *of_fields]).tolist() for of_fields in dims]
         pairs = dense.histories.pairs() if dense.histories is not None else []
         encoded = {feature.name for history, _ in pairs for feature in (*history.columns, *history.targets)}
+        if dense.vectors is not None:
+            encoded |= {*dense.vectors.names}  # an over-arch's further inputs mix the fields that are made
         self._fields = {
             name: [slice(end[place], end[place + 1]) for end in ends]
             for place, name in enumerate(dense.field_names)

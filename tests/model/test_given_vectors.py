@@ -17,6 +17,8 @@ from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
+from ssr_rec.explaining.importance import Scored
+from ssr_rec.explaining.rows import SplitRows
 from ssr_rec.planning.cases import Case, make_world
 from ssr_rec.planning.costs import dense_cost
 from ssr_rec.planning.hardware import load_hardware
@@ -119,6 +121,16 @@ def test_every_row_sees_the_vector_of_its_value(data, tmp_path):
         ids = scorer.encoder.encode(part).ids
         prepared = np.stack([batch.sparse[name].values().numpy() for name in schema.feature_names])
         assert sorted(map(tuple, ids.T.tolist())) == sorted(map(tuple, prepared.T.tolist()))
+
+
+def test_an_explanation_exchanges_vectors_in_all_inputs_of_the_over_arch(data, tmp_path):
+    restored = restore_model(make_run(tmp_path / "run", data, SMALL))
+    rows = SplitRows.read(data, restored.schema, "test")
+    scored, order = Scored(restored.model, rows), np.random.default_rng(1).permutation(100)
+    for columns in (["text"], ["map", "user"]):
+        plain = rows.exchanged(columns, order).logits(restored.model)
+        np.testing.assert_array_equal(scored.exchanged(columns, order), plain)
+        assert np.abs(plain - scored.logits).max() > 1e-3
 
 
 def test_what_made_the_dataset_says_nothing_of_where_the_file_lay(data, tmp_path):
