@@ -51,8 +51,9 @@ class Importance:
 
     @property
     def total(self) -> float:
-        """Return the logloss added, the mean over seeds and tasks: what the columns are ranked by."""
-        return float(np.mean(list(self.logloss.values())))
+        """Return the logloss added, the mean over seeds and tasks that have rows: what the columns are ranked by."""
+        values = np.array(list(self.logloss.values()))
+        return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
 
 
 def column_groups(schema: Schema, named: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from ssr_rec.data.reader import Reader
 from ssr_rec.explaining.explanation import Question, explain_run
+from ssr_rec.explaining.importance import Importance
 from ssr_rec.explaining.slices import slices
 from ssr_rec.explaining.values import Column
 from ssr_rec.serving.trained_model import restore_model
@@ -31,6 +32,14 @@ def test_slices_are_scikit_learns_with_weights():
         assert one["auc"] == pytest.approx(roc_auc_score(part.y, part.x, sample_weight=part.w))
         assert one["logloss"] == pytest.approx(log_loss(part.y, part.p, sample_weight=part.w))
         assert one["calibration"] == pytest.approx((part.w * part.p).sum() / (part.w * part.y).sum())
+
+
+def test_a_task_without_rows_does_not_decide_what_matters():
+    found = [
+        Importance(name, [name], {}, {"click": [lost], "pay": [float("nan")]}) for name, lost in (("a", 1), ("b", 2))
+    ]
+    assert [one.total for one in found] == [1, 2]
+    assert np.isnan(Importance("c", ["c"], {}, {"pay": [float("nan")]}).total)
 
 
 @pytest.mark.slow
