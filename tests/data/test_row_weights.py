@@ -69,6 +69,20 @@ def test_the_batch_has_weights_and_masks(tmp_path: Path, kind: str) -> None:
     assert batch.weights is not None and batch.weights.shape == (64, 1)
 
 
+def test_a_number_that_is_not_there_fulfils_no_condition(tmp_path: Path) -> None:
+    """Of a dense column, too, whether it is null or NaN, which is above all numbers to an engine."""
+    made = []
+    for name, missing in (("null", None), ("nan", math.nan)):
+        rows = [{**row, "price": missing if row["price"] is None else row["price"]} for row in weighted_rows()]
+        spec = spec_with(**{**SPEC, "numeric": [], "dense": ["price"]})
+        schema, found = run(tmp_path, [write_parquet(rows, tmp_path / f"{name}.parquet")], spec, name)
+        assert any(row["price"] is None for row in found["train"]) and not any(
+            row["price"] != row["price"] for row in found["train"]
+        )
+        made.append((schema.dataset_id, schema.splits["train"].counted))
+    assert made[0] == made[1]
+
+
 def test_a_spec_without_them_gives_the_dataset_of_before(tmp_path: Path) -> None:
     """Keys, columns and batches; that the ids stay is in the digest of the committed samples' tests."""
     schema, found = run(tmp_path, [write_parquet(make_rows(300), tmp_path / "log.parquet")], spec_with(split=TIME))
