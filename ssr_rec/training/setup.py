@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,10 @@ def check_train_config(config: TrainConfig, schema: Schema) -> None:
 
 
 def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
-    """Refuse products of labels that there are not, or of one that is observed on all rows.
+    """Refuse products of labels that there are not, or of one that is observed on other rows than those of the other.
+
+    Where a click does not say what came of it, it is left out and the rows without a click are not, so that the product
+    would be learned too low.
 
     Raises:
         UserError: names the labels and the fix.
@@ -88,11 +92,12 @@ def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
                 raise UserError(f"train.entire_space names {name!r}; the labels are {', '.join(schema.labels)}")
         if before in config.entire_space or label == before:
             raise UserError(f"train.entire_space: {label!r} follows {before!r}, which must be no product itself")
-        where = (schema.preparation.get("tasks", {}).get(label) or {}).get("where") or before
-        if label not in schema.missing_labels or before not in where:
+        task = schema.preparation.get("tasks", {}).get(label) or {"where": f"{before} = 1"}
+        is_it = re.fullmatch(rf'"?{re.escape(before)}"?\s*(=\s*1|>\s*0|>=\s*1|!=\s*0)', (task["where"] or "").strip())
+        if label not in schema.missing_labels or is_it is None or task.get("missing"):
             raise UserError(
-                f"train.entire_space: {label!r} follows {before!r}, but dataset {schema.name!r} has it on other rows, "
-                f'too; prepare the log with tasks: {{{label}: {{where: "{before} = 1"}}}} in its spec'
+                f"train.entire_space: {label!r} follows {before!r}, but dataset {schema.name!r} has it on other rows; "
+                f'prepare the log with tasks: {{{label}: {{where: "{before} = 1"}}}} alone in its spec'
             )
 
 

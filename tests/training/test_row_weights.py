@@ -12,10 +12,13 @@ import torch
 from sklearn.metrics import log_loss
 
 from ssr_rec.checkpointing.format import stored_tensors
+from ssr_rec.common.errors import UserError
+from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.schema import NOT_OBSERVED, WEIGHT_COLUMN, Schema, Split
 from ssr_rec.data.shards import arrow_schema, write_shards
 from ssr_rec.model.loss import EntireSpace, MeanLoss
 from ssr_rec.runs.folder import read_metrics
+from ssr_rec.training.setup import check_train_config
 from tests.conftest import FEATURES, draw_rows
 from tests.jobs import refused_job, refused_jobs, train_job
 from tests.ranks import run_ranks
@@ -199,6 +202,29 @@ def test_the_product_of_two_tasks_learns_from_all_rows():
     assert sure.item() == pytest.approx(30 - np.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("task", "fits"),
+    [
+        ({"where": "click = 1", "missing": False}, True),
+        ({"where": '"click" > 0', "missing": False}, True),
+        ({"where": "click = 1", "missing": True}, False),
+        ({"where": None, "missing": True}, False),
+        ({"where": "click = 1 and user > 3", "missing": False}, False),
+        ({"where": "click = 0", "missing": False}, False),
+        ({"where": "clicks = 1", "missing": False}, False),
+    ],
+)
+def test_a_product_is_of_a_task_that_every_click_tells_of(task: dict[str, Any], fits: bool):
+    entries = {"labels": ["click", "like"], "missing_labels": ["like"], "preparation": {"tasks": {"like": task}}}
+    schema = Schema(name="tiny", dataset_id="x", features=FEATURES, splits={}, **entries)
+    config = TrainConfig(entire_space={"like": "click"})
+    if fits:
+        check_train_config(config, schema)
+    else:
+        with pytest.raises(UserError, match="'like' follows 'click', but dataset 'tiny' has it on other rows;"):
+            check_train_config(config, schema)
+
+
 @pytest.mark.slow
 def test_a_run_trains_the_product_and_measures_it(parts, tmp_path):
     def clicked(rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -223,7 +249,7 @@ def test_a_run_trains_the_product_and_measures_it(parts, tmp_path):
         3000,
     )
     refused = {
-        "{like: click}": "'like' follows 'click', but dataset 'tiny' has it on other rows",
+        "{like: click}": "'like' follows 'click', but dataset 'tiny' has it on other rows;",
         "{like: buy}": "train.entire_space names 'buy'",
         "{like: like}": "'like' follows 'like', which must be no product itself",
     }
