@@ -37,7 +37,7 @@ def spec(**changes):
 
 
 def log(folder: Path, days: list[str], name: str, rows=ROWS, write=write_parquet) -> str:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return str(write([row for row in rows if row["day"] in days], folder / name))
 
 
@@ -85,6 +85,23 @@ def test_added_days_are_as_if_they_had_been_there(tmp_path, write, batches):
             for folder, schema in ((tmp_path / "grown", grown), (tmp_path / "whole", whole))
         )
         assert all((a.sparse.values() == b.sparse.values()).all() for a, b in zip(mine, other, strict=True))
+
+
+def test_added_days_have_weights_tasks_and_numbers_also_where_a_task_has_no_row(tmp_path):
+    rows = [{**row, "w": number % 3 / 2, "pay": number % 2, "like": None} for number, row in enumerate(ROWS)]
+    for row in rows:
+        row["like"] = row["click"] if row["day"] not in (NEW[1], NEW[2]) else None
+    entries = {"labels": ["click", "pay", "like"], "weight": "w", "numeric": [], "dense": ["price"]}
+    chosen = spec(**entries, tasks={"pay": {"where": "click = 1 and price >= 0"}, "like": {"missing": True}})
+    for name, days in (("whole", DAYS), ("grown", OLD)):
+        prepare([log(tmp_path / name / "log", days, "a.parquet", rows)], tmp_path / name / "data", chosen)
+    for days in (NEW[:1], NEW[1:2], NEW[2:]):
+        add([log(tmp_path / "more", days, "a.parquet", rows)], tmp_path / "grown" / "data")
+    whole, grown = (Schema.read(tmp_path / name / "data") for name in ("whole", "grown"))
+    assert shards(tmp_path / "grown" / "data") == shards(tmp_path / "whole" / "data")
+    assert grown.dense == whole.dense and grown.splits[NEW[1]].counted["like"] == 0
+    for day, split in whole.splits.items():
+        assert (grown.splits[day].counted, grown.splits[day].positive_rate) == (split.counted, split.positive_rate)
 
 
 @pytest.mark.parametrize("spread", [False, True])

@@ -133,7 +133,8 @@ def count_splits(plan: SplitPlan) -> dict[str, dict[str, int]]:
                 f"{spec.split.model_dump_json(exclude_none=True)}; change --ratios or --boundaries, or give more rows"
             )
     by_split = {split: by_split[split] for split in plan.splits}
-    check_counts(by_split, spec, isinstance(spec.split, DaySplit))
+    if plan.fitted:  # else these are days that are added to others
+        check_counts(by_split, spec, isinstance(spec.split, DaySplit))
     train = by_split.get("train", {})  # days are not down-sampled
     if spec.negatives < 1 and train["label0"] == train.get("counted0", train["rows"]):
         raise UserError(f"negatives={spec.negatives}: no negative row is left to train on; keep more of them")
