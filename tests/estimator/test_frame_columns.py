@@ -56,6 +56,8 @@ def test_what_is_named_is_not_guessed() -> None:
     found.spec.check_columns([*frame.columns, "click"], "frame")  # no column is left without a role
     raw = spec_of_frame(frame, {"labels": ["click"], "dense": ["price", "views"]})
     assert raw.spec.dense == {"price": "standard", "views": "standard"} and "price" not in raw.reasons
+    vectors = spec_of_frame(frame, {"labels": ["click"], "row_vectors": {"weights": 2}})
+    assert vectors.spec.row_vectors == {"weights": 2} and "weights" not in vectors.reasons
     with pytest.raises(UserError, match="dense: no column 'prices', did you mean 'price'"):
         spec_of_frame(frame, {"labels": ["click"], "dense": ["prices"]})
 

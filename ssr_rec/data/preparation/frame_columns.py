@@ -105,7 +105,8 @@ def _roles(entries: Mapping[str, Any]) -> tuple[set[Any], set[Any]]:
         found = [of.get(key) for key in keys] if isinstance(of, Mapping) else []
         return [n for one in found for n in (one if isinstance(one, (list, tuple, Mapping)) else [one])]
 
-    named = {*names(entries, "labels", "categorical", "numeric", "dense", "lists", "ignore", "weight")}
+    named = {*names(entries, "labels", "categorical", "numeric", "dense", "row_vectors", "lists")}
+    named |= {*names(entries, "ignore", "weight")}
     helpers = {*names(entries, "group_id"), *names(entries.get("split"), "column")}
     sequences = entries.get("sequences")
     for sequence in sequences.values() if isinstance(sequences, Mapping) else ():
