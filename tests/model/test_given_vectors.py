@@ -165,6 +165,11 @@ def test_bad_vectors_are_refused_in_one_line(tmp_path):
     assert "no column 'vector'; it must have 'item' and 'vector'" in refusal(
         tmp_path / "none", {"item": ITEMS, "vectors": good}
     )
+    # Preparation would find the vector of 1 and scoring not, or no row would.
+    for text, number in (("01", 1), ("1.0", 1), ("1.0", "1.0"), ("True", "x")):
+        log = rows().assign(item=number)
+        said = refusal(tmp_path / f"{text}{number!r}", {"item": [text, "2"], "vector": good[:2]}, log)
+        assert f"{text!r} is written otherwise in the log" in said or "Failed to parse string" in said
     one = {"text": {"of": "item", "file": str(tmp_path / "no.parquet")}}
     assert "no.parquet: no such file" in refusal(tmp_path / "no", vectors=one)
     for bad, words in (

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json
 from ssr_rec.data.features import LISTED, Feature, Hashing, LogBuckets, RawHash, Vocabulary
+from ssr_rec.data.preparation.column_types import ODD_TEXT
 from ssr_rec.data.preparation.encode import Lookup, cut_sequences
 from ssr_rec.data.preparation.engines import EngineSettings, connect
 from ssr_rec.data.preparation.fit import VOCABULARY_FOLDER, SplitPlan, by_days, count_splits, hashed, shuffled
@@ -40,8 +41,6 @@ from ssr_rec.data.schema import SCHEMA_FILE, VALUES, VALUES_KEY, Addition, Days,
 from ssr_rec.data.shards import DAYS_FOLDER
 
 WORK_FOLDER = ".adding"
-ODD_TEXT = r"^$|^(True|TRUE|False|FALSE)$|^-?[0-9]+\.0+$"
-"""Text that ``column_types.canonical`` changes."""
 
 
 def add(

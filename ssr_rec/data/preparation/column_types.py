@@ -17,6 +17,8 @@ from ssr_rec.data.preparation.spec import ListColumn, TableSpec
 # Not `$`, which in some engines also stands before a last newline.
 WHOLE_FLOAT = r"^-?[0-9]+\.0+\z"
 """How pandas writes a whole number of a column in which some are missing."""
+ODD_TEXT = r"^$|^(True|TRUE|False|FALSE)$|^-?[0-9]+\.0+$"
+"""Text that ``canonical`` changes."""
 
 
 def as_type(column: Column, kind: dt.DataType | None) -> Column:

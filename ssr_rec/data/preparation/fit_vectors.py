@@ -8,10 +8,12 @@ from urllib.parse import quote
 import ibis
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.features import Feature, GivenVectors, Vocabulary
+from ssr_rec.data.preparation.column_types import ODD_TEXT
 from ssr_rec.data.preparation.encode import Lookup
 from ssr_rec.data.preparation.engine import ROW
 from ssr_rec.data.preparation.fit import VOCABULARY_FOLDER, SplitPlan
@@ -45,9 +47,30 @@ def given_vectors(plan: SplitPlan, folder: Path) -> dict[str, Lookup]:
         except pa.ArrowInvalid as error:
             problem = f"{error}, and column {given.of!r} holds {column.type()}"
             raise UserError(f"vectors.{name}: {given.file}: {problem}") from None
+        _check_texts(values.cast(pa.string()), known["value"].combine_chunks(), f"vectors.{name}: {given.file}")
         lookups[name] = Lookup(plan.log.engine.store(f"vectors{place}", known), encoding)
     check_vectors(plan.log, plan.spec, lookups)
     return lookups
+
+
+def _check_texts(texts: pa.Array, known: pa.Array, where: str) -> None:
+    """Refuse values whose text is none that a value of the log can have: rows of it, or scoring, would not find them.
+
+    Args:
+        texts: (n,) of the file.
+        known: (n,) the same values as the log's column holds them.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    is_text = pa.types.is_string(known.type)
+    odd = pc.match_substring_regex(texts, ODD_TEXT) if is_text else pc.not_equal(known.cast(pa.string()), texts)
+    if pc.any(odd).as_py():
+        value = texts[int(np.argmax(odd.to_numpy(zero_copy_only=False)))].as_py()
+        raise UserError(
+            f"{where}: {value!r} is written otherwise in the log, where 007 and 7.0 among whole numbers are 7 and True "
+            "is true; write it so"
+        )
 
 
 def check_vectors(log: Log, spec: TableSpec, lookups: dict[str, Lookup]) -> None:
