@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -107,6 +108,7 @@ def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
             "its place, or add days to it (--add-to) instead of preparing it anew"
         )
     _check_order(start, origin, there, schema)
+    _check_numbers(start, Here(place(path), there), here)
     old = {feature.name: feature for feature in there.features}
     maps = {}
     for feature in schema.features:
@@ -132,6 +134,45 @@ def _check_order(start: str, origin: Origin, there: Schema, here: Schema) -> Non
                 f"{start}: its {key} are in another order, {', '.join(before)}; the over-arch tells them apart by "
                 f"their place, so give this run --data.{key}={json.dumps(whole)}"
             )
+
+
+def _check_numbers(start: str, there: Here, here: Here) -> None:
+    """Refuse numbers that mean something else now, behind which every weight would still fit.
+
+    Raises:
+        UserError: names the dense column, or the vectors and a value.
+    """
+    instead = "leave it out by data.features, or begin without --warm_start"
+    scales = {column.name: column.scale for column in there.schema.dense}
+    for column in here.schema.dense:
+        if (before := scales.get(column.name, column.scale)) != column.scale:
+            raise UserError(
+                f"{start}: dense column {column.name!r} is scaled by {column.scale} here and was by {before}; "
+                f"prepare the log with that scale, {instead}"
+            )
+    features = {feature.name: feature for feature in there.schema.features}
+    for feature in here.schema.features:
+        old = features.get(feature.name, feature)
+        if feature.vectors is None or old.vectors is None or old.vectors.dim != feature.vectors.dim:
+            continue
+        (before, rows), (now, new_rows) = (_vectors(one, side.folder) for one, side in ((old, there), (feature, here)))
+        common = pc.index_in(now["value"], value_set=before["value"]).to_pandas()
+        known = common.notna().to_numpy()
+        was = rows[before["id"].to_numpy()[common[known].astype("int64").to_numpy()]]
+        differs = (was != new_rows[now["id"].to_numpy()[known]]).any(axis=1)
+        if differs.any():
+            value = now["value"].filter(pa.array(known))[int(differs.argmax())].as_py()
+            raise UserError(
+                f"{start}: vectors {feature.name!r} are others than those it was trained on, such as that of "
+                f"{value!r}; give it those, {instead}"
+            )
+
+
+def _vectors(feature: Feature, folder: Path) -> tuple[pa.Table, np.ndarray]:
+    """Return (value, id) of a feature that has given vectors, and these (num_embeddings, E)."""
+    assert isinstance(feature.encoding, Vocabulary) and feature.vectors is not None
+    with (folder / feature.vectors.file).open("rb") as file:
+        return _table(feature.encoding, folder).combine_chunks(), np.load(file, allow_pickle=False)
 
 
 def _same(old: Encoding, there: Path, new: Encoding, here: Path) -> bool:

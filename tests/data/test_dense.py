@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ssr_rec.checkpointing import warm_rows
+from ssr_rec.checkpointing.warm_rows import Here, Origin, row_maps
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import load_config
 from ssr_rec.data.batch import row_keys
@@ -147,6 +149,20 @@ def test_a_dataset_without_says_nothing_of_them(tmp_path):
     written = json.loads((tmp_path / "data" / "schema.json").read_text())
     assert "dense" not in written and not {"dense", "dense_bins"} & set(written["preparation"])
     assert next(iter(Reader(tmp_path / "data", schema, "train", 4096, num_lanes=1).batches(0, 0))).dense is None
+
+
+def test_a_warm_start_on_another_scale_is_refused(made, tmp_path, monkeypatch):
+    origin = Origin(Schema.read(made).dataset_id, {"path": str(made)})
+    monkeypatch.setattr(warm_rows, "origin_of", lambda folder: origin)
+    for name, scale in (("log", "log"), ("standard", "standard")):
+        (tmp_path / name).mkdir()
+        schema = write_dense(tmp_path / name, frame(seed=3), dense={**SPEC["dense"], "price": scale})
+        here = Here(tmp_path / name / "data", schema)
+        if scale == "log":  # as it was, if from other rows
+            assert row_maps(tmp_path, here) is not None
+            continue
+        with pytest.raises(UserError, match="dense column 'price' is scaled by standard here and was by log"):
+            row_maps(tmp_path, here)
 
 
 def refusal(tmp_path: Path, log: pd.DataFrame, **changes: object) -> str:

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ssr_rec.checkpointing import warm_rows
+from ssr_rec.checkpointing.warm_rows import Here, Origin, row_maps
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import load_config
 from ssr_rec.data.preparation.append_days import add
@@ -206,6 +208,20 @@ def test_the_planner_counts_what_becomes_of_vectors(data):
     )
     assert given.buffer_bytes - plain.buffer_bytes == 4 * E * 32
     assert given.parameters > plain.parameters and given.matmul_flops - plain.matmul_flops >= 2 * E * 8
+
+
+def test_a_warm_start_on_other_vectors_is_refused(data, tmp_path, monkeypatch):
+    origin = Origin(Schema.read(data).dataset_id, {"path": str(data)})
+    monkeypatch.setattr(warm_rows, "origin_of", lambda folder: origin)
+    write(tmp_path / "more", {"item": ["new", *ITEMS], "vector": [[0.0] * E, *vectors().tolist()]})
+    found = row_maps(tmp_path, Here(tmp_path / "more" / "data", Schema.read(tmp_path / "more" / "data")))
+    assert set(found) <= {"text"}
+    other = vectors()
+    other[7, 2] += 1
+    write(tmp_path / "other", {"item": ITEMS, "vector": other.tolist()})
+    here = Here(tmp_path / "other" / "data", Schema.read(tmp_path / "other" / "data"))
+    with pytest.raises(UserError, match="vectors 'text' are others than those it was trained on, such as that of 'i7'"):
+        row_maps(tmp_path, here)
 
 
 @pytest.mark.slow
