@@ -137,6 +137,7 @@ def test_best_model_is_restored_for_the_test(dataset, tmp_path):
     assert report["test"] == report["validation"]
 
 
+@pytest.mark.slow
 def test_same_seed_repeats_exactly(dataset, tmp_path):
     options = ["--train.max_steps=10", "--over_arch.fusion_dropout=0.2"]
     for name in ("a", "b"):

@@ -16,7 +16,7 @@ CASES = {"schema": 600, "config": 800, "shards": 600, "checkpoint": 500}
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few_inputs(name: str, tmp_path: Path) -> None:
-    outcomes = fuzz(TARGETS[name], 25, tmp_path / "work", tmp_path / "kept")
+    outcomes = fuzz(TARGETS[name], 15, tmp_path / "work", tmp_path / "kept")
     assert outcomes["refused"]
 
 

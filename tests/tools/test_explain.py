@@ -44,6 +44,7 @@ def test_every_answer_is_given(kind, dataset, tmp_path, capsys):
     assert (Path(said["json"]).parent / "explain.md").read_text().startswith("### Permutation importance")
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_report(dataset, tmp_path, capsys):
     options = [*SMALL, f"--data.path={dataset}", f"--runs={tmp_path}", "--name=run", "--train.batch_size=64"]
     report = run_ranks(train_job, 2, options)[0]
