@@ -203,12 +203,12 @@ def flip(path: Path) -> None:
 
 
 def other_machine(folder: Path, key: str, value: str) -> None:
-    from ssr_rec.serving.artifact import _digest_of
+    from ssr_rec.serving.artifact import digest_of
 
     values = json.loads((folder / "artifact.json").read_text())
     values["compiled_for"][key] = value
     values.pop("sha256")
-    (folder / "artifact.json").write_text(json.dumps({**values, "sha256": _digest_of(values)}))
+    (folder / "artifact.json").write_text(json.dumps({**values, "sha256": digest_of(values)}))
 
 
 def test_raw_rows_of_a_drawn_log_are_its_ids(made, dataset):
