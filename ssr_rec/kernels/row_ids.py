@@ -60,6 +60,7 @@ class RowIds:
     def of_dicts(self, rows: list[Any]) -> RowsOfIds | None:
         """Return the ids of a list of dicts, in which a key that is not there is missing; None for other values."""
         python = _python()
+        rows = list(rows)  # no other thread appends to this one
         return self._ids(
             len(rows), python.ssr_rec_lengths_of_dicts, python.ssr_rec_ids_of_dicts, (rows, self._of_dicts)
         )
@@ -67,10 +68,11 @@ class RowIds:
     def of_batch(self, batch: pa.RecordBatch) -> RowsOfIds | None:
         """Return the ids of a record batch, which has each column once; None for other types or values."""
         names = batch.schema.names
-        if names != self._of_batches[0]:
+        known, fields = self._of_batches  # at once: another thread may have columns in another order
+        if names != known:
             place = {name: at for at, name in enumerate(names)}
-            made = (_Field * len(self.fields))(*(_c_field(field, place[field.column]) for field in self.fields))
-            self._of_batches = (names, made)
+            fields = (_Field * len(self.fields))(*(_c_field(field, place[field.column]) for field in self.fields))
+            self._of_batches = (names, fields)
         # Zeroed: what is not handed over has nothing to free.
         handed = (ctypes.c_char * (SCHEMA_BYTES + ARRAY_BYTES))()
         schema = ctypes.addressof(handed)
@@ -78,7 +80,7 @@ class RowIds:
         batch._export_to_c(array, schema)
         plain = _plain()
         try:
-            given = (schema, array, self._of_batches[1])
+            given = (schema, array, fields)
             return self._ids(batch.num_rows, plain.ssr_rec_lengths_of_batch, plain.ssr_rec_ids_of_batch, given)
         finally:
             plain.ssr_rec_release_batch(schema, array)
@@ -95,7 +97,8 @@ class RowIds:
         first = singles.ctypes.data
         addresses = [next(of_lists) if is_list else first + 8 * rows * next(of_singles) for is_list in self._is_list]
         outs = (c_void_p * len(addresses))(*addresses)
-        return RowsOfIds(singles, lists, lengths) if write(*given, len(self.fields), outs) else None
+        written = write(*given, len(self.fields), lengths.ctypes.data, outs)
+        return RowsOfIds(singles, lists, lengths) if written else None
 
 
 class RowsOfIds(NamedTuple):
@@ -117,8 +120,9 @@ def _c_field(field: FieldOfRow, column: int) -> _Field:
 @functools.cache
 def _python() -> ctypes.PyDLL:
     library = ctypes.PyDLL(str(extension.build()))  # with the GIL
+    library.ssr_rec_lengths_of_dicts.argtypes = [py_object, c_void_p, c_int64, c_void_p]
+    library.ssr_rec_ids_of_dicts.argtypes = [py_object, c_void_p, c_int64, c_void_p, c_void_p]
     for function in (library.ssr_rec_lengths_of_dicts, library.ssr_rec_ids_of_dicts):
-        function.argtypes = [py_object, c_void_p, c_int64, c_void_p]
         function.restype = c_int64
     return library
 
@@ -126,8 +130,9 @@ def _python() -> ctypes.PyDLL:
 @functools.cache
 def _plain() -> ctypes.CDLL:
     library = ctypes.CDLL(str(extension.build()))
+    library.ssr_rec_lengths_of_batch.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]
+    library.ssr_rec_ids_of_batch.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
     for function in (library.ssr_rec_lengths_of_batch, library.ssr_rec_ids_of_batch):
-        function.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]
         function.restype = c_int64
     library.ssr_rec_release_batch.argtypes = [c_void_p, c_void_p]
     library.ssr_rec_release_batch.restype = None

@@ -4,12 +4,14 @@ import json
 import random
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from ssr_rec.kernels import row_ids as module
 from ssr_rec.kernels.row_ids import FieldOfRow, RowIds
 from ssr_rec.serving.id_columns import make_to_ids
 from tests.serving.test_id_columns import encodings, value_of
@@ -139,3 +141,42 @@ def test_keys_may_stand_in_any_order_and_be_other_objects(tmp_path: Path) -> Non
         for name, ids in zip(names, found.singles, strict=True):
             alone = RowIds([FieldOfRow("v", to.to, 50, None)]).of_dicts([{"v": row.get(name)} for row in rows])
             assert alone is not None and ids.tolist() == alone.singles[0].tolist()
+
+
+def test_a_batch_is_read_by_its_own_names_while_another_thread_reads_one_of_another_order() -> None:
+    row_ids = RowIds([FieldOfRow("x", None, 50, None), FieldOfRow("y", None, 50, None)])
+    batch, turned = pa.record_batch({"x": [1], "y": [2]}), pa.record_batch({"y": [2], "x": [1]})
+
+    def export(*addresses: int) -> None:
+        assert row_ids.of_batch(turned) is not None  # the other thread
+        batch._export_to_c(*addresses)
+
+    found = row_ids.of_batch(SimpleNamespace(schema=batch.schema, num_rows=1, _export_to_c=export))
+    assert found is not None and found.singles.tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize("change", ["item", "row", "no list"])
+def test_rows_that_another_thread_changes_are_read_as_they_were_or_not_here(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    row_ids = RowIds([FieldOfRow("x", None, 50, 9), FieldOfRow("y", None, 50, None)])
+    rows: list[Any] = [{"x": [1, 2], "y": 3}, {"x": [], "y": 4}]
+    real = module._python()
+
+    def lengths(*arguments: Any) -> Any:
+        found = real.ssr_rec_lengths_of_dicts(*arguments)
+        if change == "item":
+            rows[1]["x"] += [7] * 7
+        elif change == "row":
+            rows.extend({"x": [7], "y": 7} for _ in range(1000))
+        else:
+            rows[0]["x"] = "ab"
+        return found
+
+    changed = SimpleNamespace(ssr_rec_lengths_of_dicts=lengths, ssr_rec_ids_of_dicts=real.ssr_rec_ids_of_dicts)
+    monkeypatch.setattr(module, "_python", lambda: changed)
+    found = row_ids.of_dicts(rows)
+    if change == "row":
+        assert found is not None and found.lists[0][0].tolist() == [1, 2] and found.singles.tolist() == [[3, 4]]
+    else:
+        assert found is None

@@ -183,9 +183,10 @@ int64_t ssr_rec_lengths_of_batch(
   return 1;
 }
 
-// Writes the ids of each field to its array of `outs`. Returns whether the batch can be read here.
-int64_t ssr_rec_ids_of_batch(
-    const ArrowSchema* schema, const ArrowArray* batch, const Field* fields, int64_t count, int64_t* const* outs) {
+// Writes the ids of each field to its array of `outs`. Returns whether the batch can be read here. What it holds does not
+// change, so that `lengths` are as they were.
+int64_t ssr_rec_ids_of_batch(const ArrowSchema* schema, const ArrowArray* batch, const Field* fields, int64_t count,
+                             const int64_t* /*lengths*/, int64_t* const* outs) {
   for (int64_t at = 0; at < count; ++at) {
     const int64_t place = reinterpret_cast<intptr_t>(fields[at].column);
     const ArrowSchema& own = *schema->children[place];

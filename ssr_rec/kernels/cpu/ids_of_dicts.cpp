@@ -232,10 +232,16 @@ int64_t ssr_rec_lengths_of_dicts(PyObject* rows, const Field* fields, int64_t co
   return 1;
 }
 
-// Writes the ids of each field to its array of `outs`. Returns whether the rows can be read here.
-int64_t ssr_rec_ids_of_dicts(PyObject* rows, const Field* fields, int64_t count, int64_t* const* outs) {
+// Writes the ids of each field to its array of `outs`, which has room for `lengths`: another thread may have changed a
+// list since they were written. Returns whether the rows can be read here.
+int64_t ssr_rec_ids_of_dicts(
+    PyObject* rows, const Field* fields, int64_t count, const int64_t* lengths, int64_t* const* outs) {
   const int64_t num_rows = PyList_Size(rows);
   const std::vector<PyObject*> found = values_of(rows, fields, count);
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return 0;
+  }
   std::vector<PyObject*> values;
   for (int64_t at = 0; at < count; ++at) {
     values.clear();
@@ -246,7 +252,9 @@ int64_t ssr_rec_ids_of_dicts(PyObject* rows, const Field* fields, int64_t count,
         continue;
       }
       int64_t length = 0;
-      read_length(value, length);
+      if (!read_length(value, length) || length != *lengths++) {
+        return 0;
+      }
       const int64_t kept = fields[at].kept(length), first = fields[at].keeps_last ? length - kept : 0;
       const bool is_list = length && type_of(value) == &PyList_Type;
       for (int64_t item = first; item < first + kept; ++item) {
@@ -256,10 +264,6 @@ int64_t ssr_rec_ids_of_dicts(PyObject* rows, const Field* fields, int64_t count,
     if (!write_ids(fields[at], values, outs[at])) {
       return 0;
     }
-  }
-  if (PyErr_Occurred()) {
-    PyErr_Clear();
-    return 0;
   }
   return 1;
 }
