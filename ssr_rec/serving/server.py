@@ -62,26 +62,31 @@ class Service:
     def __init__(self, settings: ServerSettings) -> None:
         self.settings, self.metrics = settings, ServerMetrics()
         self._seen = stamp_of(settings.artifact)
-        self.model = self._load()
+        self.model = self._answering(self._load())
         self.trial: tuple[Model, Trial] | None = None
 
     def _load(self) -> Model:
         """Return the artifact's model, checked and warm."""
         scorer = load(str(Path(self.settings.artifact).resolve()))  # of a link, one target throughout
         warm_up(scorer)
-
-        def told(rows: int, requests: int) -> None:
-            if self.trial is not None and self.trial[0].batcher is batcher:
-                return  # its requests are counted where they are answered
-            self.metrics.batch_rows.observe(rows)
-            self.metrics.batch_requests.observe(requests)
-            self.metrics.tell_values(scorer.values)
-
         settings = self.settings
-        batcher = Batcher(scorer, settings.batch_rows, settings.batch_wait_ms / 1000, settings.queue_rows, told)
-        batcher.tell_waiting = self.metrics.queue_rows.set
+        batcher = Batcher(scorer, settings.batch_rows, settings.batch_wait_ms / 1000, settings.queue_rows)
         self.metrics.models.labels("loaded").inc()
         return Model(scorer, version_of(scorer), batcher)
+
+    def _answering(self, model: Model) -> Model:
+        """Return a model whose requests the metrics count from now on: those of a trial count where they are answered.
+
+        What a batcher tells asks nothing of the trial, which ends in another thread: a fault would end the batcher's.
+        """
+
+        def told(rows: int, requests: int) -> None:
+            self.metrics.batch_rows.observe(rows)
+            self.metrics.batch_requests.observe(requests)
+            self.metrics.tell_values(model.scorer.values)
+
+        model.batcher.told, model.batcher.tell_waiting = told, self.metrics.queue_rows.set
+        return model
 
     def refresh(self) -> None:
         """Take the artifact's new model, if it was replaced, and drain the old one; a bad one changes nothing."""
@@ -93,8 +98,8 @@ class Service:
         self._end_trial()
         try:
             model = self._load()
-        except (UserError, OSError, RuntimeError) as error:
-            self._refuse(str(error))
+        except Exception as error:  # whatever a bad artifact raises: it must not end the watch
+            self._refuse(str(error) or type(error).__name__)
             return
         if stamp_of(self.settings.artifact) != stamp:
             # Replaced again while it was read: its files may be of both.
@@ -123,6 +128,7 @@ class Service:
             self._refuse(problem)
         else:
             self.trial = None
+            self.metrics.leave_out(model.scorer.values)
             self._switch(model)
 
     def _refuse(self, reason: str) -> None:
@@ -136,7 +142,7 @@ class Service:
 
     def _switch(self, model: Model) -> None:
         # One assignment: a request is scored by the model that it sees here, and answers with its version.
-        old, self.model = self.model, model
+        old, self.model = self.model, self._answering(model)
         logger.info(json.dumps({"event": "model", "from": old.version, "to": model.version}))
         self._end(old)
 

@@ -48,6 +48,11 @@ class ServerMetrics:
         self._told: WeakKeyDictionary[ValueShares, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
         self._next = 0.0
 
+    def leave_out(self, values: ValueShares) -> None:
+        """Count what a scorer has counted so far as told: another one answered those rows."""
+        counts = values.counts().items()
+        self._told[values] = {name: (found.total, found.missing, found.oov) for name, found in counts}
+
     def tell_values(self, values: ValueShares, now: bool = False) -> None:
         """Add what a scorer has counted since the last time, at most every ``EVERY_S`` unless ``now``."""
         if not now and time.monotonic() < self._next:

@@ -424,6 +424,56 @@ def test_a_new_model_is_tried_beside_the_old_one_before_it_takes_over(
     assert all(not thread.name.startswith("scorer") for thread in threading.enumerate())
 
 
+def test_what_a_trial_scores_is_in_no_metric(monkeypatch, scorer, tmp_path):
+    """Not while it goes on, nor when its model takes over: the old one has answered and counted those rows."""
+    stamp, rows, opened = tmp_path / "artifact.json", plain_rows(5, 1), []
+
+    def load_next(_: str) -> SlowScorer:
+        opened.append(SlowScorer(scorer.encoder, scorer.schema))
+        return opened[-1]
+
+    monkeypatch.setattr(server, "load", load_next)
+    monkeypatch.setattr(server, "version_of", lambda one: str(opened.index(one)))
+    monkeypatch.setattr(server, "warm_up", lambda one: None)
+    stamp.write_text("0")
+    service = server.Service(ServerSettings(artifact=str(tmp_path), trial_rows=5))
+    (tmp_path / "new").write_text("1")
+    (tmp_path / "new").rename(stamp)
+    service.refresh()
+    assert service.trial is not None
+    (model, trial), new = service.trial, opened[1]
+    new.gate.clear()
+    asked = [Waiting(lambda one: one.encoder.encode(rows), 5, time.monotonic() + 60) for _ in range(2)]
+    model.batcher.submit(asked[0])
+    wait_for(lambda: new.begun == 1)
+    model.batcher.submit(asked[1])
+    assert model.batcher.rows_waiting == 5 and "ssr_rec_queue_rows 0.0" in service.metrics.text().decode()
+    new.gate.set()
+    for one in asked:
+        one.answer.result(60)
+    trial.rows = 5
+    service.refresh()
+    assert service.model is model
+    service.close()
+    metrics = service.metrics.text().decode()
+    assert "ssr_rec_batch_rows_count 0.0" in metrics and "ssr_rec_values_total{" not in metrics
+
+
+def test_an_artifact_that_raises_anything_is_refused_and_the_watch_goes_on(monkeypatch, scorer, tmp_path, caplog):
+    monkeypatch.setattr(server, "load", lambda _: scorer)
+    monkeypatch.setattr(server, "version_of", lambda one: "0")
+    service = server.Service(ServerSettings(artifact=str(tmp_path)))
+
+    def load_bad(_: str) -> SlowScorer:
+        raise KeyError("lists")
+
+    monkeypatch.setattr(server, "load", load_bad)
+    (tmp_path / "artifact.json").write_text("1")
+    service.refresh()
+    assert "model refused" in caplog.text and "lists" in caplog.text
+    service.close()
+
+
 @pytest.mark.slow
 def test_schemathesis_finds_nothing(monkeypatch, scorer):
     pytest.importorskip("schemathesis")
