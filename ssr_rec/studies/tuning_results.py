@@ -42,7 +42,10 @@ def trials_frame(book: TrialBook) -> pd.DataFrame:
                 **{key: point.get(key) for key in book.tuning.search},
             }
         )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    # With a null among them pandas would make floats of a list's integers, and nan of the null.
+    listed = [key for key, values in book.tuning.search.items() if isinstance(values, list)]
+    return frame.assign(**{key: pd.Series([row[key] for row in rows], dtype=object) for key in listed})
 
 
 def importances(book: TrialBook) -> dict[str, float]:

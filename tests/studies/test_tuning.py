@@ -119,6 +119,16 @@ def test_every_trial_is_a_run_and_the_best_ones_config_trains_it_again(opened, f
     assert len(started(book.out)) == 5
 
 
+def test_a_null_among_a_list_s_numbers_stays_one_and_they_stay_whole(opened, tmp_path):
+    book = opened(search={"train.max_steps": [None, 20000, 30000]}, trials=6)
+    while (taken := book.take()) is not None:
+        book.end(taken, "COMPLETE", 0.5 + taken.trial.number / 100)
+    frame, points = trials_frame(book), [book.point(trial)["train.max_steps"] for trial in book.trials()]
+    assert None in points and any(points) and frame["train.max_steps"].tolist() == points
+    assert all(f" {point} " in tuning_text(book, frame, {}) for point in points if point)
+    draw_tuning(book, frame, {}, "tiny").savefig(tmp_path / "picture.png")
+
+
 @pytest.mark.slow
 def test_results_hold_each_trial_and_the_best_first(opened, fake, dataset, tmp_path):
     book = opened(pruner={"name": "median", "startup_trials": 1})
