@@ -19,7 +19,7 @@ from ssr_rec.studies.study import check_with_data, distinct, is_free, resolve_po
 
 OWN_KEYS = {"name": "--out", "runs": "--out", "data.path": "--data", "resume": "the same --out again, which goes on"}
 """Keys that differ between trials or are the search's own, and what sets them."""
-JUDGES = ("seed", "train.monitor", "train.monitor_task", "data.labels")
+JUDGES = ("seed", "train.monitor", "train.monitor_task", "data.labels", "data.days")
 """Keys that decide what the objective measures, so that trials must share them."""
 
 
@@ -159,10 +159,17 @@ def check_tuning(tuning: Tuning, schema: Schema, data: str, where: str | Path) -
         if any(f"{other}.".startswith(f"{key}.") for other in (*OWN_KEYS, *JUDGES)):
             raise UserError(f"{where}: search: {key} decides what is measured, or where; set it once for all trials")
     first = {key: _checked(values)[0] for key, values in tuning.search.items()}
+    judge = config_of(tuning, first, data, where)
     for key, values in tuning.search.items():
         for value in _checked(values):
-            check_with_data(str(where), config_of(tuning, {**first, key: value}, data, where), schema)
-    return config_of(tuning, first, data, where)
+            config = config_of(tuning, {**first, key: value}, data, where)
+            if judge.train.monitor_task is None and config.train.entire_space != judge.train.entire_space:
+                raise UserError(
+                    f"{where}: search: {key} changes over which tasks {judge.train.monitor} is a mean; set "
+                    "train.monitor_task for all trials"
+                )
+            check_with_data(str(where), config, schema)
+    return judge
 
 
 def _checked(values: Range) -> list[Any]:

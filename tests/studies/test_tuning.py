@@ -245,6 +245,7 @@ def test_a_folder_of_another_search_is_refused_and_more_trials_are_not(opened):
         ({"optimizer.learning_rate": {"type": "float", "low": -1.0, "high": 1.0}}, "optimizer.learning_rate"),
         ({"train.batch_size": {"type": "float", "low": 64, "high": 128}}, "train.batch_size"),
         ({"seed": [0, 1]}, "seed decides what is measured"),
+        ({"data.days": ["all", "1..3"]}, "data.days decides what is measured"),
         ({"train": [{"epochs": 1}, {"epochs": 2}]}, "train decides what is measured"),
         ({"runs": ["a", "b"]}, "runs decides what is measured, or where"),
     ],
@@ -252,6 +253,15 @@ def test_a_folder_of_another_search_is_refused_and_more_trials_are_not(opened):
 def test_what_no_trial_could_run_is_refused_before_the_first(dataset, search, problem):
     tuning = Tuning.model_validate({**SPACE, "search": search})
     with pytest.raises(UserError, match=problem):
+        check_tuning(tuning, Schema.read(dataset), str(dataset), "space.yaml")
+
+
+def test_a_mean_over_other_tasks_in_every_trial_is_refused(dataset):
+    search = {"train.entire_space": [{}, {"like": "click"}]}
+    tuning = Tuning.model_validate({**SPACE, "search": search, "base": {"over_arch": {"name": "mlp"}}})
+    with pytest.raises(
+        UserError, match=r"entire_space changes over which tasks auc is a mean; set train\.monitor_task"
+    ):
         check_tuning(tuning, Schema.read(dataset), str(dataset), "space.yaml")
 
 
