@@ -224,5 +224,5 @@ def predictions_job(overrides: list[str], dataset: str) -> tuple[tuple[np.ndarra
     model = built_model(overrides, dataset).eval()
     with torch.no_grad():
         outputs = [model(batch)[1] for batch in reader.epoch(0)]
-    parts = [torch.cat([output[index] for output in outputs]).numpy() for index in (1, 2, 3)]
+    parts = [torch.cat([output[index] for output in outputs]).numpy() for index in (1, 2, 4)]
     return tuple(parts), found
