@@ -251,6 +251,7 @@ def test_picture(plan, reports, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_labels_cover_neither_points_nor_each_other(tmp_path, monkeypatch):
     """Eleven systems of about the same cost, as the paper's table has them."""
     import pandas as pd

@@ -240,6 +240,7 @@ def test_warm_steps_follow_themselves(cases):
     assert all(first == second for first, second in zip(log[::2], log[1::2], strict=True))
 
 
+@pytest.mark.slow
 def test_json_table_and_picture(bench, tmp_path, capsys):
     png = tmp_path / "p.png"
     specs = ["mlp:hidden=[12,12]", "ssr:num_views=3,view_dim=8", "ssr:num_views=3,view_dim=8,residual=true"]

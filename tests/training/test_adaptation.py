@@ -105,6 +105,7 @@ def test_ranks_agree_and_choose_as_one_does(dataset: Path, tmp_path: Path) -> No
     assert first[0] == alone[0]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_between_two_moves(dataset: Path, tmp_path: Path) -> None:
     """It stops after step 8, the first of three that the exchange at 10 looks at: both ends are equal to the bit."""
     arguments = options(dataset, tmp_path, *SETTINGS, "--train.max_steps=16", "--train.eval_every=4")

@@ -48,6 +48,7 @@ def test_every_next_day_is_evaluated_before_it_is_trained_on(whole):
     assert report["best_step"] == best["step"]
 
 
+@pytest.mark.slow
 def test_a_run_has_its_table_and_picture(days, tmp_path, capsys):
     report = train_job(options(days, tmp_path, "--data.days=2024-02-28..2024-03-01"))
     printed = capsys.readouterr().out
