@@ -15,13 +15,13 @@ require_stack()
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from ssr_rec.commands.several_runs import count, say, stop_politely
 from ssr_rec.common.logs import quiet
 from ssr_rec.common.whole_files import write_text
 from ssr_rec.data.schema import Schema
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = TRAIN_
         out = options.out or Path("runs") / f"compare-{options.study.stem}-{slug(schema.name)}"
         comparison = open_comparison(plan, out)
         if not options.only_table:
-            _say(f"{len(plan.trials)} systems, {plan.num_jobs()} runs, {comparison.num_done()} of them there; {out}")
-            run_comparison(comparison, options.workers, command, _say)
+            say(f"{len(plan.trials)} systems, {plan.num_jobs()} runs, {comparison.num_done()} of them there; {out}")
+            run_comparison(comparison, options.workers, command, say)
         write_results(comparison)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -88,28 +88,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder made by tools/prepare_data.py")
     parser.add_argument("--over-archs", nargs="+", default=["all"], metavar="NAME", help="systems of the study, or all")
-    parser.add_argument("--seeds", type=_count, default=3, help="runs of each system's best trial; default 3")
+    parser.add_argument("--seeds", type=count, default=3, help="runs of each system's best trial; default 3")
     parser.add_argument("--study", type=Path, default=Path("configs/compare/systems.yaml"), help="what to compare")
     parser.add_argument("--out", type=Path, help="default: runs/compare-STUDY-DATASET")
-    parser.add_argument("--trials", type=_count, help="search budget of each system, 1: none; default: the study's")
+    parser.add_argument("--trials", type=count, help="search budget of each system, 1: none; default: the study's")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=_count, default=cores, help="runs at a time, one core each; default: cores")
+    parser.add_argument("--workers", type=count, default=cores, help="runs at a time, one core each; default: cores")
     parser.add_argument("--only-table", action="store_true", help="train nothing, redraw from what there is")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def command() -> int:
     """Run the command line of this process."""
-    # So that a polite kill, like Ctrl-C, stops the runs as well.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_politely()
     return main()

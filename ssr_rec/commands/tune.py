@@ -15,11 +15,11 @@ require_stack()
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssr_rec.commands.several_runs import count, say, stop_politely
 from ssr_rec.common.logs import quiet
 from ssr_rec.common.whole_files import write_text
 from ssr_rec.config.run import dump_config
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = TRAIN_
         book = TrialBook(out, tuning, first, schema.dataset_id)
         if not options.only_table:
             ended = len(book.in_state("COMPLETE", "PRUNED", "FAIL"))
-            _say(f"{metric_name(book.train)}, {tuning.trials} trials, {ended} of them there; {out}")
-            Tuner(book, data, options.workers, command, _say).run()
+            say(f"{metric_name(book.train)}, {tuning.trials} trials, {ended} of them there; {out}")
+            Tuner(book, data, options.workers, command, say).run()
         write_results(book, data, f"{schema.name}   ·   {options.space.stem}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,25 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="folder made by tools/prepare_data.py")
     parser.add_argument("--space", type=Path, required=True, help="what to search, such as configs/tune/kuairand.yaml")
     parser.add_argument("--out", type=Path, help="folder of the search; default: runs/tune-SPACE-DATASET")
-    parser.add_argument("--trials", type=_count, help="runs in all; default: the file's")
+    parser.add_argument("--trials", type=count, help="runs in all; default: the file's")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=_count, default=cores, help="trainings at a time; default: one per core")
+    parser.add_argument("--workers", type=count, default=cores, help="trainings at a time; default: one per core")
     parser.add_argument("--only-table", action="store_true", help="train nothing, write table and picture anew")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def command() -> int:
     """Run the command line of this process."""
-    # So that a polite kill, like Ctrl-C, stops the trainings as well.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_politely()
     return main()

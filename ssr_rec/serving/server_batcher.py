@@ -49,19 +49,16 @@ class Batcher:
         batch_rows: requests are taken together while they have no more rows.
         wait_s: how long the first one waits for others.
         queue_rows: rows that may wait.
+
+    Attributes:
         told: called after each batch with its rows and requests.
+        tell_waiting: called with the rows that wait wherever their number changes.
     """
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        batch_rows: int,
-        wait_s: float,
-        queue_rows: int,
-        told: Callable[[int, int], None] = lambda rows, requests: None,
-    ) -> None:
-        self.scorer, self.told = scorer, told
+    def __init__(self, scorer: Scorer, batch_rows: int, wait_s: float, queue_rows: int) -> None:
+        self.scorer = scorer
         self.batch_rows, self.wait_s, self.queue_rows = batch_rows, wait_s, queue_rows
+        self.told: Callable[[int, int], None] = lambda rows, requests: None
         self.tell_waiting: Callable[[int], None] = lambda rows: None
         self._waiting: deque[Waiting] = deque()
         self._rows = 0

@@ -100,7 +100,7 @@ def typed(column: Column, name: str, spec: TableSpec) -> Column:
         return cut_list(listed, spec.lists[name]) if name in spec.lists else listed
     if isinstance(kind, dt.Array):
         raise UserError(f"column {name!r} holds lists; name it under lists with a max_length, or ignore it")
-    if name in (*spec.labels, *spec.numeric, *spec.dense, *spec.weighted):
+    if name in spec.numbers:
         if not (kind.is_numeric() or kind.is_boolean()):
             raise UserError(f"column {name!r} holds {kind}, not numbers; name it under categorical, or convert it")
         number = column.cast("float64")
@@ -125,7 +125,7 @@ def _kind_of_role(name: str, spec: TableSpec) -> str:
         return "array<float64>"
     if name in spec.list_columns:
         return "array<float64>" if name in spec.number_lists else "array<string>"
-    return "float64" if name in (*spec.labels, *spec.numeric, *spec.dense, *spec.weighted) else "string"
+    return "float64" if name in spec.numbers else "string"
 
 
 def _nan_is_null(number: Column) -> Column:

@@ -104,8 +104,7 @@ def open_table(
     connection: Backend, path: Path, spec: TableSpec, types: Mapping[str, dt.DataType] | None = None
 ) -> Source:
     """Return the columns of one file that ``spec`` uses, typed; as ``types`` says, where it does."""
-    numbers = [*spec.labels, *spec.numeric, *spec.dense, *spec.weighted]
-    source = selected(open_source(connection, path, spec.text, numbers), spec)
+    source = selected(open_source(connection, path, spec.text, spec.numbers), spec)
     if not types:
         return source
     rows = source.rows.select(**{name: as_type(source.rows[name], types.get(name)) for name in source.rows.columns})

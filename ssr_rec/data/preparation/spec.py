@@ -188,6 +188,11 @@ class TableSpec(Settings):
         return [*self.categorical, *self.numeric, *self.list_columns, *self.vectors, *self.made]
 
     @property
+    def numbers(self) -> list[str]:
+        """Return the columns that hold a number each and are read as such."""
+        return [*self.labels, *self.numeric, *self.dense, *self.weighted]
+
+    @property
     def weighted(self) -> list[str]:
         """Return the column of weights, if there is one."""
         return [] if self.weight is None else [self.weight]
