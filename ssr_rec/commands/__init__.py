@@ -1,4 +1,4 @@
-"""The commands: ``ssr-rec COMMAND ...``, each also a script in ``tools/``.
+"""Runs the commands: ``ssr-rec COMMAND ...``, each also a script in ``tools/``.
 
 A module here is a command of its name: ``main(arguments)`` returns the exit status, and ``command()`` runs the command
 line of the process.

@@ -1,4 +1,4 @@
-"""Lines for people: module loggers say them, and a run prints them once, whatever the number of ranks."""
+"""Prints lines for people: module loggers say them, and a run prints them once, whatever the number of ranks."""
 
 from __future__ import annotations
 

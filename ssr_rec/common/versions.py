@@ -54,7 +54,7 @@ def _installed() -> dict[str, str | None]:
 
 
 def require_stack() -> None:
-    """``check_stack`` for a script's first line: prints the complaint and ends the process with exit code 2."""
+    """Call ``check_stack`` as a script's first line; it prints the complaint and ends the process with exit code 2."""
     try:
         check_stack()
     except ValueError as error:

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Instead of merging: refuse to, and refuse a key given twice."""
+        """Refuse to merge, and refuse a key given twice."""
         seen = set()
         for key, _ in node.value:
             name = (key.tag, str(key.value))

@@ -1,4 +1,4 @@
-"""RunConfig: composes the components' configs; one YAML plus ``--a.b=c`` overrides."""
+"""Composes the components' configs as ``RunConfig``: one YAML plus ``--a.b=c`` overrides."""
 
 from __future__ import annotations
 

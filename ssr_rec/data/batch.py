@@ -66,7 +66,8 @@ class Batch(Pipelineable):
 def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> Batch:
     """Return the batch, changed in place: ids from ``new_from`` on (feature -> id) are out of vocabulary.
 
-    So a day is evaluated as it would be served: values that its own rows gave ids to had none the day before.
+    ``training/datasets.py`` asks for it in evaluations, so that a day is judged as it would be served: values that
+    its own rows gave ids to had none the day before.
     """
     values, ends = batch.sparse.values(), batch.sparse.offset_per_key()
     for place, feature in enumerate(schema.features):

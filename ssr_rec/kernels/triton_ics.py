@@ -1,4 +1,4 @@
-"""ICS on a GPU, in Triton: a tile of rows of one view is read once and stays in registers for all iterations.
+"""Computes ICS on a GPU, in Triton: a tile of rows of one view stays in registers for all iterations.
 
 The functions have the signatures of ``ssr_rec.kernels``. Views whose alphas are all at least zero take the closed form:
 ``x_t = relu(z - theta_t)`` with a threshold per row, so that any ``x_t`` is one subtraction from z; a view with a
@@ -165,7 +165,7 @@ def _forward(
     BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    """One tile of rows of one view a program; the views of a row are neighbours in memory, hence in time."""
+    """Do one tile of rows of one view a program; the views of a row are neighbours in memory, hence in time."""
     view = tl.program_id(0) % views
     row = (tl.program_id(0) // views * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -242,7 +242,7 @@ def _backward(
     BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    """Every ``programs``-th tile of one view a program, and that program's part of the gradients of alpha and gamma."""
+    """Do every ``programs``-th tile of one view a program, and its part of the gradients of alpha and gamma."""
     view = tl.program_id(0) % views
     part = tl.program_id(0) // views
     column = tl.arange(0, BLOCK)

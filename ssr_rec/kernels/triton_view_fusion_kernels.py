@@ -181,7 +181,7 @@ def epilogue_backward(
     batch, views, dim, programs, grad_batch, grad_view, grad_dim,
     KEPT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """Every ``programs``-th tile of one view a program, and that program's part of the parameters' gradients."""
+    """Do every ``programs``-th tile of one view a program, and that program's part of the parameters' gradients."""
     view = tl.program_id(0) % views
     part = tl.program_id(0) // views
     column = tl.arange(0, BLOCK)

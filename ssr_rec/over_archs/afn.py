@@ -1,4 +1,4 @@
-"""AFN: logarithmic neurons learn cross features of any order; AFN+ adds a deep network with tables of its own."""
+"""AFN learns cross features of any order by logarithmic neurons; AFN+ adds a deep network with tables of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ optimizers take."""
 
 
 class LogarithmicNeurons(nn.Module):
-    """The logarithmic transformation layer: neuron n is the cross feature ``e^b_n * prod_f |x_f|^W_fn``.
+    """Transforms logarithmically: neuron n is the cross feature ``e^b_n * prod_f |x_f|^W_fn``.
 
     (B, F*D) -> (B, N*D), neuron after neuron, dim by dim:
 

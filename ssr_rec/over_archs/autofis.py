@@ -1,4 +1,4 @@
-"""AutoFIS: search the pairs of fields whose product matters, then train a DeepFM of these pairs alone."""
+"""AutoFIS searches the pairs of fields whose product matters, then trains a DeepFM of these pairs alone."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class AutoFIS(OverArch):
         return [(i, j, value) for (i, j), value in zip(self.pairs, values, strict=True)]
 
     def following_config(self) -> AutoFISConfig | None:
-        """After a search, the config of the second stage: the pairs whose gates are open now. None after that stage."""
+        """Return the second stage's config after a search: the pairs whose gates are open. None after that stage."""
         if self.config.pairs is not None:
             return None
         survivors = [(i, j) for i, j, value in self.alphas() if value != 0]

@@ -148,7 +148,7 @@ def _check_width(over_arch: OverArch, inputs: tuple[Tensor, ...]) -> None:
 
 
 def equal_dim(over_arch: OverArch, name: str) -> int:
-    """D of an over-arch whose fields must have equal dims.
+    """Return D of an over-arch whose fields must have equal dims.
 
     Raises:
         UserError: they differ; ``name`` is who asks.

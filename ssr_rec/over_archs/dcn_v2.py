@@ -52,7 +52,7 @@ class MixtureCrossLayer(nn.Module):
         init_dense_(self.up.weight, self.up.bias, rank, width, config.initializer)
 
     def forward(self, x0: Tensor, x: Tensor, gates: Tensor) -> Tensor:
-        """Gates: (B, K), each row's sum 1."""
+        """Mix the experts by gates (B, K), each row's sum 1."""
         experts = self.core.shape[0]
         h = torch.tanh(self.down(x)).unflatten(1, (experts, -1)).transpose(0, 1)
         h = torch.tanh(torch.bmm(h, self.core)).transpose(0, 1)

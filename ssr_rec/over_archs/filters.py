@@ -51,7 +51,7 @@ class Filter(nn.Module, ABC):
 
 
 class StaticRandomFilter(Filter):
-    """SSR-S: every view sees a fixed random subset of the dims (eq. 3), by slicing, at no FLOPs.
+    """Filters for SSR-S: every view sees a fixed random subset of the dims (eq. 3), by slicing, at no FLOPs.
 
     The dims are distinct within a view and independent across views and layers. They depend on ``index_seed``, the
     layer and the view alone: not on the run's seed, and not on how many other views there are.
@@ -78,7 +78,7 @@ class StaticRandomFilter(Filter):
 
 
 class AdaptiveFilter(StaticRandomFilter):
-    """SSR-A: begins as SSR-S, has the dims of its first layer moved while it trains (``adaptive.py``), ends as SSR-S.
+    """Filters for SSR-A: as SSR-S, but the dims of its first layer move while it trains (``adaptive.py``).
 
     A dim that stays keeps its place in its view; so the dims of a view are in no order.
     """
@@ -114,14 +114,14 @@ def random_subset(width: int, count: int, seed: int, layer: int, view: int) -> n
 
 
 def projection(width: int, dim: int, config: SSRConfig) -> nn.Linear:
-    """W_proj of all views in one matrix: one large product instead of V small ones. The fans are those of one view."""
+    """Return W_proj of all views as one matrix, for one large product; the fans are those of one view."""
     linear = nn.Linear(width, config.num_views * dim, bias=False)
     init_dense_(linear.weight, None, width, dim, config.initializer, normal=True)
     return linear
 
 
 class IcsFilter(Filter):
-    """SSR-D: every view projects the whole input and lets the projected dims compete (eq. 4).
+    """Filters for SSR-D: every view projects the whole input and lets the projected dims compete (eq. 4).
 
     ``h_i = ICS_i(x W_i^proj)``; with ``gate``, ``h_i = ICS_i(x W_i^proj) * (x W_i^value)``. A view's population has
     ``filter_dim`` dims, which its fusion brings to ``view_dim``.
@@ -195,7 +195,7 @@ class TopKFilter(Filter):
 
 
 class NoFilter(Filter):
-    """No filter: every view's dense fusion sees the whole input (paper, Table 4, "w/o sparse filtering")."""
+    """Filters nothing: every view's dense fusion sees the whole input (paper, Table 4, "w/o sparse filtering")."""
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)
@@ -212,7 +212,7 @@ class NoFilter(Filter):
 
 
 class DropoutFilter(NoFilter):
-    """Dropout instead of a filter: every view sees the whole input under a random mask of its own (paper, Table 4)."""
+    """Drops dims at random: every view sees the whole input under a mask of its own (paper, Table 4)."""
 
     def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
         super().__init__(width, layer, config)

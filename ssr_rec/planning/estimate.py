@@ -152,7 +152,7 @@ class Estimate:
 
     @property
     def communication_samples_per_s(self) -> float:
-        """If nothing but communication took time, and none of it was hidden."""
+        """Return the rate if nothing but communication took time, and none of it was hidden."""
         spent = self.step.all_to_all + self.step.all_reduce
         return self.batch_size / spent * 1000 if spent else float("inf")
 

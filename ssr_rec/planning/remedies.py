@@ -34,7 +34,7 @@ class Planned:
 
     @property
     def fits(self) -> bool:
-        """Decided by the bytes of every rank, not by how the search ended."""
+        """Decide by the bytes of every rank, not by how the search ended."""
         return not overflows(self.case, self.found, self.estimate)
 
 

@@ -1,4 +1,4 @@
-"""DIN: a small network weighs each event against the target (Zhou et al., KDD 2018)."""
+"""DIN has a small network weigh each event against the target (Zhou et al., KDD 2018)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Requests:
 
     @property
     def per_second(self) -> float:
-        """Answers a second, over the time from the first request to the last answer."""
+        """Return the answers a second, over the time from the first request to the last answer."""
         return len(self.ended) / float(self.ended.max() - self.due.min())
 
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation: the tables are updated by every batch, the dense part once for a group of batches."""
+"""Accumulates gradients: the tables are updated by every batch, the dense part once for a group of batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Accumulation:
 
     @contextmanager
     def batch(self, rows: int, ends_group: bool) -> Iterator[None]:
-        """Around the pipeline's progress by one batch.
+        """Surround the pipeline's progress by one batch.
 
         Args:
             rows: of the global batch.

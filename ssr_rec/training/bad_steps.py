@@ -25,11 +25,11 @@ class SkippingPipeline(TrainPipelineSparseDist):
     which updates the tables, costs an all-reduce of one number a step.
 
     Args:
-        max_loss: nats per row above which a loss is bad; nan and infinity always are.
+        max_loss: see ``is_good``.
     """
 
     def __init__(
-        self, model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device, max_loss: float
+        self, model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device, max_loss: float | None
     ) -> None:
         super().__init__(model, optimizer, device, custom_model_fwd=self._forward)
         self._dense = [p for _, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
@@ -42,7 +42,7 @@ class SkippingPipeline(TrainPipelineSparseDist):
         plain, logits, labels, weights, group_ids = output
         total = plain.clone()
         dist.all_reduce(total)
-        self._skips = not total.item() <= self._max_loss
+        self._skips = not is_good(total, self._max_loss).item()
         if not self._skips:
             return loss, output
         # DDP waits for a gradient of every dense parameter; the tables' update is the gradient they do not get.
@@ -53,6 +53,11 @@ class SkippingPipeline(TrainPipelineSparseDist):
     def _optimizer_step(self) -> None:
         if not self._skips:
             super()._optimizer_step()
+
+
+def is_good(losses: torch.Tensor, max_loss: float | None) -> torch.Tensor:
+    """Return which losses are good ones: finite, and of at most ``max_loss`` nats per row (None: any)."""
+    return losses.isfinite() if max_loss is None else losses.isfinite() & (losses <= max_loss)
 
 
 def note_bad_steps(

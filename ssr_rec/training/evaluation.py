@@ -62,7 +62,7 @@ def evaluate(
     beat: Callable[[str], None],
     deciles: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of a split, the same on every rank and for every world size. Collective.
+    """Return the metrics of a split, the same on every rank and for every world size. Collective.
 
     Args:
         beat: told of every batch, for the watch over stalled ranks.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
@@ -23,5 +21,5 @@ def build_pipeline(
     if config.pipeline == "prefetch":
         return PrefetchTrainPipelineSparseDist(model, optimizer, device)
     if config.skip_bad_steps:
-        return SkippingPipeline(model, optimizer, device, config.max_loss or math.inf)
+        return SkippingPipeline(model, optimizer, device, config.max_loss)
     return TrainPipelineSparseDist(model, optimizer, device)

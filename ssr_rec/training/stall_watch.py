@@ -79,7 +79,7 @@ class StallWatch:
                 os._exit(STALLED)
 
     def _who_stalled(self) -> str:
-        """Silent ranks by name, or else where every rank is."""
+        """Name the silent ranks, or else where every rank is."""
         before = self._reports()
         self._ended.wait(2 * self._every)
         now = self._reports()

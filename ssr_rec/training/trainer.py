@@ -30,7 +30,7 @@ from ssr_rec.over_archs.base import OverArch
 from ssr_rec.training.accumulation import Accumulation
 from ssr_rec.training.adaptation import Adaptation
 from ssr_rec.training.averaging import averaged_weights
-from ssr_rec.training.bad_steps import note_bad_steps
+from ssr_rec.training.bad_steps import is_good, note_bad_steps
 from ssr_rec.training.captured import capture
 from ssr_rec.training.datasets import Rows, report_of_days
 from ssr_rec.training.evaluation import evaluate, run_steps
@@ -331,7 +331,7 @@ class Trainer:
         seconds, wait_seconds = time.perf_counter() - window.clock, window.batches.wait_seconds - window.waited
         fitted.count(window.samples, seconds, wait_seconds)
         fitted.epochs = self.train.epochs_done(fitted.steps)
-        good = losses.isfinite() & (losses <= (config.max_loss or math.inf))
+        good = is_good(losses, config.max_loss)
         trained = losses[good] if config.skip_bad_steps and good.any() else losses
         row = self.row(
             "train",

@@ -51,10 +51,12 @@ def state_at(runs: Path, step: int) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
-def test_a_skipped_step_changes_nothing(dataset, tmp_path, optimizer):
-    more = [f"--embeddings.optimizer={optimizer}", "--train.skip_bad_steps=1", *SAVES]
-    report = run_ranks(bad_loss_job, 2, options(dataset, tmp_path, *more), BAD_STEP, float("nan"))[1]
+@pytest.mark.parametrize(
+    ("optimizer", "value", "max_loss"), [("rowwise_adagrad", float("nan"), "10"), ("adam", float("inf"), "null")]
+)
+def test_a_skipped_step_changes_nothing(dataset, tmp_path, optimizer, value, max_loss):
+    more = [f"--embeddings.optimizer={optimizer}", "--train.skip_bad_steps=1", f"--train.max_loss={max_loss}", *SAVES]
+    report = run_ranks(bad_loss_job, 2, options(dataset, tmp_path, *more), BAD_STEP, value)[1]
     assert report["skipped_steps"] == 1 and report["steps"] == 48
     before, skipped, after = (state_at(tmp_path, BAD_STEP + offset) for offset in (-1, 0, 1))
     assert len(before) > 20

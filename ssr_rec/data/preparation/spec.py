@@ -244,7 +244,7 @@ class TableSpec(Settings):
         return [name for name in (*self.categorical, *self.list_columns) if name not in without]
 
     def buckets(self, column: str) -> int | None:
-        """Hash buckets of a column; None: it gets a vocabulary."""
+        """Return the hash buckets of a column; None: it gets a vocabulary."""
         return self.hash_buckets.get(column) if isinstance(self.hash_buckets, dict) else self.hash_buckets
 
     def check_columns(self, columns: Sequence[str], source: str | Path) -> None:

@@ -120,7 +120,7 @@ def draw_fields(columns: tuple[Column, ...], config: SyntheticConfig, split: str
 
 
 def history_lengths(config: SyntheticConfig) -> Distribution:
-    """Geometric, cut at the longest: most histories are short, about one in seven is empty."""
+    """Draw geometric lengths, cut at the longest: most histories are short, about one in seven is empty."""
     return Distribution(_HISTORY_DECAY ** np.arange(config.history_length + 1))
 
 

@@ -116,7 +116,7 @@ class Tally:
 
     @property
     def auc_error(self) -> float:
-        """Bound on |AUC - exact AUC|: half of the (positive, negative) pairs that share a bin."""
+        """Return a bound on |AUC - exact AUC|: half of the (positive, negative) pairs that share a bin."""
         negative, positive = self._counts.astype(np.float64)
         return float(negative @ positive / (2 * negative.sum() * positive.sum()))
 
