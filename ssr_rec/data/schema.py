@@ -228,10 +228,15 @@ class Schema(Settings):
     @property
     def trained_lookups(self) -> dict[str, Lookups]:
         """Return those of the rows that are trained on, per feature: the training split's, or of all days."""
+        return self.lookups_of(self.days.names if self.days else ["train"])
+
+    def lookups_of(self, splits: Sequence[str]) -> dict[str, Lookups]:
+        """Return the sum of the splits' ``lookups`` of each feature that has some."""
         sums: dict[str, Lookups] = {}
-        for split in self.days.names if self.days else ["train"]:
+        for split in splits:
             for name, found in self.splits[split].lookups.items() if split in self.splits else ():
-                sums[name] = sums[name] + found if name in sums else found
+                if name in self.feature_names:
+                    sums[name] = sums[name] + found if name in sums else found
         return sums
 
     def new_from(self, day: str) -> dict[str, int]:

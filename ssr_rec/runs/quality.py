@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssr_rec.common.formatting import decimal
-from ssr_rec.data.schema import Lookups, Schema
+from ssr_rec.data.schema import Schema
 
 CALIBRATION = 0.8, 1.25
 """Mean prediction over the share of positive rows; outside, a model's probabilities are not to be used as such."""
@@ -46,7 +46,8 @@ def quality_warnings(schema: Schema, parts: Mapping[str, Mapping[str, Mapping[st
 
 def _reason(schema: Schema, split: str) -> str | None:
     """Return which features of a split are unlike those of training."""
-    trained = schema.splits["train"].lookups if schema.days is None else _fitted(schema)
+    # Of days, of those that the vocabularies are of.
+    trained = schema.lookups_of(["train"] if schema.days is None else schema.days.names[: schema.days.fitted])
     far: list[tuple[float, str]] = []
     for name, there in schema.splits[split].lookups.items():
         for kind, word in (("oov", "out of vocabulary"), ("missing", "missing")):
@@ -57,13 +58,3 @@ def _reason(schema: Schema, split: str) -> str | None:
         return None
     told = ", ".join(sentence for _, sentence in sorted(far)[:MOST_REASONS])
     return f"likely reason: on {split} {told}; data.oov_dropout trains the row of such values"
-
-
-def _fitted(schema: Schema) -> dict[str, Lookups]:
-    """Return the counts over the days that the vocabularies are of."""
-    assert schema.days is not None
-    sums: dict[str, Lookups] = {}
-    for day in schema.days.names[: schema.days.fitted]:
-        for name, found in schema.splits[day].lookups.items():
-            sums[name] = sums[name] + found if name in sums else found
-    return sums

@@ -28,7 +28,7 @@ from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.whole_files import replace_folder
 from ssr_rec.data.features import InnerPath
-from ssr_rec.data.schema import Schema
+from ssr_rec.data.schema import Lookups, Schema
 from ssr_rec.runs.folder import write_json
 from ssr_rec.serving.quantized_tables import Precision
 
@@ -70,7 +70,11 @@ class Parity(Settings):
 
 class Manifest(Settings):
     format_version: Literal[1] = 1
-    dataset: Schema
+    dataset: Schema = Field(description="without its splits")
+    trained_values: dict[str, Lookups] = Field(
+        default_factory=dict,
+        description="per feature, of the rows trained on; none: exported before 2026-11-30, or of an older dataset",
+    )
     tables: Precision
     dense: Literal["fp32", "bf16"]
     pooling: Literal["mean", "sum"]

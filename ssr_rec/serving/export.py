@@ -133,6 +133,7 @@ def _described(restored: Restored, name: str, split: str, tolerance: float) -> d
     return {
         "histories": [[c.name for c in history.columns] for history in histories.histories] if histories else [],
         "dataset": restored.schema.model_copy(update={"splits": {}, "ceiling": {}}),
+        "trained_values": restored.schema.trained_lookups,
         "pooling": restored.config.embeddings.pooling,
         "over_arch": restored.config.over_arch.model_dump(mode="json"),
         "parity": parity,

@@ -62,7 +62,7 @@ class Scorer:
         self.schema, self.labels = manifest.dataset, manifest.dataset.labels
         self.tables, self.dense = manifest.tables, manifest.dense
         self.encoder = Encoder(manifest.dataset, folder)
-        self.values = ValueShares(manifest.dataset.features, manifest.dataset.trained_lookups)
+        self.values = ValueShares(manifest.dataset.features, manifest.trained_values)
         self._warned_of: set[str] = set()
         self._tables = [_mapped(folder / name) for name in manifest.stacks.values()]
         features = self.schema.features
