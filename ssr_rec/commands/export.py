@@ -18,7 +18,6 @@ from typing import get_args
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.logs import quiet
-from ssr_rec.data.schema import SPLITS
 from ssr_rec.serving.export import TOLERANCES, Compared, export_run
 from ssr_rec.serving.quantized_tables import Precision
 
@@ -46,12 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Export a trained run to an artifact for serving.")
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "run", type=Path, help="run folder (its best weights; of a run by days the latest), or a checkpoint in it"
+    )
     parser.add_argument("--out", type=Path, required=True, help="artifact folder; an artifact there is replaced")
     parser.add_argument("--tables", choices=get_args(Precision), default="fp32", help="precision of embedding rows")
     parser.add_argument("--dense", choices=["fp32", "bf16"], default="fp32", help="precision of over-arch and heads")
     parser.add_argument("--data", type=Path, help="the run's prepared dataset, where it has moved")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="fold to compare with the trainer's model on")
+    parser.add_argument(
+        "--split", help="fold to compare with the trainer's model on (default: test; of a run by days its last day)"
+    )
     parser.add_argument("--rows", type=int, help="rows of the fold to compare (default: all)")
     parser.add_argument(
         "--tolerance", type=float, help=f"largest difference of a probability (default by precision: {TOLERANCES})"

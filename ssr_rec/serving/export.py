@@ -26,7 +26,8 @@ from ssr_rec.serving.graph import Layout, ServingModel, make_layout, stacked_tab
 from ssr_rec.serving.id_columns import index_folder, make_index
 from ssr_rec.serving.quantized_tables import Precision
 from ssr_rec.serving.scorer import MAX_ROWS, Scorer
-from ssr_rec.serving.trained_model import Restored, restore_model
+from ssr_rec.serving.trained_model import Restored, latest_of_days, restore_model, run_folder
+from ssr_rec.training.datasets import choose_days
 
 TOLERANCES: dict[str, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.01, "int4": 0.1, "bf16": 0.05}
 """Largest difference of a probability from the trainer's eager model that export accepts, by precision."""
@@ -38,7 +39,8 @@ Note = Callable[[str], None]
 class Compared(NamedTuple):
     """Names the rows on which an artifact must score as the trainer's eager model does."""
 
-    split: str = "test"
+    split: str | None = None
+    """None: the test split, of a run by days its last day."""
     rows: int | None = None
     """How many of them; None: all."""
     tolerance: float | None = None
@@ -55,13 +57,16 @@ def export_run(
     compared: Compared | None = None,
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
-    """Export the best weights of ``run`` to the artifact folder ``out``, which appears whole or not at all.
+    """Export the weights of ``run`` to the artifact folder ``out``, which appears whole or not at all.
+
+    They are the best ones. A run by days has them of the day that was the easiest, so that its latest are exported.
 
     Args:
+        run: the run folder, or one of its checkpoints.
         tables: how embedding rows are stored.
         dense: in what over-arch and heads compute; bf16 as training with ``train.bf16`` does.
         data: where the run's prepared dataset is now; None: where its config says.
-        compared: the rows that the artifact must score as the trainer's eager model does; None: the test split.
+        compared: the rows that the artifact must score as the trainer's eager model does; None: all of ``Compared``.
 
     Returns:
         the report: path, bytes, seconds, parity, measures.
@@ -70,8 +75,9 @@ def export_run(
         UserError: not a finished run with its dataset, a machine without a C++ compiler, or outputs that differ by
             more than the tolerance.
     """
-    restored = restore_model(run, data)
-    return export_restored(restored, Path(run).name, out, tables=tables, dense=dense, compared=compared, note=note)
+    folder = run_folder(run)
+    restored = restore_model(latest_of_days(folder) if folder == Path(run) else run, data)
+    return export_restored(restored, folder.name, out, tables=tables, dense=dense, compared=compared, note=note)
 
 
 def export_restored(
@@ -91,7 +97,8 @@ def export_restored(
             "an artifact has no place for that map; train with a vocabulary or hash_buckets to serve"
         )
     started = time.perf_counter()
-    split, rows, tolerance = compared or Compared()
+    asked, rows, tolerance = compared or Compared()
+    trained_on, split = _splits(restored, asked)
     reader = Reader(restored.data, restored.schema, split, BATCH_ROWS)
     if not extension.load():
         raise UserError("export needs a C++ compiler for ssr_rec's operators and the compiled program; see above")
@@ -108,6 +115,7 @@ def export_restored(
         model = ServingModel(restored.model.dense, layout, dense == "bf16").eval()
         compile_model(model, list(packed.values()), folder / MODEL_FILE)
         values = _described(restored, name, split, tolerance) | {"tables": tables, "dense": dense, "stacks": stacks}
+        values["trained_values"] = restored.schema.lookups_of(trained_on)
         note(f"comparing with the trainer's model on the {split} fold")
         scorer = Scorer(folder, Manifest.model_validate({**values, "files": {}}))
         values["parity"], values["measures"] = compare(restored, scorer, reader, rows, tolerance)
@@ -124,6 +132,20 @@ def export_restored(
     }
 
 
+def _splits(restored: Restored, asked: str | None) -> tuple[list[str], str]:
+    """Return the splits that the run was trained on, and the one to compare on.
+
+    Raises:
+        UserError: there is no such split.
+    """
+    schema, days = restored.schema, restored.config.data.days
+    trained_on = choose_days(days or "all", schema.days.names) if schema.days else ["train"]
+    split = asked or (trained_on[-1] if schema.days else "test")
+    if split not in schema.splits:
+        raise UserError(f"split {split!r}: the dataset has {', '.join(schema.splits)}")
+    return trained_on, split
+
+
 def _described(restored: Restored, name: str, split: str, tolerance: float) -> dict[str, Any]:
     """Return the manifest's entries of a run that was not compared yet."""
     parity = Parity(
@@ -132,8 +154,7 @@ def _described(restored: Restored, name: str, split: str, tolerance: float) -> d
     histories = restored.model.dense.histories
     return {
         "histories": [[c.name for c in history.columns] for history in histories.histories] if histories else [],
-        "dataset": restored.schema.model_copy(update={"splits": {}, "ceiling": {}}),
-        "trained_values": restored.schema.trained_lookups,
+        "dataset": restored.schema.model_copy(update={"splits": {}, "ceiling": {}, "days": None, "additions": []}),
         "pooling": restored.config.embeddings.pooling,
         "over_arch": restored.config.over_arch.model_dump(mode="json"),
         "parity": parity,

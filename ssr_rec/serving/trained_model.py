@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ssr_rec.checkpointing.format import read_checkpoint, stored_tensors, verify
-from ssr_rec.checkpointing.manager import BEST, CHECKPOINTS_FOLDER, list_checkpoints
-from ssr_rec.checkpointing.train_state import MODEL
+from ssr_rec.checkpointing.format import INFO_FILE, read_checkpoint, stored_tensors, verify
+from ssr_rec.checkpointing.manager import BEST, CHECKPOINTS_FOLDER, TRAINING, list_checkpoints
+from ssr_rec.checkpointing.train_state import MODEL, OPTIMIZER
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import place
 from ssr_rec.config.run import RunConfig, load_config
@@ -19,10 +20,11 @@ from ssr_rec.embeddings.evicting_tables import managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.tables import plain_tables
 from ssr_rec.model.build import build_dense
-from ssr_rec.model.ctr_model import CTRModel
+from ssr_rec.model.ctr_model import CTRModel, running_statistics
 from ssr_rec.model.vector_fields import fill_vectors
 from ssr_rec.runs.folder import CONFIG_FILE
 from ssr_rec.runs.report import REPORT_FILE, read_report
+from ssr_rec.training.averaging import AVERAGE
 
 TASK = f"{MODEL}model."
 """Prefix of the names of a ``CTRModel``'s tensors in a checkpoint: that of ``TrainTask`` within a run's."""
@@ -43,17 +45,18 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
     """Return the best weights of a run, finished or not, trained by any number of ranks. Needs no process group.
 
     Args:
-        run: the run folder.
+        run: the run folder; or one of its checkpoints, whose weights are taken.
         data: where the prepared dataset is now; None: where the run's config says.
 
     Raises:
         UserError: no such run, no good best weights in it, or not the dataset that it was trained on.
     """
-    run = Path(run)
+    checkpoint, run = Path(run), run_folder(run)
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{run}: not a run folder, it has no {CONFIG_FILE}")
     config = load_config(run / CONFIG_FILE)
-    checkpoint = best_checkpoint(run)
+    if checkpoint == run:
+        checkpoint = best_checkpoint(run)
     if data is None and config.data.path is None:
         folder = ensure_synthetic(config.data.synthetic, Path(config.data.synthetic_root))
     else:
@@ -68,6 +71,29 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
     load_plain_weights(model, checkpoint)
     fill_vectors(model.dense.vectors, schema, folder)
     return Restored(model, schema, config, folder, checkpoint)
+
+
+def run_folder(path: str | Path) -> Path:
+    """Return the run folder that ``path`` is, or that it is a checkpoint of."""
+    path = Path(path)
+    return path.absolute().parents[1] if (path / INFO_FILE).is_file() else path
+
+
+def latest_of_days(run: Path) -> Path:
+    """Return the latest checkpoint of a run by days; ``run`` itself of any other, whose best weights are the ones.
+
+    Raises:
+        UserError: a run by days without a training checkpoint.
+    """
+    if not (run / CONFIG_FILE).is_file() or load_config(run / CONFIG_FILE).data.days is None:
+        return run
+    found = list_checkpoints(run / CHECKPOINTS_FOLDER, TRAINING)
+    if not found:
+        raise UserError(
+            f"{run / CHECKPOINTS_FOLDER}: no training checkpoint ({TRAINING}*), and of a run by days the best weights "
+            f"({BEST}*) are those of its easiest day; name the folder of those to take them all the same"
+        )
+    return found[0]
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -106,6 +132,9 @@ def build_plain_model(config: RunConfig, schema: Schema) -> CTRModel:
 def load_plain_weights(model: CTRModel, checkpoint: Path) -> None:
     """Read all weights of an unsharded model from a checkpoint that any number of ranks wrote.
 
+    Of a training checkpoint they are what an evaluation would have used: the dense weights' averages, where the run
+    keeps such, and the mean of the ranks' running statistics.
+
     Raises:
         UserError: not a good checkpoint, or one of another model.
     """
@@ -113,5 +142,13 @@ def load_plain_weights(model: CTRModel, checkpoint: Path) -> None:
     state, stored = model.state_dict(), stored_tensors(checkpoint)
     halves = [name for name in state if stored.get(TASK + name, (None, None))[1] == torch.float16]
     read = {name: torch.empty_like(v, dtype=torch.float16) if name in halves else v for name, v in state.items()}
-    read_checkpoint({TASK + name: value for name, value in read.items()}, checkpoint)
+    averages = {name: f"{OPTIMIZER}dense.model.{name}/{AVERAGE}" for name in state}
+    averages = {name: there for name, there in averages.items() if there in stored}
+    read_checkpoint({averages.get(name, TASK + name): value for name, value in read.items()}, checkpoint)
+    for name, value in running_statistics(model).items():
+        own = [there for there in stored if re.fullmatch(rf"rank\d+/model\.{re.escape(name)}", there)]
+        if own:
+            of_ranks = {there: torch.empty_like(value) for there in own}
+            read_checkpoint(of_ranks, checkpoint)
+            read[name] = torch.stack(list(of_ranks.values())).mean(0)
     model.load_state_dict({name: value.to(state[name].dtype) for name, value in read.items()})
