@@ -19,14 +19,17 @@ class Adaptation:
 
     Attributes:
         every: steps from one ``adapt`` to the next; None: the over-arch does not adapt, or no longer.
+
+    Args:
+        group: steps from one update of the over-arch to the next. An ``adapt`` waits for one.
     """
 
-    def __init__(self, over_arch: OverArch, optimizer: CombinedOptimizer) -> None:
+    def __init__(self, over_arch: OverArch, optimizer: CombinedOptimizer, group: int = 1) -> None:
         self._over_arch, self._optimizer = over_arch, optimizer
         self._x: Tensor | None = None
         self._grad: Tensor | None = None
         self._hook: RemovableHandle | None = None
-        self._times = over_arch.adapts()
+        self._times, self._group = over_arch.adapts(), group
         self.every = self._times.every if self._times else None
         if self._times is not None:
             self._hook = over_arch.register_forward_hook(self._keep)
@@ -41,7 +44,7 @@ class Adaptation:
     def _keep_gradient(self, grad: Tensor) -> None:
         self._grad = grad.detach()
 
-    def after(self, step: int, is_due: bool) -> None:
+    def after(self, step: int) -> None:
         """Look at the batch of a step, adapt if that is due, and end when it was the last time. Collective.
 
         Args:
@@ -52,7 +55,11 @@ class Adaptation:
         every, until, batches = self._times
         if step <= until and -step % every < batches and self._x is not None and self._grad is not None:
             self._over_arch.look(self._x, self._grad, self)
-        if is_due and step <= until:
+        if step % self._group:
+            return
+        # Also the last one waits for the update, which may be after ``until``.
+        first_since_update = ((step - self._group) // every + 1) * every
+        if first_since_update <= min(step, until):
             self._over_arch.adapt(step, self._state, self)
         if step >= until:
             self._hook.remove()

@@ -83,7 +83,7 @@ class Trainer:
         self.schedule = Schedule(optimizer, config)
         self.running = RunningAUC(self.config.measured(self.schema.labels), window=PROGRESS_ROWS)
         self.filter_watch = FilterWatch(self.over_arch.sparse_filters())
-        self.adaptation = Adaptation(self.over_arch, optimizer)
+        self.adaptation = Adaptation(self.over_arch, optimizer, self.config.accumulate)
         self.accumulation = Accumulation(model, optimizer) if self.config.accumulate > 1 else None
         device = next(model.parameters()).device
         self.pipeline = build_pipeline(model, self.accumulation or optimizer, device, self.config)
@@ -288,7 +288,7 @@ class Trainer:
             window.samples += train.rows_in_step(fitted.steps)
             fitted.steps += 1
             self.schedule.set(fitted.steps)
-            self.adaptation.after(fitted.steps, self._is_due(self.adaptation.every))
+            self.adaptation.after(fitted.steps)
             self._beat(f"step {fitted.steps}")
             is_due = self._is_due(checkpoints.config.every_steps)
             if not self._is_due(self.config.log_every) and fitted.steps < until and not is_due:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import CombinedOptimizer
 
+from ssr_rec.over_archs.adaptive import Adapts
 from ssr_rec.training.adaptation import Adaptation
 from ssr_rec.training.trainer import Trainer
 from tests.checkpointing.test_resume import options
@@ -83,8 +84,9 @@ def ends_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[li
         ([], [5, 10, 15]),
         (["--optimizer.ema_decay=0.9", "--optimizer.clip_norm=1.0", "--train.bf16=true"], [5, 10, 15]),
         (["--train.accumulate=3"], [6, 12, 15]),
+        pytest.param(["--train.accumulate=4"], [8, 12, 16], marks=pytest.mark.slow),
     ],
-    ids=["plain", "averages, clipping, bf16", "accumulate"],
+    ids=["plain", "averages, clipping, bf16", "accumulate", "accumulate beyond the last"],
 )
 def test_dims_move_when_they_are_due(dataset: Path, tmp_path: Path, more: list[str], steps: list[int]) -> None:
     (found,) = run_ranks(adapt_job, 1, options(dataset, tmp_path, *SETTINGS, *more), dataset, tmp_path)
@@ -118,11 +120,35 @@ def test_a_batch_that_is_left_out_moves_nothing() -> None:
     before = ssr.blocks()[0].filter.indices.clone()
     ssr(batch()).sum().backward()
     ssr(batch())  # no backward pass
-    adaptation.after(2, True)
+    adaptation.after(2)
     assert torch.equal(before, ssr.blocks()[0].filter.indices) and adaptation.every == 2
     ssr.eval()(batch()).sum().backward()
-    adaptation.after(4, True)
+    adaptation.after(4)
     assert torch.equal(before, ssr.blocks()[0].filter.indices) and adaptation.every is None
+
+
+@pytest.mark.parametrize(
+    ("group", "every", "until", "steps"),
+    [
+        (1, 5, 12, [5, 10]),
+        (4, 5, 15, [8, 12, 16]),
+        (8, 5, 10, [8, 16]),
+        (16, 5, 15, [16]),
+        (3, 5, 4, []),
+        (5, 1, 7, [5, 10]),
+    ],
+)
+def test_every_exchange_waits_for_an_update_of_the_over_arch(
+    group: int, every: int, until: int, steps: list[int]
+) -> None:
+    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_batches=1, adapt_share=0.5)
+    found: list[int] = []
+    ssr.adapts = lambda: Adapts(every, until, 1)
+    ssr.adapt = lambda step, *_: found.append(step)
+    adaptation = Adaptation(ssr, CombinedOptimizer([]), group)
+    for step in range(1, 41):
+        adaptation.after(step)
+    assert found == steps and adaptation.every is None
 
 
 def test_an_over_arch_that_does_not_adapt_is_left_alone() -> None:
