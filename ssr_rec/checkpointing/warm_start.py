@@ -28,6 +28,7 @@ from ssr_rec.checkpointing.train_state import (
 )
 from ssr_rec.checkpointing.warm_rows import Here, RowMap, row_maps, taken
 from ssr_rec.common.errors import UserError
+from ssr_rec.over_archs.base import OverArch
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ def warm_start(
             "keep it in fp32 by embeddings.dtypes"
         )
     model.load_state_dict({name.removeprefix(MODEL): value for name, value in tensors.items()})
+    for module in model.modules():
+        if isinstance(module, OverArch):
+            module.forget_looks()
     report = {"source": str(folder), **weights.report()}
     _log_report(folder, report)
     if optimizer is not None:

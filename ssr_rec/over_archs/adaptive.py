@@ -156,5 +156,4 @@ def move_dims(ssr: SSR, step: int, states: States, ranks: Ranks) -> None:
     ranks.take_first(now)
     forget(weight, states(weight), now != indices)
     indices.copy_(now)
-    would_be.zero_()
-    squares.zero_()
+    ssr.forget_looks()

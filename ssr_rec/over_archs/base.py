@@ -122,6 +122,9 @@ class OverArch(nn.Module, ABC):
             ranks: joins what the ranks have.
         """
 
+    def forget_looks(self) -> None:
+        """Let the next ``adapt`` rest on no batch seen so far: a run that is warm-started has seen none."""
+
     def following_config(self) -> Any:
         """Return the config to train after this one, of an over-arch whose training is a search; None for others."""
         return None

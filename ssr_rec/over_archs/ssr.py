@@ -140,6 +140,11 @@ class SSR(OverArch):
     def adapt(self, step: int, states: States, ranks: Ranks) -> None:
         move_dims(self, step, states, ranks)
 
+    def forget_looks(self) -> None:
+        if self.config.filter == "adaptive":
+            for name in ("would_be", "squares"):
+                self.blocks()[0].filter.get_buffer(name).zero_()
+
     def sparse_filters(self) -> list[nn.Module]:
         return [layer.filter for layer in self.blocks() if isinstance(layer.filter, IcsFilter | TopKFilter)]
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import CombinedOptimizer
 
+from ssr_rec.checkpointing.format import read_info
+from ssr_rec.checkpointing.resume import Start
+from ssr_rec.checkpointing.warm_rows import Here
+from ssr_rec.data.schema import Schema
 from ssr_rec.over_archs.adaptive import Adapts
 from ssr_rec.training.adaptation import Adaptation
 from ssr_rec.training.trainer import Trainer
@@ -112,6 +116,26 @@ def test_a_run_goes_on_from_between_two_moves(dataset: Path, tmp_path: Path) -> 
     """It stops after step 8, the first of three that the exchange at 10 looks at: both ends are equal to the bit."""
     arguments = options(dataset, tmp_path, *SETTINGS, "--train.max_steps=16", "--train.eval_every=4")
     run_ranks(state_job, 1, arguments, dataset, tmp_path)
+
+
+def sums_job(arguments: list[str], dataset: Path, folder: Path) -> list[bool]:
+    """Whether the next exchange rests on any batch: of a run after step 9, of one resumed there and one begun there."""
+    stopped = made([*arguments, "--train.max_steps=9"], dataset, folder / "stopped")
+    list(stopped.fit())
+    (checkpoint,) = (folder / "stopped" / "checkpoints").glob("step-*")
+    resumed = made(arguments, dataset, folder / "resumed")
+    resumed.load_state_dict(checkpoint, read_info(checkpoint))
+    begun = made([*arguments, f"--warm_start={checkpoint}"], dataset, folder / "begun")
+    begun.start(Start(folder, None, {}), Here(dataset, Schema.read(dataset)))
+    trainers = (stopped, resumed, begun)
+    filters = [trainer.over_arch.blocks()[0].filter for trainer in trainers]
+    assert all(torch.equal(filters[0].indices, one.indices) for one in filters)
+    return [bool(one.would_be.any() and one.squares.any()) for one in filters]
+
+
+def test_a_warm_started_run_has_seen_no_batch_and_a_resumed_one_has(dataset: Path, tmp_path: Path) -> None:
+    (found,) = run_ranks(sums_job, 1, options(dataset, tmp_path, *SETTINGS), dataset, tmp_path)
+    assert found == [True, True, False]
 
 
 def test_a_batch_that_is_left_out_moves_nothing() -> None:
