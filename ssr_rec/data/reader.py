@@ -250,7 +250,7 @@ class Prefetcher(Iterator[Batch]):
 
     def __init__(self, items: Iterator[Batch], depth: int) -> None:
         self.wait_seconds = 0.0
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=max(depth, 1))
+        self._queue: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=max(depth, 1))
         self._closed = threading.Event()
         self._finished = False
         self._thread = threading.Thread(target=self._run, args=(items,), daemon=True, name="ssr_rec-reader")
@@ -262,10 +262,11 @@ class Prefetcher(Iterator[Batch]):
                 if not self._put(item):
                     return
             self._put(None)
-        except Exception as error:
-            self._put(error)
+        except BaseException as error:
+            # One that is no Exception would end the consumer's process as if it had been asked to.
+            self._put(error if isinstance(error, Exception) else RuntimeError(f"the reader's thread ended: {error!r}"))
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: Batch | Exception | None) -> bool:
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

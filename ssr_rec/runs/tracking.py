@@ -112,7 +112,7 @@ class Apart:
             tracker = open_it()
             while not self.fault and (what := self._waiting.get()) is not None:
                 what(tracker)
-        except Exception as error:  # whatever a tracking library raises
+        except BaseException as error:  # whatever a tracking library raises, SystemExit too
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
     def _give_up(self, why: str) -> None:

@@ -96,9 +96,17 @@ class Batcher:
         self._thread.join()
 
     def _serve(self) -> None:
-        while (batch := self._next()) is not None:
-            if batch:
-                self._answer(batch)
+        batch: list[Waiting] | None = None
+        try:
+            while (batch := self._next()) is not None:
+                if batch:
+                    self._answer(batch)
+        finally:  # whatever ended the thread, nobody may wait for it
+            with self._changed:
+                self._closed = True
+                for request in (*(batch or ()), *self._waiting):
+                    if not request.answer.done():
+                        request.answer.set_exception(Closed())
 
     def _next(self) -> list[Waiting] | None:
         """Return the requests of the next batch, None when the batcher is closed and nothing waits."""
@@ -130,15 +138,15 @@ class Batcher:
         for request in batch:
             try:
                 good.append((request, request.encode(self.scorer)))
-            except Exception as error:  # a fault in one request must not be an answer to another
-                request.answer.set_exception(error)
+            except BaseException as error:  # a fault in one request must not be an answer to another
+                request.answer.set_exception(_plain(error))
         if not good:
             return
         try:
             found = self.scorer.predict_encoded(_joined([encoded for _, encoded in good]))
-        except Exception as error:
+        except BaseException as error:
             for request, _ in good:
-                request.answer.set_exception(error)
+                request.answer.set_exception(_plain(error))
             return
         self.told(sum(request.rows for request, _ in good), len(good))
         start = 0
@@ -146,6 +154,11 @@ class Batcher:
             stop = start + encoded.rows
             request.answer.set_result({label: values[start:stop] for label, values in found.items()})
             start = stop
+
+
+def _plain(error: BaseException) -> Exception:
+    """Return an error that does not end the thread, or the event loop, in which it is raised again."""
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:

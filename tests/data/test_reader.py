@@ -133,6 +133,15 @@ def test_prefetcher_passes_errors_on_and_can_be_closed_early(dataset):
         next(batches)
     with pytest.raises(StopIteration):
         next(batches)
+
+    def ending():
+        yield read(dataset)[0]
+        raise SystemExit
+
+    batches = Prefetcher(ending(), depth=1)
+    next(batches)
+    with pytest.raises(RuntimeError, match="the reader's thread ended: SystemExit"):
+        next(batches)
     reader = Reader(dataset, Schema.read(dataset), "train", 64, num_lanes=4).reading(prefetch=1)
     endless = reader.epoch(0)
     next(endless)

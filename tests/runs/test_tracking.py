@@ -77,6 +77,12 @@ def test_a_fault_is_said_once_and_goes_no_further(where, caplog):
     ]
 
 
+def test_a_library_that_ends_its_thread_is_a_fault_as_any_other(caplog):
+    with caplog.at_level(logging.WARNING):
+        send_all(Apart("it", lambda: sys.exit("no account")))
+    assert ["(SystemExit: no account)" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_a_server_that_hangs_does_not_hold_up_the_run(caplog, monkeypatch):
     monkeypatch.setattr(tracking, "SECONDS_TO_SEND", 0.05)
     answers = threading.Event()
