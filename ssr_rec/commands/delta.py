@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(make_delta(options.older, options.other, options.out)))
         else:
             apply_delta(options.older, options.other, options.out)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

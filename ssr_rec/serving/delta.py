@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -49,34 +50,49 @@ def make_delta(older: Path, newer: Path, out: Path) -> dict[str, int]:
         ``bytes`` of the delta, ``of`` the newer artifact, ``rows`` that changed.
 
     Raises:
-        UserError: no artifacts, tables of different sizes, or ``out`` is there.
+        UserError: no artifacts, tables of different sizes, or ``out`` is there; nothing half-written stays.
     """
     if out.exists():
         raise UserError(f"{out}: already there; choose another folder")
     before, after = read_manifest(older), read_manifest(newer)
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / CHANGES_FOLDER).mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        (work / CHANGES_FOLDER).mkdir(parents=True)
+        changed_rows = _write_changes((older, before), (newer, after), work)
+        try:
+            work.rename(out)
+        except OSError:
+            if not out.exists():
+                raise
+            raise UserError(f"{out}: another process made it meanwhile; choose another folder") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return {"bytes": size, "of": sum(int(size) for size, _ in after.files.values()), "rows": changed_rows}
+
+
+def _write_changes(older: tuple[Path, Manifest], newer: tuple[Path, Manifest], work: Path) -> int:
+    """Write the delta to ``work``; returns how many rows of tables changed."""
+    (old, before), (new, after) = older, newer
     changed_rows = 0
     tables = set(after.stacks.values())
     for name, (_, digest) in after.files.items():
         if before.files.get(name, [0, ""])[1] == digest:
             continue
         if name in tables and name in before.files:
-            rows, values = _changed(older / name, newer / name)
+            rows, values = _changed(old / name, new / name)
             np.save(_changes(work, name, "rows"), rows, allow_pickle=False)
             np.save(_changes(work, name, "values"), values, allow_pickle=False)
             changed_rows += len(rows)
         else:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(newer / name, work / name)
+            shutil.copyfile(new / name, work / name)
     files = {str(path.relative_to(work)): sha256_of(path) for path in sorted(work.rglob("*")) if path.is_file()}
-    manifest = json.loads((newer / MANIFEST_FILE).read_text())
-    plain = Delta(older=_digest_of_manifest(older), manifest=manifest, files=files).model_dump(mode="json")
+    manifest = json.loads((new / MANIFEST_FILE).read_text())
+    plain = Delta(older=_digest_of_manifest(old), manifest=manifest, files=files).model_dump(mode="json")
     write_json(work / DELTA_FILE, {**plain, "sha256": digest_of(plain)})
-    work.rename(out)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return {"bytes": size, "of": sum(int(size) for size, _ in after.files.values()), "rows": changed_rows}
+    return changed_rows
 
 
 def apply_delta(older: Path, delta: Path, out: Path) -> Manifest:
@@ -85,7 +101,7 @@ def apply_delta(older: Path, delta: Path, out: Path) -> Manifest:
     Files that did not change are links to the older one's where the file system has them, else copies.
 
     Raises:
-        UserError: not a delta, damaged, or one from another artifact than ``older``.
+        UserError: not a delta, damaged, or one from another artifact than ``older``; or that one is damaged.
     """
     found = _read(delta)
     if _digest_of_manifest(older) != found.older:
@@ -93,23 +109,43 @@ def apply_delta(older: Path, delta: Path, out: Path) -> Manifest:
     for name, digest in found.files.items():
         if not (delta / name).is_file() or sha256_of(delta / name) != digest:
             raise UserError(f"{delta / name}: missing or damaged; make the delta again")
-    files = Manifest.model_validate({name: found.manifest[name] for name in found.manifest if name != "sha256"}).files
+    try:
+        plain = {name: value for name, value in found.manifest.items() if name != "sha256"}
+        files = Manifest.model_validate(plain).files
+    except ValidationError as error:
+        raise UserError(f"{delta / DELTA_FILE}: no manifest in it: {first_problem(error)}; make it again") from None
     with new_artifact(out) as work:
-        for name in files:
+        for name, (_, wanted) in files.items():
             target = work / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            if (delta / name).is_file():
-                shutil.copyfile(delta / name, target)
-            elif _changes(delta, name, "rows").is_file():
-                shutil.copyfile(older / name, target)
-                table = np.load(target, mmap_mode="r+", allow_pickle=False)
-                rows = np.load(_changes(delta, name, "rows"), allow_pickle=False)
-                table[rows] = np.load(_changes(delta, name, "values"), mmap_mode="r", allow_pickle=False)
-                table.flush()
-            else:
-                _link(older / name, target)
+            try:
+                _make(older, delta, name, target)
+                problem = "" if sha256_of(target) == wanted else "it is not the file that the delta was made from"
+            except FileNotFoundError:
+                problem = "missing"
+            except (ValueError, IndexError) as error:
+                problem = str(error)
+            if problem:
+                raise UserError(f"{older / name}: damaged: {problem}; deploy the whole newer artifact")
         write_json(work / MANIFEST_FILE, found.manifest)
-        return read_manifest(work)
+        try:
+            return read_manifest(work, check_files=False)
+        except UserError as error:  # that folder is gone when the message is read
+            raise UserError(str(error).replace(str(work), str(delta))) from None
+
+
+def _make(older: Path, delta: Path, name: str, target: Path) -> None:
+    """Make one file of the newer artifact."""
+    if (delta / name).is_file():
+        shutil.copyfile(delta / name, target)
+    elif _changes(delta, name, "rows").is_file():
+        shutil.copyfile(older / name, target)
+        table = np.load(target, mmap_mode="r+", allow_pickle=False)
+        rows = np.load(_changes(delta, name, "rows"), allow_pickle=False)
+        table[rows] = np.load(_changes(delta, name, "values"), mmap_mode="r", allow_pickle=False)
+        table.flush()
+    else:
+        _link(older / name, target)
 
 
 def _changed(before: Path, after: Path) -> tuple[np.ndarray, np.ndarray]:

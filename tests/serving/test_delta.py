@@ -1,13 +1,17 @@
 """What a delta makes of the older artifact is the newer one to the bit, or nothing."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.data.schema import Schema
-from ssr_rec.serving.artifact import MODEL_FILE, Machine, Parity, read_manifest, write_manifest
+from ssr_rec.serving import delta
+from ssr_rec.serving.artifact import MODEL_FILE, Machine, Parity, digest_of, read_manifest, write_manifest
 from ssr_rec.serving.delta import apply_delta, make_delta
 
 
@@ -70,13 +74,13 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
     tmp_path: Path, pair: tuple[Path, Path], dataset: Path
 ) -> None:
     older, newer = pair
-    delta = tmp_path / "delta"
-    make_delta(older, newer, delta)
+    made = tmp_path / "delta"
+    make_delta(older, newer, made)
     before = contents(newer)
     with pytest.raises(ValueError, match="it changes another artifact than"):
-        apply_delta(newer, delta, newer)
+        apply_delta(newer, made, newer)
     with pytest.raises(ValueError, match="already there"):
-        make_delta(older, newer, delta)
+        make_delta(older, newer, made)
     other = make_artifact(tmp_path / "other", dataset, np.zeros((900, 4), np.float32), b"x")
     with pytest.raises(ValueError, match=r"float32 of \(900, 4\).*deploy the whole artifact"):
         make_delta(older, other, tmp_path / "none")
@@ -87,14 +91,45 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
         ("delta.json", None, "not a delta"),
     ]:
         broken = tmp_path / "broken"
-        shutil.copytree(delta, broken, dirs_exist_ok=True)
+        shutil.copytree(made, broken, dirs_exist_ok=True)
         (broken / name).unlink() if text is None else (broken / name).write_bytes(text)
         with pytest.raises(ValueError, match=message):
             apply_delta(older, broken, older)
     table = older / "tables" / "main-4.npy"
     whole = table.read_bytes()
     table.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-    with pytest.raises(ValueError, match=r"main-4.npy: missing or damaged"):
-        apply_delta(older, delta, tmp_path / "out")
+    for damage, message in [
+        (lambda: None, r"older/tables/main-4.npy: damaged: it is not the file .*deploy the whole newer artifact"),
+        (lambda: table.write_bytes(b"x"), r"older/tables/main-4.npy: damaged: "),
+        (table.unlink, r"older/tables/main-4.npy: damaged: missing"),
+        ((older / "tables" / "extra-2.npy").unlink, r"older/tables/(main-4|extra-2).npy: damaged: missing"),
+    ]:
+        damage()
+        with pytest.raises(UserError, match=message):
+            apply_delta(older, made, tmp_path / "out")
+    found = json.loads((made / "delta.json").read_text())
+    del found["sha256"], found["manifest"]["files"]
+    (made / "delta.json").write_text(json.dumps({**found, "sha256": digest_of(found)}))
+    with pytest.raises(UserError, match=r"delta.json: no manifest in it: files"):
+        apply_delta(older, made, tmp_path / "out")
     assert contents(newer) == before
-    assert not {"none", "out"} & {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"older", "newer", "delta", "other", "broken"}
+
+
+def test_two_deltas_made_at_once_to_one_place_are_one_whole_and_one_refusal(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = pair
+    make_delta(older, newer, tmp_path / "wanted")
+    write = delta._write_changes
+
+    def write_beside_another(*arguments: Any) -> int:
+        monkeypatch.setattr(delta, "_write_changes", write)
+        make_delta(older, newer, tmp_path / "out")
+        return write(*arguments)
+
+    monkeypatch.setattr(delta, "_write_changes", write_beside_another)
+    with pytest.raises(UserError, match="another process made it meanwhile"):
+        make_delta(older, newer, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    assert {path.name for path in tmp_path.iterdir()} == {"older", "newer", "wanted", "out"}
