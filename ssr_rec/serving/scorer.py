@@ -16,6 +16,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.data.batch import Batch
 from ssr_rec.kernels import extension
 from ssr_rec.serving.artifact import MODEL_FILE, Manifest, read_manifest
+from ssr_rec.serving.program import load_program
 from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
 from ssr_rec.serving.shared_lists import events_of_rows, flat
 from ssr_rec.serving.value_shares import ValueShares
@@ -73,7 +74,7 @@ class Scorer:
         self._shares_lists = manifest.histories is not None
         self._histories = [lists.index(columns[0]) for columns in manifest.histories or ()]
         self._each_row = np.arange(MAX_ROWS)
-        self._run = torch._C._aoti.AOTIModelPackageLoader(str(folder / MODEL_FILE), "model", False, runners, -1).run
+        self._run = load_program(folder / MODEL_FILE, runners)
 
     def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
         """Return label -> probabilities (B,) float32 of raw rows, in their order.

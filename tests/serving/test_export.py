@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+import tempfile
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_any_number_of_rows_scores_as_the_eager_model(made):
         torch.testing.assert_close(scorer.score(part), logits[:rows], atol=1e-5, rtol=0)
         assert torch.equal(scorer.score(part.values(), part.lengths()), scorer.score(part))
     assert scorer.score(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)).shape == (0, 2)
+
+
+def test_a_loaded_program_has_no_file_that_a_kill_could_leave(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    scorer = load(made[1], runners=2)
+    assert list(tmp_path.iterdir()) == []
+    logits, sparse = eager_logits(made[0], 20)
+    torch.testing.assert_close(scorer.score(sparse), logits, atol=1e-5, rtol=0)
 
 
 def test_rows_whose_lists_are_all_empty(made):

@@ -1,0 +1,52 @@
+"""The folder from which a program is loaded goes, also that of a killed process, but never a living one's."""
+
+import fcntl
+import os
+import tempfile
+import time
+import zipfile
+
+import pytest
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.serving import program
+from ssr_rec.serving.program import PREFIX, load_program
+
+
+def left_folder(where, name, seconds_ago):
+    folder = where / f"{PREFIX}{name}"
+    (folder / "model").mkdir(parents=True)
+    os.utime(folder, times=(time.time() - seconds_ago,) * 2)
+    return folder
+
+
+def test_what_killed_processes_left_goes_and_what_living_ones_use_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = left_folder(tmp_path, "killed", 3600)
+    living, new = left_folder(tmp_path, "living", 3600), left_folder(tmp_path, "new", 1)
+    other = tmp_path / "aotinductor_x"
+    other.mkdir()
+    lock = os.open(living, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with program._folder_of_this_process() as own:
+        assert not killed.exists() and {*tmp_path.iterdir()} == {living, new, other, own}
+        program._remove_left_ones()
+        assert own.exists(), "its process lives"
+    os.close(lock)
+    assert {*tmp_path.iterdir()} == {living, new, other}
+    program._remove_left_ones()
+    assert {*tmp_path.iterdir()} == {new, other}
+
+
+def test_a_file_that_is_no_program_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"half")
+    with pytest.raises(UserError, match=r"model\.pt2: damaged: .*; export the run again"):
+        load_program(path, 1)
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr("model/data/weights", b"")
+    with pytest.raises(UserError, match=r"model\.pt2: damaged"):
+        load_program(path, 1)
+    assert not any((tmp_path / "temporary").iterdir())
