@@ -94,6 +94,14 @@ class Report(Figures):
         value = measures.get(task, {}).get(name)
         return None if value is None or math.isnan(value) else value
 
+    @property
+    def judged(self) -> Measures:
+        """Return the figures that choose among runs: validation's, of a run by days the mean of the days.
+
+        ``validation`` of a run by days is its best single day, which says more of the day than of the run.
+        """
+        return self.test if self.days else self.validation
+
     def values(self) -> dict[str, Any]:
         """Return what the file holds, as plain values."""
         return self.model_dump(exclude_unset=True)

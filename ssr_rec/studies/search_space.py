@@ -21,6 +21,8 @@ OWN_KEYS = {"name": "--out", "runs": "--out", "data.path": "--data", "resume": "
 """Keys that differ between trials or are the search's own, and what sets them."""
 JUDGES = ("seed", "train.monitor", "train.monitor_task", "data.labels", "data.days")
 """Keys that decide what the objective measures, so that trials must share them."""
+LENGTHS = ("train.max_steps", "train.batch_size", "train.epochs")
+"""Keys that decide which day ``train.max_steps`` ends on."""
 
 
 class FloatRange(Settings):
@@ -167,6 +169,11 @@ def check_tuning(tuning: Tuning, schema: Schema, data: str, where: str | Path) -
                 raise UserError(
                     f"{where}: search: {key} changes over which tasks {judge.train.monitor} is a mean; set "
                     "train.monitor_task for all trials"
+                )
+            if config.data.days is not None and config.train.max_steps is not None and key in LENGTHS:
+                raise UserError(
+                    f"{where}: search: {key} changes on which day train.max_steps={config.train.max_steps} ends, and "
+                    "trials must be judged by the same days; set train.max_steps to null, or search other keys"
                 )
             check_with_data(str(where), config, schema)
     return judge

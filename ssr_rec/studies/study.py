@@ -145,7 +145,7 @@ class Plan:
 
     def final_jobs(self, system: str, reports: Reports) -> list[Job]:
         """Return the S runs of the best of the system's finished trials; [] without any."""
-        found = {job.trial: reports[job].validation for job in self.trial_jobs(system) if job in reports}
+        found = {job.trial: reports[job].judged for job in self.trial_jobs(system) if job in reports}
         if not found:
             return []
         winner = best_trial(found, self.trials[system][0].config.train)

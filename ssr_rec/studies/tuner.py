@@ -136,7 +136,7 @@ class Tuner:
         taken, folder = training.taken, self.book.out / RUNS_FOLDER / training.taken.name
         if code == 0:
             report = read_report(folder)
-            value = objective(report.validation, self.book.train)
+            value = objective(report.judged, self.book.train)
             if math.isnan(value):
                 self._end(training, "FAIL", notes={"problem": f"validation has no {self.book.train.monitor}"})
                 return

@@ -223,6 +223,22 @@ def test_a_killed_training_is_tried_again_and_a_refused_one_is_not(
         assert "exit code" in trials_frame(book)["problem"][0] and any("0000.log ends" in line for line in lines)
 
 
+def test_a_trial_by_days_is_worth_the_mean_of_its_days_not_the_best_one(opened, dataset, tmp_path):
+    path = tmp_path / "fake_train.py"
+    path.write_text(FAKE.replace("0.1}},\n}", "0.1}}, 'days': [{'day': '2', 'tasks': {}}],\n}"))
+    book = opened(trials=1)
+    Tuner(book, str(dataset), 1, (sys.executable, str(path)), lambda line: None).run()
+    assert book.trials()[0].value == 0.1 < max(book.trials()[0].intermediate_values.values())
+
+
+def test_trials_that_would_end_on_other_days_are_refused(dataset):
+    train = {"max_steps": 50, "eval_every": None, "monitor_task": "click"}
+    base = {"over_arch": {"name": "mlp"}, "data": {"days": "all"}, "train": train}
+    tuning = Tuning.model_validate({**SPACE, "base": base, "search": {"train.batch_size": [64, 128]}})
+    with pytest.raises(UserError, match=r"train\.batch_size changes on which day train\.max_steps=50 ends"):
+        check_tuning(tuning, Schema.read(dataset), str(dataset), "space.yaml")
+
+
 @pytest.mark.slow
 def test_logloss_is_minimised(opened, fake, dataset):
     book = opened(trials=3, base={**SPACE["base"], "train": {"monitor": "logloss", "monitor_task": "click"}})
