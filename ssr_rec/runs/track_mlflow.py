@@ -14,12 +14,12 @@ from mlflow.tracking import MlflowClient
 
 from ssr_rec.common.whole_files import write_text
 from ssr_rec.runs.folder import scalars
-from ssr_rec.runs.tracking import Ended
+from ssr_rec.runs.tracking import MLFLOW_RUN_FILE, Ended
 
-RUN_FILE = "mlflow_run"
-"""Holds the id of the MLflow run, in which a resumed run goes on."""
 MOST_PARAMS, MOST_CHARACTERS = 100, 500
-STATUS: dict[Ended, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS: dict[Ended, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "pruned": "KILLED"}
+ENDED_TAG = "ssr_rec.ended"
+"""Says how a run ended, since MLflow has one status for what was stopped and what was pruned."""
 
 
 class Mlflow:
@@ -33,7 +33,7 @@ class Mlflow:
     def __init__(self, folder: Path, project: str, uri: str | None) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.client = MlflowClient(tracking_uri=uri)
-        id_file = folder / RUN_FILE
+        id_file = folder / MLFLOW_RUN_FILE
         if id_file.is_file():
             self.run_id = id_file.read_text().strip()
             self.client.update_run(self.run_id, status="RUNNING")
@@ -64,6 +64,7 @@ class Mlflow:
             self.client.log_artifact(self.run_id, str(path))
 
     def close(self, how: Ended) -> None:
+        self.client.set_tag(self.run_id, ENDED_TAG, how)
         self.client.set_terminated(self.run_id, status=STATUS[how])
 
 

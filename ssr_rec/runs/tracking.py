@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
-Ended = Literal["finished", "stopped", "failed"]
+Ended = Literal["finished", "stopped", "failed", "pruned"]
 MOST_WAITING = 10_000
+MLFLOW_RUN_FILE = "mlflow_run"
+"""Holds the id of the MLflow run, in which a resumed run goes on."""
 SECONDS_TO_SEND = 30.0
 """How long the end of a run waits for a tracker that is behind."""
 
@@ -169,6 +171,15 @@ def check_trackers(config: RunConfig) -> None:
     for name in config.track.to:
         if find_spec(name) is None:
             raise UserError(f"track.to: {name} is not installed; pip install 'ssr_rec[track]', or leave it out")
+
+
+def end_killed(config: RunConfig, folder: Path, how: Ended) -> None:
+    """Say in MLflow how a run has ended whose process was killed and could not say so itself.
+
+    Waits 30 s at most for a server. Weights & Biases sees by itself that a process is gone.
+    """
+    if "mlflow" in config.track.to and (folder / MLFLOW_RUN_FILE).is_file():
+        Apart("MLflow", lambda: _mlflow(config, folder)).close(how)
 
 
 def _mlflow(config: RunConfig, folder: Path) -> Tracker:

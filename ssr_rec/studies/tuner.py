@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ssr_rec.config.training import TrainConfig
 from ssr_rec.runs.exit_codes import BAD_INPUT
 from ssr_rec.runs.folder import METRICS_FILE, read_metrics
 from ssr_rec.runs.report import read_report
+from ssr_rec.runs.tracking import Ended, end_killed
 from ssr_rec.studies.runner import (
     CONFIGS_FOLDER,
     LOGS_FOLDER,
@@ -67,6 +69,7 @@ class Tuner:
         cores = sorted(os.sched_getaffinity(0))
         self.free = [cores[i::workers] or [cores[i % len(cores)]] for i in range(workers)]
         self.running: list[Training] = []
+        self.telling: list[threading.Thread] = []
         self.clock = Clock(workers)
         for folder in (RUNS_FOLDER, CONFIGS_FOLDER, LOGS_FOLDER):
             (book.out / folder).mkdir(exist_ok=True)
@@ -90,6 +93,8 @@ class Tuner:
             for training in self.running:
                 self.book.count_start(training.taken, by=-1)
                 self.book.leave(training.taken)
+            for thread in self.telling:
+                thread.join()
 
     def _start(self, taken: Taken, cores: list[int]) -> None:
         out, name = self.book.out, taken.name
@@ -112,6 +117,7 @@ class Tuner:
             # A checkpoint of it is of no use, so it is not asked to stop.
             training.popen.kill()
             training.popen.wait()
+            self._tell_trackers(training, "pruned")
             self._end(training, "PRUNED")
         else:
             assert code is not None
@@ -148,7 +154,16 @@ class Tuner:
             self.say(f"trial {taken.trial.number} goes on; start {taken.starts + 1} of {MOST_STARTS}")
             self._start(taken, training.cores)
         else:
+            self._tell_trackers(training, "failed")
             self._end(training, "FAIL", notes={"problem": f"exit code {code}"})
+
+    def _tell_trackers(self, training: Training, how: Ended) -> None:
+        """Say how a killed training's run ended, in a thread: a server that is gone must not hold up other trials."""
+        taken = training.taken
+        config = config_of(self.book.tuning, taken.point, self.data, f"trial {taken.name}")
+        folder = self.book.out / RUNS_FOLDER / taken.name
+        self.telling.append(threading.Thread(target=end_killed, args=(config, folder, how), name=f"end-{taken.name}"))
+        self.telling[-1].start()
 
     def _end(
         self, training: Training, state: str, value: float | None = None, notes: dict[str, Any] | None = None
