@@ -7,10 +7,14 @@ line of the process.
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+
+from ssr_rec.common.errors import UserError
+from ssr_rec.common.saying import MODES, VARIABLE, progress_mode
 
 ELSEWHERE = {"train": Path(__file__).parents[1] / "train.py"}
 """Commands whose modules lie in other places of the package."""
@@ -19,6 +23,14 @@ ELSEWHERE = {"train": Path(__file__).parents[1] / "train.py"}
 def main() -> int:
     """Run the command that the process was asked for; return its exit status, 2 where there is none of that name."""
     modules = commands()
+    if sys.argv[1:2] == ["--progress"]:
+        os.environ[VARIABLE] = sys.argv[2] if len(sys.argv) > 2 else ""
+        del sys.argv[1:3]
+    try:
+        progress_mode()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in modules:
         # What a command's own help and messages call it.
@@ -28,9 +40,12 @@ def main() -> int:
     where = sys.stdout if is_help else sys.stderr
     if not is_help:
         print(f"error: no command {name!r}", file=where)
-    print("usage: ssr-rec COMMAND [ARGUMENTS]; ssr-rec COMMAND --help explains one\n", file=where)
+    print("usage: ssr-rec [--progress MODE] COMMAND [ARGUMENTS]; ssr-rec COMMAND --help explains one\n", file=where)
     for command, path in modules.items():
         print(f"  {command:<10} {_first_sentence(path)}", file=where)
+    print("\nmodes of progress, also by SSR_REC_PROGRESS=MODE:\n", file=where)
+    for mode, meaning in MODES.items():
+        print(f"  {mode:<10} {meaning}", file=where)
     return 0 if is_help else 2
 
 

@@ -22,9 +22,10 @@ from pathlib import Path
 import yaml
 
 from ssr_rec.common.logs import quiet
+from ssr_rec.common.saying import say
 from ssr_rec.common.whole_files import write_text
 from ssr_rec.data.schema import Schema
-from ssr_rec.studies.command_line import count, say, stop_politely
+from ssr_rec.studies.command_line import count, stop_politely
 from ssr_rec.studies.figure import draw_costs
 from ssr_rec.studies.runner import TRAIN_COMMAND, Comparison, open_comparison, run_comparison
 from ssr_rec.studies.study import Plan, choose, make_plan, read_study, slug

@@ -22,6 +22,7 @@ import torch
 from ssr_rec.common import stopping
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.logs import quiet
+from ssr_rec.common.saying import say
 from ssr_rec.explaining.explanation import Question, explain_run
 from ssr_rec.explaining.figures import draw_all
 from ssr_rec.explaining.slices import ORDERS
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def note(text: str) -> None:
         stopping.check()
-        print(f"{time.perf_counter() - started:.0f} s: {text}", file=sys.stderr, flush=True)
+        say(f"{time.perf_counter() - started:.0f} s: {text}")
 
     try:
         asked = Question(

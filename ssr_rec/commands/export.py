@@ -18,6 +18,7 @@ from typing import get_args
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.logs import quiet
+from ssr_rec.common.saying import say
 from ssr_rec.serving.export import TOLERANCES, Compared, export_run
 from ssr_rec.serving.quantized_tables import Precision
 
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             dense=options.dense,
             data=options.data,
             compared=Compared(options.split, options.rows, options.tolerance),
-            note=lambda text: print(text, file=sys.stderr, flush=True),
+            note=say,
         )
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,7 +11,6 @@ require_stack()
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 
 from ssr_rec.common import stopping
 from ssr_rec.common.logs import quiet
+from ssr_rec.common.saying import say
 from ssr_rec.data.schema import Lookups
 from ssr_rec.serving import load
 from ssr_rec.serving.score_file import score_file
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     def progress(rows: int) -> None:
         stopping.check()
         seconds = time.perf_counter() - started
-        print(f"scored {rows:,} rows, {rows / seconds:,.0f} rows/s", file=sys.stderr, flush=True)
+        say(f"scored {rows:,} rows, {rows / seconds:,.0f} rows/s", {"rows": rows, "seconds": seconds})
 
     try:
         scorer = load(options.artifact)

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssr_rec.common.logs import quiet
+from ssr_rec.common.saying import say
 from ssr_rec.common.whole_files import write_text
 from ssr_rec.config.run import dump_config
 from ssr_rec.data.schema import Schema
-from ssr_rec.studies.command_line import count, say, stop_politely
+from ssr_rec.studies.command_line import count, stop_politely
 from ssr_rec.studies.runner import TRAIN_COMMAND
 from ssr_rec.studies.search_space import check_tuning, read_tuning
 from ssr_rec.studies.study import slug

@@ -12,22 +12,25 @@ ROOT = "ssr_rec"
 
 
 class _To(logging.Handler):
-    def __init__(self, write: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[[str], None], warn: Callable[[str], None]) -> None:
         super().__init__()
-        self.write = write
+        self.write, self.warn = write, warn
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass on the message alone: a progress line has no use for names and levels."""
-        self.write(record.getMessage())
+        (self.warn if record.levelno >= logging.WARNING else self.write)(record.getMessage())
 
 
-def send_logs(write: Callable[[str], None] | None) -> None:
+def send_logs(write: Callable[[str], None] | None, warn: Callable[[str], None] | None = None) -> None:
     """Send what the package's loggers say from INFO on to ``write``, a rank's progress line; None: to nobody special.
+
+    Args:
+        warn: takes warnings and errors; None: ``write``.
 
     Each rank says everything; the progress line of rank 0 alone prints.
     """
     logger = logging.getLogger(ROOT)
-    logger.handlers = [] if write is None else [_To(write)]
+    logger.handlers = [] if write is None else [_To(write, warn or write)]
     logger.propagate = write is None
     logger.setLevel(logging.NOTSET if write is None else logging.INFO)
 

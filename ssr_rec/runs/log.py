@@ -37,7 +37,7 @@ class RunLog:
     def __init__(self, rank: int, world_size: int) -> None:
         self.is_root, self.world_size = rank == 0, world_size
         self.progress = Progress(total_steps=None, rank=rank)
-        send_logs(lambda text: self.progress.note(text))
+        send_logs(lambda text: self.progress.note(text), lambda text: self.progress.warn(text))
         self.folder, self.is_new = Path(), False
         self._lock: int | None = None
         self.trackers: Trackers | None = None
@@ -124,7 +124,7 @@ class RunLog:
         else:
             figures = "  ".join(f"{task} AUC {decimal(values['auc'])}" for task, values in row["tasks"].items())
             what = f"next day {row['day']}" if "day" in row else row["split"]
-            self.progress.note(f"{what} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}")
+            self.progress.note(f"{what} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}", row)
 
 
 def num_embedding_parameters(config: RunConfig, schema: Schema, over_arch: OverArch) -> int:

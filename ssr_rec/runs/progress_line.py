@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from ssr_rec.common.formatting import decimal, duration, short_number
+from ssr_rec.common.saying import progress_mode, say
 
 
 def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_s: float | None = None) -> str:
@@ -44,6 +45,8 @@ def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_
 class Progress:
     """Prints the progress line on rank 0: rewritten in place on a terminal, else a plain line every so often.
 
+    Unless ``SSR_REC_PROGRESS`` asks for something else (``ssr_rec/common/saying.py``).
+
     Args:
         total_steps: steps of the whole run; None when unknown, then there is no eta.
         first_step: steps done before this process started, so that a resumed run has the right eta.
@@ -51,6 +54,9 @@ class Progress:
         stream: stderr by default.
         seconds_between_lines: least time between two lines when the stream is no terminal.
         clock: seconds, monotonic.
+
+    Raises:
+        UserError: ``SSR_REC_PROGRESS`` names no mode.
     """
 
     def __init__(
@@ -70,7 +76,8 @@ class Progress:
         self.clock = clock
         self.started = clock()
         self._printed_at = -math.inf
-        self._in_place = self.stream.isatty()
+        self._mode = progress_mode()
+        self._in_place = self._mode == "auto" and self.stream.isatty()
         self._open_line = False
 
     def show(self, row: Mapping[str, Any]) -> None:
@@ -81,21 +88,34 @@ class Progress:
         if not self.enabled or too_soon:
             return
         self._printed_at = now
-        line = format_progress(row, self.total_steps, self._eta(row["step"], now))
+        eta_s = self._eta(row["step"], now)
+        line = format_progress(row, self.total_steps, eta_s)
         if self._in_place:
             # A wrapped line could not be rewritten in place.
             self.stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+            self.stream.flush()
             self._open_line = True
         else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+            say(line, {**row, "steps": self.total_steps, "eta_s": eta_s}, self.stream)
 
-    def note(self, text: str) -> None:
-        """Print a line that stays, such as the figures of an evaluation."""
+    def note(self, text: str, row: Mapping[str, Any] | None = None) -> None:
+        """Print a line that stays, such as the figures of an evaluation.
+
+        Args:
+            row: of metrics.jsonl, which a JSON line holds instead of the text.
+        """
         if self.enabled:
-            self.stream.write(("\r\x1b[K" if self._open_line else "") + text + "\n")
-            self.stream.flush()
-            self._open_line = False
+            if self._open_line:
+                self.stream.write("\r\x1b[K")
+                self._open_line = False
+            say(text, row, self.stream)
+
+    def warn(self, text: str) -> None:
+        """Print a line that stays, also where progress is not wanted."""
+        if self.enabled and self._mode == "quiet":
+            print(text, file=self.stream, flush=True)
+        else:
+            self.note(text)
 
     def close(self) -> None:
         """End the rewritten line, so that whatever is printed next starts on its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def test_help_has_a_sentence_for_every_command(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ask(monkeypatch, *arguments) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert {"prepare", "train", "compare", "plan", "export", "score", "show"} <= {line.split()[0] for line in lines}
     assert all(len(line.split()) > 3 for line in lines)
@@ -56,3 +57,13 @@ def test_every_command_is_a_script_of_few_lines() -> None:
 def test_naming_the_commands_imports_none_of_them() -> None:
     code = "import sys; from ssr_rec import commands; commands.main(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_the_mode_of_progress_is_taken_or_refused_before_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSR_REC_PROGRESS", "plain")
+    assert ask(monkeypatch, "--progress", "json", "show", str(tmp_path / "none")) == 2
+    assert os.environ["SSR_REC_PROGRESS"] == "json" and "no such run folder" in capsys.readouterr().err
+    assert ask(monkeypatch, "--progress", "loud", "show", str(tmp_path / "none")) == 2
+    assert capsys.readouterr().err == "error: SSR_REC_PROGRESS=loud: choose one of auto, plain, json, quiet\n"

@@ -1,11 +1,15 @@
 """The progress line, its numbers and its timing."""
 
 import io
+import json
+import logging
 import math
 
 import pytest
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.common.formatting import decimal, duration, short_number
+from ssr_rec.common.logs import send_logs
 from ssr_rec.runs.progress_line import Progress, format_progress
 
 ROW = {
@@ -109,3 +113,35 @@ def test_other_ranks_are_silent():
     progress.note("done")
     progress.close()
     assert stream.getvalue() == ""
+
+
+def shown(mode, monkeypatch):
+    """What a terminal gets of a step, an evaluation, an information and a warning."""
+    monkeypatch.setenv("SSR_REC_PROGRESS", mode)
+    stream = Terminal()
+    progress = Progress(total_steps=1953, stream=stream)
+    send_logs(progress.note, progress.warn)
+    try:
+        progress.show({**ROW, "data_wait": math.nan})
+        progress.note("validation at step 1200", {"step": 1200, "split": "validation", "loss": math.nan})
+        logging.getLogger("ssr_rec.some").info("by the way")
+        logging.getLogger("ssr_rec.some").warning("take care")
+    finally:
+        send_logs(None)
+    progress.close()
+    return stream.getvalue()
+
+
+def test_each_mode_says_what_it_is_for(monkeypatch):
+    assert shown("auto", monkeypatch).count("\x1b[K") == 2
+    plain = shown("plain", monkeypatch).splitlines()
+    assert plain[0].startswith("step 1200/1953  24.1k") and plain[1:] == [
+        *("validation at step 1200", "by the way", "take care")
+    ]
+    step, validation, *notes = [json.loads(line) for line in shown("json", monkeypatch).splitlines()]
+    assert (step["step"], step["steps"], step["tasks"], step["data_wait"]) == (1200, 1953, ROW["tasks"], None)
+    assert validation == {"step": 1200, "split": "validation", "loss": None}
+    assert notes == [{"message": "by the way"}, {"message": "take care"}]
+    assert shown("quiet", monkeypatch) == "take care\n"
+    with pytest.raises(UserError, match="SSR_REC_PROGRESS=loud: choose one of auto, plain, json, quiet"):
+        shown("loud", monkeypatch)

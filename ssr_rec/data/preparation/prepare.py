@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from ibis.expr.types import BooleanValue, Table
 from ssr_rec.common import stopping
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json
+from ssr_rec.common.saying import say
 from ssr_rec.data.dense import RowVector
 from ssr_rec.data.features import LISTED, RAW_HASHES, Feature, LogBuckets, RawHash, Vocabulary
 from ssr_rec.data.preparation.encode import Lookup, cut_sequences, encode
@@ -265,6 +265,7 @@ def progress_lines() -> Progress:
     def report(stage: str, rows: int) -> None:
         stopping.check()
         elapsed = time.perf_counter() - started
-        print(f"{stage}: {rows:,} rows, {rows / elapsed:,.0f} rows/s, {elapsed:.1f} s", file=sys.stderr, flush=True)
+        line = f"{stage}: {rows:,} rows, {rows / elapsed:,.0f} rows/s, {elapsed:.1f} s"
+        say(line, {"stage": stage, "rows": rows, "seconds": elapsed})
 
     return report
