@@ -159,7 +159,6 @@ def compile_flags() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     vectors = CAPABILITY_FLAGS.get(capability, "")
     name = capability if vectors else "DEFAULT"
-    include = Path(torch.__file__).parent / "include"
     return [
         *["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"],
         # A product and sum are one operation where the source says so: forward and backward must round alike.
@@ -167,9 +166,13 @@ def compile_flags() -> list[str]:
         *vectors.split(),
         f"-DCPU_CAPABILITY={name}",
         f"-DCPU_CAPABILITY_{name}",
-        f"-isystem{include}",
-        f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
     ]
+
+
+def include_flags() -> list[str]:
+    """Return where torch's headers are; not part of the key, as every environment has the same ones elsewhere."""
+    include = Path(torch.__file__).parent / "include"
+    return [f"-isystem{include}", f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}"]
 
 
 def build_key(flags: list[str]) -> str:
@@ -193,7 +196,9 @@ def compile_to(target: Path, compiler: list[str], flags: list[str]) -> None:
         raise BuildError(f"the compiler failed; {log} has its output, delete it to try again")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         units = {source: Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
-        commands = [[*compiler, *flags, "-c", str(source), "-o", str(unit)] for source, unit in units.items()]
+        commands = [
+            [*compiler, *flags, *include_flags(), "-c", str(source), "-o", str(unit)] for source, unit in units.items()
+        ]
         errors = run_together(commands)
         library = Path(folder) / target.name
         if not errors:

@@ -47,6 +47,16 @@ def test_is_built_once_and_again_when_a_source_changes(workshop) -> None:
 
 
 @needs_compiler
+def test_another_environment_with_the_same_torch_finds_it(workshop, monkeypatch) -> None:
+    first = extension.build()
+    other = workshop / "other" / "torch"
+    other.parent.mkdir()
+    other.symlink_to(Path(torch.__file__).parent)
+    monkeypatch.setattr(torch, "__file__", str(other / "__init__.py"))
+    assert extension.build() == first and calls(workshop) == 2
+
+
+@needs_compiler
 def test_what_is_built_needs_no_compiler(workshop, monkeypatch) -> None:
     first = extension.build()
     monkeypatch.setenv("CXX", "/nowhere/c++")
