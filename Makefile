@@ -8,7 +8,7 @@ RUNS ?= runs/quickstart
 # Every process that a test starts would compile all sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-spark train test test-forms test-slow test-faults lint docs format clean
+.PHONY: setup setup-spark setup-notebooks train test test-forms test-slow test-faults lint docs format clean
 
 setup: $(READY)
 
@@ -29,11 +29,13 @@ $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
 	$(BIN)/python -c 'from ssr_rec.kernels.extension import load; load()'
 	touch $@
 
-# What prepare_data.py --engine spark needs besides Java: some 430 MB, so not part of the set-up.
-setup-spark: $(VENV)/.ready-spark
+# Extras of pyproject.toml that are not part of the set-up: spark, some 430 MB besides Java, and notebooks, which runs
+# examples/ as such. The slow tests use those that are there.
+EXTRAS = spark notebooks
+$(EXTRAS:%=setup-%): setup-%: $(VENV)/.ready-%
 
-$(VENV)/.ready-spark: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[spark]'
+$(EXTRAS:%=$(VENV)/.ready-%): $(VENV)/.ready-%: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[$*]'
 	touch $@
 
 # The synthetic log, SSR-S and the Dense MLP of the default configs, side by side: about five minutes on two cores.
