@@ -37,7 +37,8 @@ NPY_HEADER = 128
 class _TextIds(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_void_p) for name in ("text", "offsets", "ids", "slots")),
-        *((name, c_int64) for name in ("mask", "kind", "is_canonical", "missing", "other", "num_buckets")),
+        *((name, c_int64) for name in ("mask", "values", "text_size")),
+        *((name, c_int64) for name in ("kind", "is_canonical", "missing", "other", "num_buckets")),
     ]
 
 
@@ -85,7 +86,8 @@ class ValueIndex:
         """Map the arrays of a folder that ``write`` left.
 
         Raises:
-            UserError: they are not those of an index of this version; the caller has compared checksums.
+            UserError: they are not those of an index of this version. What is damaged within them gives ids of -1, or
+                other values' ids: only checksums, which the caller has compared, tell.
         """
         index = cls.__new__(cls)
         try:
@@ -94,6 +96,7 @@ class ValueIndex:
                 # What is empty cannot be mapped.
                 mode: Literal["r"] | None = "r" if path.stat().st_size > NPY_HEADER else None
                 setattr(index, name, np.load(path, mmap_mode=mode, allow_pickle=False))
+            index._check_shapes()
             some = np.unique(np.linspace(0, max(0, len(index.ids) - 1), 8).astype(np.int64))[: len(index.ids)]
             texts = [index.text[index.offsets[at] : index.offsets[at + 1]].tobytes() for at in some]
             found = np.empty(len(some), np.int64)
@@ -105,6 +108,23 @@ class ValueIndex:
         if (found < 0).any():
             raise UserError(f"{folder}: an index of another version; export the run again")
         return index
+
+    def _check_shapes(self) -> None:
+        """Refuse arrays that do not belong together.
+
+        Raises:
+            UserError: says which.
+        """
+        kinds = {"text": np.uint8, "offsets": np.int64, "ids": np.int64, "slots": np.uint64}
+        for name, kind in kinds.items():
+            array = getattr(self, name)
+            if array.dtype != kind or array.ndim != 1 or not array.flags.c_contiguous:
+                raise UserError(f"{name} is {array.dtype} of {array.shape}")
+        slots, values = self.slots.size, self.ids.size
+        if slots & (slots - 1) or slots <= values:
+            raise UserError(f"{slots} slots for {values} values")
+        if self.offsets.size != values + 1 or self.offsets[-1] > self.text.size:
+            raise UserError(f"{self.offsets.size} offsets for {values} values of {self.text.size} bytes")
 
 
 class TextIds:
@@ -127,8 +147,8 @@ class TextIds:
     ) -> None:
         self.index = index
         arrays = [_at(a) for a in (index.text, index.offsets, index.ids, index.slots)] if index else [None] * 4
-        mask = index.slots.size - 1 if index else 0
-        self._c = _TextIds(*arrays, mask, KINDS.index(kind), is_canonical, missing, other, num_buckets)
+        sizes = (index.slots.size - 1, index.ids.size, index.text.size) if index else (0, 0, 0)
+        self._c = _TextIds(*arrays, *sizes, KINDS.index(kind), is_canonical, missing, other, num_buckets)
         self.address, self.functions = ctypes.addressof(self._c), TEXTS
 
 

@@ -6,7 +6,7 @@ or of rare ones, is first brought to text or numbers one by one, by ``raw_values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -45,12 +45,15 @@ class ToIds(NamedTuple):
         return isinstance(self.to, BucketIds)
 
 
-def make_to_ids(features: Sequence[Feature], folder: Path, is_canonical: bool = True) -> list[ToIds]:
+def make_to_ids(
+    features: Sequence[Feature], folder: Path, is_canonical: bool = True, files: Collection[str] = ()
+) -> list[ToIds]:
     """Return the encoding of each feature, or of the items of a list feature.
 
     Args:
         folder: of the artifact, or of the prepared dataset, for its vocabularies.
         is_canonical: the preparation gave text its one form, which older datasets do not have.
+        files: those in the folder with a checksum. An index that is not among them is not read.
 
     Raises:
         UserError: ssr_rec's C++ operators are not there.
@@ -69,7 +72,10 @@ def make_to_ids(features: Sequence[Feature], folder: Path, is_canonical: bool = 
             made.append(ToIds(None, _drawn(feature.num_embeddings)))
         elif isinstance(encoding, LISTED):
             if encoding.file not in indexes:
-                indexes[encoding.file] = _read_index(folder / encoding.file)
+                index = index_folder(Path(encoding.file)).as_posix()
+                is_checked = any(name.startswith(f"{index}/") for name in files)
+                path = folder / encoding.file
+                indexes[encoding.file] = ValueIndex.read(index_folder(path)) if is_checked else make_index(path)
             found = indexes[encoding.file]
             text = TextIds("vocabulary", encoding.missing_id, encoding.oov_id, is_canonical, found)
             made.append(ToIds(text, _bytes_that_may_be_unknown))
@@ -85,12 +91,6 @@ def make_to_ids(features: Sequence[Feature], folder: Path, is_canonical: bool = 
 def index_folder(path: Path) -> Path:
     """Return where the index of a vocabulary's file is, in an artifact."""
     return path.with_suffix(".index")
-
-
-def _read_index(path: Path) -> ValueIndex:
-    if index_folder(path).is_dir():
-        return ValueIndex.read(index_folder(path))
-    return make_index(path)
 
 
 def make_index(path: Path) -> ValueIndex:

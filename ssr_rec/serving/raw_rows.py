@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from itertools import chain
@@ -53,17 +53,18 @@ class Encoder:
     Args:
         schema: its ``preparation`` says how lists are cut.
         folder: where its vocabularies are.
+        files: those in it with a checksum: of an artifact, also the vocabularies' indexes.
 
     Attributes:
         columns: of each feature, in schema order, then the dense ones.
     """
 
-    def __init__(self, schema: Schema, folder: Path) -> None:
+    def __init__(self, schema: Schema, folder: Path, files: Collection[str] = ()) -> None:
         self.features = schema.features
         self.dense: list[DenseColumn | RowVector] = [*schema.dense, *schema.row_vectors]
         self.columns = [*(feature.encoding.column for feature in schema.features), *schema.dense_names]
         canonical = schema.preparation.get(VALUES_KEY, 1) >= VALUES
-        self.to_ids = make_to_ids(schema.features, folder, canonical)
+        self.to_ids = make_to_ids(schema.features, folder, canonical, files)
         self.part = lru_cache(MOST_PARTS)(self._part)
         self.sequences = schema.sequences
         settings = dict(schema.preparation.get("lists", {}))

@@ -62,7 +62,7 @@ class Scorer:
         self.manifest = manifest
         self.schema, self.labels = manifest.dataset, manifest.dataset.labels
         self.tables, self.dense = manifest.tables, manifest.dense
-        self.encoder = Encoder(manifest.dataset, folder)
+        self.encoder = Encoder(manifest.dataset, folder, manifest.files)
         self.values = ValueShares(manifest.dataset.features, manifest.trained_values)
         self._warned_of: set[str] = set()
         self._tables = [_mapped(folder / name) for name in manifest.stacks.values()]
@@ -212,12 +212,17 @@ class Scorer:
         if wrong.any():
             feature, row = np.argwhere(wrong)[0]
             name = [f.name for f in self.schema.features if f.kind != "list"][feature]
-            raise UserError(f"row {row}: feature {name!r} has no id {ids[feature, row]}")
+            raise UserError(f"row {row}: feature {name!r} has no id {ids[feature, row]}{_why(ids[feature, row])}")
         for place, ((values, _), size) in enumerate(zip(lists, self._list_sizes, strict=True)):
             wrong = values.view(np.uint64) >= np.uint64(size)
             if wrong.any():
                 name = [f.name for f in self.schema.features if f.kind == "list"][place]
-                raise UserError(f"feature {name!r} has no id {values[wrong][0]}")
+                raise UserError(f"feature {name!r} has no id {values[wrong][0]}{_why(values[wrong][0])}")
+
+
+def _why(identity: int) -> str:
+    # As ``kernels/cpu/value_ids.h`` says it.
+    return " (of raw rows: the index of its vocabulary is damaged, export the run again)" if identity == -1 else ""
 
 
 def check_not_forked() -> None:

@@ -3,6 +3,7 @@
 import datetime
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.data.features import AdmittedHashing, Drawn, Encoding, Feature, Hashing, LogBuckets, RawHash, Vocabulary
 from ssr_rec.kernels.value_ids import TextIds, ValueIndex
 from ssr_rec.serving.id_columns import ToIds, index_folder, make_index, make_to_ids, write_columns
@@ -131,8 +133,11 @@ def test_a_large_vocabulary_is_found_whole(tmp_path):
     unknown = [f"user-{i * 7919 + 1}" for i in range(50_000)]
     for mapped in (False, True):
         if mapped:
-            make_index(tmp_path / "v.parquet").write(index_folder(tmp_path / "v.parquet"))
-        (to_ids,) = make_to_ids([feature], tmp_path)
+            shutil.rmtree(index_folder(tmp_path / "v.parquet"))
+        made = make_index(tmp_path / "v.parquet") if mapped else ValueIndex(pa.array(["other"]), np.array([9]))
+        made.write(index_folder(tmp_path / "v.parquet"))
+        # An index without a checksum beside the vocabulary is not looked at.
+        (to_ids,) = make_to_ids([feature], tmp_path, files=["v.parquet", *["v.index/slots.npy"] * mapped])
         assert to_ids.to is not None and isinstance(to_ids.to.index.slots, np.memmap) == mapped
         write_columns([to_ids], [values + unknown], [out])
         assert out[:50_000].tolist() == list(range(2, 50_002)) and (out[50_000:] == 1).all()
@@ -151,4 +156,47 @@ def test_a_mapped_index_may_be_empty_and_one_that_does_not_fit_is_refused(tmp_pa
         ValueIndex.read(tmp_path / "two")
     (tmp_path / "two" / "ids.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="not an index of values"):
+        ValueIndex.read(tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", ["slots", "offsets"])
+def test_a_damaged_index_gives_ids_that_no_scorer_takes_and_reads_nothing_beyond_itself(tmp_path, name):
+    texts = [f"v{i}" for i in range(1000)]
+    ValueIndex(pa.array(texts), np.arange(2, 1002)).write(tmp_path / "index")
+    good = np.load(tmp_path / "index" / f"{name}.npy")
+    out, found = np.empty(1000, np.int64), set()
+    looks = [lambda one: one | np.uint64(2**32 - 1), lambda one: one & ~np.uint64(2**32 - 1) | np.uint64(2**31)]
+    looks = [*looks, lambda one: np.maximum(one, np.uint64(5))] if name == "slots" else [lambda one: one * 2**40]
+    for damage in looks:
+        bad = good.copy()
+        if name == "slots":
+            some = bad != 0 if damage is not looks[2] else slice(None)
+            bad[some] = damage(bad[some])
+        else:
+            bad[1:-1] = damage(bad[1:-1])
+        index = ValueIndex(pa.array(texts), np.arange(2, 1002))
+        setattr(index, name, bad)
+        write_columns([ToIds(TextIds("vocabulary", 0, 1, True, index), str)], [texts], [out])
+        found |= set(out.tolist()) - set(range(2, 1002))
+        write_columns([ToIds(TextIds("vocabulary", 0, 1, True, index), str)], [["unknown"] * 1000], [out])
+        assert set(out.tolist()) <= {1, -1}
+    assert found == {-1}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("offsets", lambda a: a[:-1], "2 offsets for 2 values"),
+        ("offsets", lambda a: a + 1, "3 offsets for 2 values of 2 bytes"),
+        ("ids", lambda a: a.astype(np.int32), "ids is int32"),
+        ("ids", lambda a: np.append(a, a), "slots for 4 values"),
+        ("slots", lambda a: a[:-1], "slots for 2 values"),
+        ("text", lambda a: a.view(np.int8), "text is int8"),
+    ],
+)
+def test_arrays_that_are_not_of_one_index_are_refused(tmp_path, name, change, message):
+    ValueIndex(pa.array(["a", "b"]), np.array([4, 5])).write(tmp_path / "two")
+    path = tmp_path / "two" / f"{name}.npy"
+    np.save(path, change(np.load(path)))
+    with pytest.raises(UserError, match=f"two: not an index of values: .*{message}"):
         ValueIndex.read(tmp_path / "two")

@@ -24,6 +24,7 @@ struct TextIds {
   const int64_t* ids;
   const uint64_t* slots;  // open addressing: upper half of the hash, and the value's number + 1; 0 is empty
   int64_t mask;           // slots - 1
+  int64_t values, text_size;
   int64_t kind;
   int64_t is_canonical;  // text gets the one form that preparation gave it
   int64_t missing;
@@ -84,19 +85,32 @@ uint64_t hash_of(Text text) {
   return mixed(mixed(hash ^ word, 0xE7037ED1A0B428DBull), 0x8EBC6AF09C88C6E3ull);
 }
 
+// Of an index that points beyond itself, which no reader of ids takes for one.
+constexpr int64_t DAMAGED = -1;
+
 int64_t found(const TextIds& to, Text text, uint64_t hash) {
-  for (uint64_t at = hash & to.mask;; at = (at + 1) & to.mask) {
+  // A mapped index may be damaged: nothing beyond it is read, and a hash table without an empty slot ends.
+  for (int64_t looks = 0; looks <= to.mask; ++looks) {
+    const uint64_t at = (hash + looks) & to.mask;
     const uint64_t slot = to.slots[at];
     if (slot == 0) {
       return to.other;
     }
     if (slot >> 32 == hash >> 32) {
-      const int64_t value = static_cast<int64_t>(slot & 0xFFFFFFFF) - 1, begin = to.offsets[value];
-      if (Text(to.text + begin, to.offsets[value + 1] - begin) == text) {
+      const int64_t value = static_cast<int64_t>(slot & 0xFFFFFFFF) - 1;
+      if (value < 0 || value >= to.values) {
+        return DAMAGED;
+      }
+      const int64_t begin = to.offsets[value], end = to.offsets[value + 1];
+      if (begin < 0 || end < begin || end > to.text_size) {
+        return DAMAGED;
+      }
+      if (Text(to.text + begin, end - begin) == text) {
         return to.ids[value];
       }
     }
   }
+  return DAMAGED;
 }
 
 // The two halves of the digest of RFC 1321, as the number that its hexadecimal digits are.
