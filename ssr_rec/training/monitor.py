@@ -15,6 +15,7 @@ def monitored(tasks: Tasks, config: TrainConfig) -> float:
     """Return the figure early stopping watches, larger is better: the mean over the tasks that count.
 
     Those are ``monitor_task``, else all of a weight above 0; of them, those whose figure is defined on the fold.
+    A product of ``entire_space`` has the weight of its label.
     """
     values = [tasks[name][config.monitor] for name in counted(tasks, config)]
     values = [value for value in values if not math.isnan(value)]
@@ -28,7 +29,10 @@ def counted(tasks: Tasks, config: TrainConfig) -> list[str]:
     """Return the tasks whose figures choose the best: ``monitor_task``, else all of a weight above 0."""
     if config.monitor_task is not None:
         return [config.monitor_task]
-    return [name for name in tasks if config.task_weights.get(name, 1.0) > 0]
+    weights = config.task_weights | {
+        f"{before}*{label}": config.task_weights.get(label, 1.0) for label, before in config.entire_space.items()
+    }
+    return [name for name in tasks if weights.get(name, 1.0) > 0]
 
 
 def say_what_cannot_choose(tasks: Tasks, config: TrainConfig) -> None:

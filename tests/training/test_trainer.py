@@ -90,6 +90,15 @@ def test_labels_without_a_figure_or_a_weight_do_not_choose_the_best(caplog, conf
     assert len(caplog.messages) == (said is not None) and all(said in text for text in caplog.messages)
 
 
+def test_a_product_has_the_weight_of_its_label_in_choosing_the_best() -> None:
+    tasks = {"click": {"auc": 0.7}, "pay": {"auc": 0.6}, "click*pay": {"auc": 0.9}}
+    config: dict[str, Any] = {"entire_space": {"pay": "click"}}
+    assert monitored(tasks, TrainConfig(**config)) == pytest.approx(2.2 / 3)
+    assert monitored(tasks, TrainConfig(**config, task_weights={"pay": 0.0})) == 0.7
+    assert monitored(tasks, TrainConfig(**config, task_weights={"click": 0.0})) == 0.75
+    assert monitored(tasks, TrainConfig(**config, task_weights={"pay": 0.0}, monitor_task="click*pay")) == 0.9
+
+
 class Told(Trainer):
     """Whose evaluations are given."""
 
