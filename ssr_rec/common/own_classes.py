@@ -1,7 +1,8 @@
-"""Imports a class of the user's own, which a config names by ``MODULE:CLASS``."""
+"""Imports a class or function of the user's own, which a config names by ``MODULE:NAME``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -25,6 +26,30 @@ def own_class(path: str, base: type[T], what: str) -> type[T]:
     Raises:
         UserError: no such module or class, another kind of class, or one without ``settings_class``.
     """
+    found = _imported(path, what)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        package = base.__module__.rpartition(".")[0]
+        raise UserError(f"{what} {path}: must be a subclass of {package}.{base.__name__}")
+    if not hasattr(found, "settings_class"):
+        raise UserError(f"{what} {path}: must have a settings_class, a pydantic model of its settings")
+    return found
+
+
+def own_function(path: str, what: str) -> Callable[..., Any]:
+    """Return the function at ``MODULE:FUNCTION``.
+
+    Raises:
+        UserError: no such module or function, or nothing that can be called.
+    """
+    found = _imported(path, what)
+    if not callable(found):
+        raise UserError(f"{what} {path}: {type(found).__name__} is no function")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _imported(path: str, what: str) -> Any:
+    """Return what is at ``MODULE:NAME``; errors as in ``own_function``."""
     where, _, name = path.partition(":")
     try:
         module = import_module(where)
@@ -32,13 +57,7 @@ def own_class(path: str, base: type[T], what: str) -> type[T]:
         raise UserError(f"{what} {path}: cannot import {where} ({error}); is its folder in PYTHONPATH?") from None
     if not hasattr(module, name):
         raise UserError(f"{what} {path}: {where} has no {name}")
-    found = getattr(module, name)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        package = base.__module__.rpartition(".")[0]
-        raise UserError(f"{what} {path}: must be a subclass of {package}.{base.__name__}")
-    if not hasattr(found, "settings_class"):
-        raise UserError(f"{what} {path}: must have a settings_class, a pydantic model of its settings")
-    return found
+    return getattr(module, name)
 
 
 def own_settings(found: Any, values: dict[str, Any], name: str) -> BaseModel:

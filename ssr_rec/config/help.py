@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ssr_rec.common.settings import Settings
+from ssr_rec.config.losses import LossConfig
 from ssr_rec.config.run import RunConfig
 from ssr_rec.config.sequences import SequenceConfig
 from ssr_rec.over_archs.choice import OverArchConfig
@@ -30,6 +31,9 @@ def config_help() -> str:
     for model in get_args(get_args(EncoderConfig)[0]):
         kind = model.model_fields["name"].default
         parts.append(_section("sequences.NAME.encoder", model, f"sequences.NAME, with encoder.name={kind}"))
+    for model in get_args(get_args(LossConfig)[0]):
+        kind = model.model_fields["name"].default
+        parts.append(_section("train.losses.LABEL", model, f"train.losses.LABEL, with name={kind}"))
     return "\n\n".join(parts)
 
 

@@ -215,11 +215,17 @@ def _keys(model: type[BaseModel], sections: list[str]) -> list[str]:
     """Return the keys valid in a section of ``model``; a section of an error's path may also be a union's tag."""
     for section in sections:
         if section in model.model_fields:
-            inner = model.model_fields[section].annotation
-            models = [t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)]
+            models = _models(model.model_fields[section].annotation)
         else:
             # The key of a mapping of sections is neither.
             tagged = [t for t in models if "name" in t.model_fields and t.model_fields["name"].default == section]
             models = tagged or models
         model = models[0]
     return list(model.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a key may hold, also those of a mapping or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]

@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ssr_rec.common.own_classes import OWN_CLASS
 from ssr_rec.common.settings import Settings
+from ssr_rec.config.losses import NamedLoss
+
+LARGER_IS_BETTER = ("auc", "gauc", "xauc")
+"""Of what ``monitor`` may name; the others are errors."""
+OF_NUMBERS = ("rmse", "mae", "xauc")
+"""Measures of labels that are numbers alone."""
 
 
 class TrainConfig(Settings):
@@ -22,11 +29,23 @@ class TrainConfig(Settings):
     metrics_rows: int = Field(
         2**22, ge=1, description="rows of a fold up to which auto is exact, and that bounded keeps for GAUC"
     )
-    monitor: Literal["auc", "gauc", "logloss", "ne"] = Field("auc", description="validation metric that picks the best")
+    monitor: Literal["auc", "gauc", "logloss", "ne", "rmse", "mae", "xauc"] = Field(
+        "auc", description="validation metric that picks the best; the last three are of labels that are numbers"
+    )
+    extra_metrics: list[Annotated[str, Field(pattern=OWN_CLASS)]] = Field(
+        [], description="MODULE:FUNCTION of (scores, labels, weights, groups) to a number, also measured on each fold"
+    )
     monitor_task: str | None = Field(None, description="label whose metric counts; None: mean over the labels")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before stopping")
     task_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="label -> weight of its loss; 1 for those not named; 0: evaluated, not trained"
+    )
+    task_weighting: Literal["fixed", "uncertainty"] = Field(
+        "fixed", description="uncertainty: also weigh each task's loss by a learned variance (Kendall et al. 2018)"
+    )
+    losses: dict[str, NamedLoss] = Field(
+        {},
+        description="label -> its loss: a name, MODULE:CLASS, or settings with a name; without it cross_entropy or mse",
     )
     entire_space: dict[str, str] = Field(
         {},

@@ -20,7 +20,7 @@ class Batch(Pipelineable):
 
     Attributes:
         sparse: every feature, single- and multi-valued, int64 ids, keys in schema order.
-        labels: (B, T) float32 of 0 and 1, tasks in schema order; 0 where not observed.
+        labels: (B, T) float32 of 0 and 1, or of numbers, tasks in schema order; 0 where not observed.
         group_ids: (B,) int64, the users of GAUC, or None.
         global_rows: rows of the global batch over all ranks. The loss is a sum divided by this, so that it and
             its gradient do not depend on how the rows are spread; B may differ between ranks and may be 0.

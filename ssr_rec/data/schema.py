@@ -2,10 +2,10 @@
 
 A prepared dataset is a folder: ``schema.json``, parquet shards of each split, and the fitted vocabularies.
 In a shard, a single-valued feature is an int64 column of ids, a list feature a ``list<int64>`` column,
-a dense column a float64 one, a vector of a row a ``list<float64>``, a label an int8 column of 0 and 1, and the
-evaluation group (GAUC) the int64 column ``GROUP_COLUMN``. A label that may be missing is -1 where it is not observed;
-weights of rows are the float column ``WEIGHT_COLUMN``. No other than dense columns hold nulls: a missing value
-already has an id of its own, a missing list or vector is empty.
+a dense column a float64 one, a vector of a row a ``list<float64>``, a label an int8 column of 0 and 1, or a float32
+one of numbers, and the evaluation group (GAUC) the int64 column ``GROUP_COLUMN``. A label that may be missing is -1, or
+null of numbers, where it is not observed; weights of rows are the float column ``WEIGHT_COLUMN``. No other columns than
+these labels and dense ones hold nulls: a missing value already has an id of its own, a missing list or vector is empty.
 
 Damage shows: ``schema.json`` holds a checksum of its own content and one of each shard's footer, and the pages of a
 shard hold theirs (``data/shards.py``). Datasets from before there were checksums are read without.
@@ -30,13 +30,14 @@ from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.data.dense import DenseColumn, RowVector
 from ssr_rec.data.event_sequences import EventSequence, check_sequences, check_vocabularies
 from ssr_rec.data.features import Column, Feature, InnerPath, Vocabulary
+from ssr_rec.data.number_labels import NumberLabel
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
 GROUP_COLUMN = "__group_id__"
 WEIGHT_COLUMN = "__weight__"
 NOT_OBSERVED = -1
-"""Of a label that may be missing."""
+"""Of a binary label that may be missing."""
 DATASET_ID_KEY = b"ssr_rec.dataset_id"
 """Key of the parquet file metadata that ties a shard to its schema."""
 VALUES_KEY, VALUES = "values", 2
@@ -80,7 +81,7 @@ class Shard(Settings):
 
 class Split(Settings):
     num_rows: int = Field(ge=0)
-    positive_rate: dict[str, float] = Field(description="per label, among the rows that count for it")
+    positive_rate: dict[str, float] = Field(description="per binary label, among the rows that count for it")
     counted: dict[str, int] = Field(
         default_factory=dict, description="per label the rows that count: observed, of a weight above 0; none: all"
     )
@@ -142,6 +143,7 @@ class Schema(Settings):
     missing_labels: list[Column] = Field(
         default_factory=list, description="labels that are -1 where they are not observed or their task does not ask"
     )
+    numbers: list[NumberLabel] = Field(default_factory=list, description="labels that are numbers; others are binary")
     negatives: float = Field(1.0, gt=0, le=1, description="share of the negative training rows that was kept")
     splits: dict[str, Split]
     days: Days | None = Field(None, description="None: the splits are train, validation and test")
@@ -157,6 +159,9 @@ class Schema(Settings):
         _refuse_repeated("missing_labels", self.missing_labels)
         if not set(self.missing_labels) <= set(self.labels):
             raise UserError("missing_labels names what is no label")
+        _refuse_repeated("numbers", self.number_names)
+        if not set(self.number_names) <= set(self.labels):
+            raise UserError("numbers names what is no label")
         check_vocabularies(self.features)
         check_sequences(self.sequences, self.features)
         for split_name, split in self.splits.items():
@@ -187,6 +192,15 @@ class Schema(Settings):
     def has_weights(self) -> bool:
         """Return whether rows count differently, or for some tasks alone."""
         return self.weight is not None or bool(self.missing_labels)
+
+    @property
+    def number_names(self) -> list[str]:
+        """Return the labels that are numbers."""
+        return [number.name for number in self.numbers]
+
+    def number(self, label: str) -> NumberLabel | None:
+        """Return what is known of a label that is a number; None: it is binary."""
+        return next((number for number in self.numbers if number.name == label), None)
 
     @property
     def embedded(self) -> list[Feature]:
@@ -276,12 +290,14 @@ class Schema(Settings):
                 "sequences": [sequence for sequence in sequences if sequence is not None],
                 "labels": list(labels) if labels else self.labels,
                 "missing_labels": [name for name in self.missing_labels if not labels or name in labels],
+                "numbers": [number for number in self.numbers if not labels or number.name in labels],
             }
         )
 
     def write(self, folder: Path) -> None:
         values = self.model_dump(mode="json")
-        for key in ("days", "additions", "shard_ids", "sequences", "weight", "missing_labels", "dense", "row_vectors"):
+        added = ("days", "additions", "shard_ids", "sequences", "weight", "missing_labels", "dense", "row_vectors")
+        for key in (*added, "numbers"):
             if not values[key]:  # so that programs from before there were any read it
                 del values[key]
         for split in values["splits"].values():

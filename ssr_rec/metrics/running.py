@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -17,13 +17,18 @@ class RunningAUC:
 
     ``update`` only keeps a copy of the batch where it is and never waits for the device; sorting and the transfer
     happen in ``compute``, when a line is printed.
+
+    Args:
+        label_names: the tasks, in the order of the columns.
+        window: in rows.
+        numbers: those of them whose labels are numbers, which have no AUC.
     """
 
-    def __init__(self, label_names: Sequence[str], window: int = 65_536) -> None:
+    def __init__(self, label_names: Sequence[str], window: int = 65_536, numbers: Collection[str] = ()) -> None:
         if window < 1:
             raise UserError(f"window is {window}; keep at least one row")
         self.label_names = list(label_names)
-        self.window = window
+        self.window, self.numbers = window, numbers
         self._batches: deque[tuple[torch.Tensor, ...]] = deque()
         self._rows = 0
 
@@ -45,7 +50,7 @@ class RunningAUC:
     def compute(self) -> dict[str, float]:
         """Return label -> AUC of the window; nan before both classes were seen."""
         if (rows := self.rows()) is None:
-            return dict.fromkeys(self.label_names, math.nan)
+            return {name: math.nan for name in self.label_names if name not in self.numbers}
         logits, labels, *weights = (part.float().cpu().numpy() for part in rows)
-        of_tasks = enumerate(self.label_names)
+        of_tasks = [(task, name) for task, name in enumerate(self.label_names) if name not in self.numbers]
         return {name: auc(*(part[:, task] for part in (logits, labels, *weights))) for task, name in of_tasks}

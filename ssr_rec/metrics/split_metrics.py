@@ -11,8 +11,9 @@ over ranks at once. Counts are whole numbers in float64, exact up to 2**53; wher
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +23,10 @@ from torch import Tensor
 from ssr_rec.common.errors import UserError
 from ssr_rec.metrics.exact import evaluate_predictions, gather_rows, of_task, with_equal_rows_tied
 from ssr_rec.metrics.group_sample import GroupSample, sampled_gauc
+from ssr_rec.metrics.links import Links
+from ssr_rec.metrics.number_metrics import BoundedNumbers, ExactNumbers, Joined, Mode, OwnMetric, OwnMetrics, Tasks
 from ssr_rec.metrics.reliability import deciles, deciles_of_scores, sigmoid
 from ssr_rec.metrics.score_histogram import NUM_BINS, auc_of_histogram, bins_of, middles_of_bins
-
-Mode = Literal["exact", "bounded"]
-Tasks = dict[str, dict[str, float]]
 
 
 class FoldMetrics(Protocol):
@@ -58,11 +58,40 @@ class FoldMetrics(Protocol):
         """Return label -> calibration by decile (``reliability.deciles``), on rank 0 and after ``compute``."""
 
 
-def fold_metrics(mode: str, max_rows: int, fold_rows: int, label_names: Sequence[str]) -> FoldMetrics:
+@dataclass(frozen=True)
+class Further:
+    """Says what is measured beside the measures of binary labels.
+
+    Attributes:
+        links: of the tasks whose labels are numbers, which have measures of their own instead.
+        functions: measure of one's own -> what computes it, of all tasks.
+    """
+
+    links: Links = field(default_factory=dict)
+    functions: Mapping[str, OwnMetric] = field(default_factory=dict)
+
+
+def is_exact(mode: str, max_rows: int, fold_rows: int) -> bool:
+    """Return whether ``train.metrics`` and ``train.metrics_rows`` ask for all predictions of a fold."""
+    return mode == "exact" or (mode == "auto" and fold_rows <= max_rows)
+
+
+def fold_metrics(
+    mode: str, max_rows: int, fold_rows: int, label_names: Sequence[str], further: Further | None = None
+) -> FoldMetrics:
     """Return what ``train.metrics`` and ``train.metrics_rows`` ask for on a fold of ``fold_rows`` rows."""
-    if mode == "exact" or (mode == "auto" and fold_rows <= max_rows):
-        return ExactMetrics(label_names)
-    return BoundedMetrics(label_names, max_rows)
+    further, exact = further or Further(), is_exact(mode, max_rows, fold_rows)
+    binary = [name for name in label_names if name not in further.links]
+    numbers = {name: further.links[name] for name in label_names if name in further.links}
+    parts: list[tuple[Sequence[str], FoldMetrics]] = []
+    if binary:
+        parts.append((binary, ExactMetrics(binary) if exact else BoundedMetrics(binary, max_rows)))
+    if numbers:
+        measured: FoldMetrics = ExactNumbers(numbers) if exact else BoundedNumbers(numbers)
+        parts.append((list(numbers), measured))
+    if further.functions and exact:
+        parts.append((label_names, OwnMetrics(label_names, further.links, further.functions)))
+    return parts[0][1] if len(parts) == 1 else Joined(label_names, parts)
 
 
 class ExactMetrics:

@@ -20,6 +20,7 @@ from ssr_rec.model.ctr_model import CTRModel, DenseArch, Given
 from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
 from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.model.loss import TrainTask
+from ssr_rec.model.losses.registry import build_losses
 from ssr_rec.model.vector_fields import VectorFields, fill_vectors
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.over_archs.choice import OverArchConfig
@@ -74,7 +75,9 @@ def build_model(
     managed = managed_ids(schema, config.embeddings, config.train.batch_size, config.seed, device)
     place = schema.labels.index
     pairs = [(place(label), place(before)) for label, before in config.train.entire_space.items()]
-    task = TrainTask(CTRModel(tables, dense, managed), weights, schema.negatives, pairs)
+    uncertain = config.train.task_weighting == "uncertainty"
+    losses = build_losses(config.train, schema)
+    task = TrainTask(CTRModel(tables, dense, managed), weights, schema.negatives, pairs, losses, uncertain)
     topology = build_topology(config.sharding, device.type, world_size, local_world_size)
     fused = config.embeddings.is_fused(device.type)
     rows_per_rank = max(1, config.train.batch_size // world_size)

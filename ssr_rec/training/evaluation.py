@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ssr_rec.data.batch import Batch, row_keys
+from ssr_rec.data.number_labels import NumberLabel
 from ssr_rec.data.reader import Reader
-from ssr_rec.metrics.split_metrics import fold_metrics
+from ssr_rec.metrics.links import Link
+from ssr_rec.metrics.split_metrics import Further, fold_metrics
+from ssr_rec.training.own_metrics import own_metrics
 
 
 class EvaluationConfig(Protocol):
@@ -25,6 +28,8 @@ class EvaluationConfig(Protocol):
     def metrics(self) -> str: ...
     @property
     def metrics_rows(self) -> int: ...
+    @property
+    def extra_metrics(self) -> Sequence[str]: ...
     def measured(self, labels: Sequence[str]) -> list[str]: ...
 
 
@@ -69,11 +74,13 @@ def evaluate(
         deciles: also compute calibration by decile.
 
     Returns:
-        ``loss`` (mean over labels of logloss, nats per row), ``tasks`` (label -> metric -> value) and ``metrics``
-        (exact or bounded); with ``deciles`` also these, label -> what ``metrics.reliability.deciles`` returns.
+        ``loss`` (mean over labels of logloss, nats per row, and of numbers of the squared error over their variance in
+        training), ``tasks`` (label -> metric -> value) and ``metrics`` (exact or bounded); with ``deciles`` also these,
+        label -> what ``metrics.reliability.deciles`` returns.
     """
     labels = reader.schema.labels
-    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, config.measured(labels))
+    further = Further(_links(model) if reader.schema.numbers else {}, own_metrics(config.extra_metrics))
+    metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, config.measured(labels), further)
     model.eval()
     batches = reader.epoch(0)
     keys: deque[Tensor] = deque()
@@ -87,7 +94,7 @@ def evaluate(
     tasks = metrics.compute()
     found: list[Any] = [None]
     if tasks is not None:
-        losses = [tasks[label]["logloss"] for label in labels]
+        losses = [_loss(tasks[label], reader.schema.number(label)) for label in labels]
         if reader.schema.has_weights:  # a day may have no row of a task
             losses = [loss for loss in losses if not math.isnan(loss)] or losses
         loss = sum(losses) / len(losses)
@@ -96,3 +103,15 @@ def evaluate(
             found[0]["deciles"] = metrics.deciles()
     dist.broadcast_object_list(found)
     return found[0]
+
+
+def _links(model: nn.Module) -> dict[str, Link]:
+    """Return how the logits of a ``TrainTask``, wrapped or not, become predictions of numbers now."""
+    task: Any = getattr(model, "module", model)
+    links: dict[str, Link] = task.loss.links()
+    return links
+
+
+def _loss(measures: Mapping[str, float], number: NumberLabel | None) -> float:
+    """Return what a task adds to the mean loss of an evaluation."""
+    return measures["logloss"] if number is None else (measures["rmse"] / number.std) ** 2

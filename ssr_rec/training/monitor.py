@@ -6,7 +6,7 @@ import logging
 import math
 
 from ssr_rec.checkpointing.progress import Tasks
-from ssr_rec.config.training import TrainConfig
+from ssr_rec.config.training import LARGER_IS_BETTER, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +22,17 @@ def monitored(tasks: Tasks, config: TrainConfig) -> float:
     if not values:  # any figure is better
         return -math.inf
     value = sum(values) / len(values)
-    return value if config.monitor in ("auc", "gauc") else -value
+    return value if config.monitor in LARGER_IS_BETTER else -value
 
 
 def counted(tasks: Tasks, config: TrainConfig) -> list[str]:
-    """Return the tasks whose figures choose the best: ``monitor_task``, else all of a weight above 0."""
+    """Return the tasks whose figures choose the best: ``monitor_task``, else all of a weight above 0 that have such."""
     if config.monitor_task is not None:
         return [config.monitor_task]
     weights = config.task_weights | {
         f"{before}*{label}": config.task_weights.get(label, 1.0) for label, before in config.entire_space.items()
     }
-    return [name for name in tasks if weights.get(name, 1.0) > 0]
+    return [name for name in tasks if weights.get(name, 1.0) > 0 and config.monitor in tasks[name]]
 
 
 def say_what_cannot_choose(tasks: Tasks, config: TrainConfig) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.heap import keep_freed_memory
-from ssr_rec.config.training import TrainConfig
+from ssr_rec.config.losses import CrossEntropyConfig
+from ssr_rec.config.training import OF_NUMBERS, TrainConfig
 from ssr_rec.data.schema import Schema
+from ssr_rec.training.own_metrics import check_own_metrics
 
 
 def start_process_group(device: str) -> torch.device:
@@ -61,20 +64,26 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
 
 def check_train_config(config: TrainConfig, schema: Schema) -> None:
     """Refuse settings that name labels or groups the dataset does not have."""
-    for key, names in (("task_weights", list(config.task_weights)), ("monitor_task", [config.monitor_task])):
-        known = schema.labels if key == "task_weights" else config.measured(schema.labels)
+    named: dict[str, list[Any]] = {
+        "task_weights": [*config.task_weights],
+        "losses": [*config.losses],
+        "monitor_task": [config.monitor_task],
+    }
+    for key, names in named.items():
+        known = config.measured(schema.labels) if key == "monitor_task" else schema.labels
         for name in {*names} - {*known, None}:
             raise UserError(f"train.{key} names {name!r}; the labels are {', '.join(known)}")
     _check_entire_space(config, schema)
+    _check_losses(config, schema)
     if not any(config.task_weights.get(label, 1.0) for label in schema.labels):
         raise UserError(f"train.task_weights gives every label of {', '.join(schema.labels)} 0; leave one above it")
+    _check_monitor(config, schema)
+    check_own_metrics(config, schema)
     if schema.has_weights and config.accumulate > 1:
         raise UserError(
             f"train.accumulate={config.accumulate}: dataset {schema.name!r} has weights or missing labels, and a group "
             "of batches would be another mean than one batch of their rows; set it to 1"
         )
-    if config.monitor == "gauc" and schema.group_id is None:
-        raise UserError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
 
 
 def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
@@ -90,6 +99,13 @@ def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
         for name in (label, before):
             if name not in schema.labels:
                 raise UserError(f"train.entire_space names {name!r}; the labels are {', '.join(schema.labels)}")
+            if schema.number(name) is not None:
+                raise UserError(f"train.entire_space: {name!r} is a number, and products are of probabilities")
+        if (loss := config.losses.get(label, CrossEntropyConfig())) != CrossEntropyConfig():
+            raise UserError(
+                f"train.losses.{label}: {loss.name}, but train.entire_space trains {label!r} by the cross-entropy of "
+                "its product alone; leave one of them out"
+            )
         if before in config.entire_space or label == before:
             raise UserError(f"train.entire_space: {label!r} follows {before!r}, which must be no product itself")
         task = schema.preparation.get("tasks", {}).get(label) or {"where": f"{before} = 1"}
@@ -99,6 +115,30 @@ def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
                 f"train.entire_space: {label!r} follows {before!r}, but dataset {schema.name!r} has it on other rows; "
                 f'prepare the log with tasks: {{{label}: {{where: "{before} = 1"}}}} alone in its spec'
             )
+
+
+def _check_losses(config: TrainConfig, schema: Schema) -> None:
+    """Refuse losses that one shift of the logits does not correct for the negative rows left out."""
+    for label, loss in config.losses.items():
+        if schema.negatives < 1 and loss != CrossEntropyConfig():
+            raise UserError(
+                f"train.losses.{label}: dataset {schema.name!r} has {schema.negatives:g} of its negative rows, which "
+                "is corrected for in cross_entropy without smoothing alone; use that, or prepare all rows"
+            )
+
+
+def _check_monitor(config: TrainConfig, schema: Schema) -> None:
+    """Refuse to choose the best evaluation by what no task that counts has."""
+    monitor = config.monitor
+    trained = [label for label in schema.labels if config.task_weights.get(label, 1.0)]
+    tasks = [config.monitor_task] if config.monitor_task is not None else trained
+    if not any((schema.number(task) is not None) == (monitor in OF_NUMBERS) for task in tasks):
+        kind, fix = ("binary", "auc") if monitor in OF_NUMBERS else ("numbers", "rmse")
+        raise UserError(
+            f"train.monitor: {monitor}, but {', '.join(tasks)} {'are' if len(tasks) > 1 else 'is'} {kind}: use {fix}"
+        )
+    if monitor == "gauc" and schema.group_id is None:
+        raise UserError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
 
 
 def share_cores() -> int:

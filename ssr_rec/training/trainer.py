@@ -81,7 +81,7 @@ class Trainer:
         self.train, self.schema = rows.train, rows.train.schema
         self.fitted, self._values = Fitted(), config.model_dump(mode="json")
         self.schedule = Schedule(optimizer, config)
-        self.running = RunningAUC(self.config.measured(self.schema.labels), window=PROGRESS_ROWS)
+        self.running = RunningAUC(self.config.measured(self.schema.labels), PROGRESS_ROWS, self.schema.number_names)
         self.filter_watch = FilterWatch(self.over_arch.sparse_filters())
         self.adaptation = Adaptation(self.over_arch, optimizer, self.config.accumulate)
         self.accumulation = Accumulation(model, optimizer) if self.config.accumulate > 1 else None
@@ -224,8 +224,8 @@ class Trainer:
     def row(self, split: str, epoch: int, **figures: Any) -> dict[str, Any]:
         """Return a row of metrics.jsonl of what has been done so far. Not collective."""
         done = self.fitted
-        where = {"step": done.steps, "epoch": epoch, "samples": done.samples, "seconds": done.seconds}
-        return {**where, "split": split, **figures}
+        where = {"step": done.steps, "epoch": epoch, "samples": done.samples, "seconds": done.seconds, "split": split}
+        return {**where, **figures}
 
     def _beat(self, where: str) -> None:
         if self.watch is not None:
@@ -342,6 +342,7 @@ class Trainer:
             lr=self.schedule.rate(fitted.steps - 1),
             tasks={label: {"auc": value} for label, value in self.running.compute().items()},
             **({"filters": per_layer(filtered, dist.get_world_size())} if filtered else {}),
+            **self.model.module.loss.figures(),
         )
         if not good.all():
             fitted.skipped += int((~good).sum())
