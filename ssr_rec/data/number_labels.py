@@ -23,3 +23,9 @@ class NumberLabel(Settings):
     log_std: float | None = Field(None, gt=0)
     low: float = Field(description="the least of all rows, whatever their split")
     high: float = Field(description="the greatest of all rows")
+
+    def widened(self, low: float | None, high: float | None) -> NumberLabel:
+        """Return the same with further rows from ``low`` to ``high``; None: they have none."""
+        found = {"low": self.low if low is None else min(self.low, low)}
+        found["high"] = self.high if high is None else max(self.high, high)
+        return self.model_copy(update=found)

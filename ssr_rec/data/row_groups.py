@@ -211,15 +211,17 @@ class SplitFiles:
                 )
             weights[:] = of_rows[rows, None]
         for task, label in enumerate(self.schema.labels):
-            outcomes = self._column(table, label, num_rows, where).to_numpy()
-            missing = outcomes == NOT_OBSERVED if label in self.schema.missing_labels else None
+            outcomes = self._column(table, label, num_rows, where).to_numpy(zero_copy_only=False)
+            may_miss, is_number = label in self.schema.missing_labels, self.schema.number(label) is not None
+            missing = (np.isnan(outcomes) if is_number else outcomes == NOT_OBSERVED) if may_miss else None
             if missing is not None and weights is not None:
-                outcomes = np.where(missing, 0, outcomes).astype(np.int8)
+                outcomes = np.where(missing, 0, outcomes).astype(outcomes.dtype)
                 weights[missing[rows], task] = 0
-            if wrong := np.flatnonzero(outcomes.view(np.uint8) > 1).tolist():
+            odd = ~np.isfinite(outcomes) if is_number else outcomes.view(np.uint8) > 1
+            if wrong := np.flatnonzero(odd).tolist():
                 raise UserError(
-                    f"{where}: label {label!r} is {outcomes[wrong[0]]} in row {first_row + wrong[0]}, "
-                    "must be 0 or 1; prepare the log again"
+                    f"{where}: label {label!r} is {outcomes[wrong[0]]} in row {first_row + wrong[0]}, must be "
+                    f"{'finite' if is_number else '0 or 1'}; prepare the log again"
                 )
             labels[:, task] = outcomes[rows]
         return labels, weights

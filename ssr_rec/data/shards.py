@@ -62,7 +62,9 @@ def arrow_schema(schema: Schema) -> pa.Schema:
     ]
     fields += [pa.field(column.name, pa.float64()) for column in schema.dense]
     fields += [pa.field(vector.name, pa.list_(pa.float64()), nullable=False) for vector in schema.row_vectors]
-    fields += [pa.field(label, pa.int8(), nullable=False) for label in schema.labels]
+    for label in schema.labels:
+        is_number, may_miss = schema.number(label) is not None, label in schema.missing_labels
+        fields.append(pa.field(label, pa.float32() if is_number else pa.int8(), nullable=is_number and may_miss))
     if schema.group_id is not None:
         fields.append(pa.field(GROUP_COLUMN, pa.int64(), nullable=False))
     if schema.weight is not None:

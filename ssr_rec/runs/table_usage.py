@@ -41,7 +41,7 @@ def dataset_table(schema: Schema) -> str:
     """
     rows = sum(split.num_rows for split in schema.splits.values())
     positive = {}
-    for label in schema.labels:
+    for label in (name for name in schema.labels if schema.number(name) is None):
         counted = [(s.counted.get(label, s.num_rows), s.positive_rate[label]) for s in schema.splits.values()]
         positive[label] = sum(count * rate for count, rate in counted) / max(1, sum(count for count, _ in counted))
     kinds = Counter("numerical" if isinstance(f.encoding, LogBuckets) else f.kind for f in schema.features)
@@ -52,7 +52,7 @@ def dataset_table(schema: Schema) -> str:
     lists = {"list": "list features"} if kinds["list"] else {}
     names = {"categorical": "categorical", "numerical": "numerical", **lists}
     header = ["data", "samples", "positive", *names.values(), "feature values"]
-    cells = [schema.name, f"{rows:,}", " / ".join(f"{label} {share:.2%}" for label, share in positive.items())]
+    cells = [schema.name, f"{rows:,}", " / ".join(f"{label} {share:.2%}" for label, share in positive.items()) or "-"]
     cells += [*(str(kinds[kind]) for kind in names), f"{values:,}"]
     return "\n".join([f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1), f"| {' | '.join(cells)} |"])
 

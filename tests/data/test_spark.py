@@ -23,6 +23,8 @@ from ssr_rec.data.preparation.presets import PRESETS
 from ssr_rec.data.preparation.sources import Read, read_table
 from ssr_rec.data.preparation.spec import TableSpec, make_spec, read_spec
 from ssr_rec.data.schema import Schema
+from tests.data.test_number_labels import SPEC as NUMBER_SPEC
+from tests.data.test_number_labels import watched
 from tests.data.test_presets import write_alibaba
 from tests.data.test_row_weights import SPEC as WEIGHT_SPEC
 from tests.data.test_row_weights import weighted_rows
@@ -310,3 +312,17 @@ def test_weights_missing_labels_and_spaces(tmp_path: Path) -> None:
             for spark in (None, SparkSettings())
         ]
         assert messages[0] == messages[1] and "row 42: column 'w' is" in messages[0]
+
+
+def test_labels_that_are_numbers(tmp_path: Path) -> None:
+    rows = watched(900)
+    schema = same(tmp_path, [write_csv(rows, tmp_path / "log.csv")], spec_with(**NUMBER_SPEC))
+    assert schema.number_names == ["watch_s", "rating"]
+    for name, bad in {"nan": math.nan, "large": 1e39, "infinite": -math.inf}.items():
+        rows[41]["rating"] = bad
+        path = write_parquet(rows, tmp_path / f"{name}.parquet")
+        messages = [
+            refusal([path], tmp_path / "out", spec_with(**NUMBER_SPEC), settings=EngineSettings(spark=spark))
+            for spark in (None, SparkSettings())
+        ]
+        assert messages[0] == messages[1] and "row 42: column 'rating' is" in messages[0]

@@ -29,6 +29,7 @@ from ssr_rec.data.preparation.column_types import ODD_TEXT
 from ssr_rec.data.preparation.encode import Lookup, cut_sequences
 from ssr_rec.data.preparation.engines import EngineSettings, connect
 from ssr_rec.data.preparation.fit import VOCABULARY_FOLDER, SplitPlan, by_days, count_splits, hashed, shuffled
+from ssr_rec.data.preparation.fit_dense import ranges_of_numbers
 from ssr_rec.data.preparation.fit_vectors import check_vectors
 from ssr_rec.data.preparation.grown_columns import staged_as, without_later_ids
 from ssr_rec.data.preparation.prepare import check_values, empty_splits, encoded, progress_lines
@@ -253,11 +254,14 @@ def _grown_schema(
         for feature in schema.features
     ]
     before = {day: {name: found.sizes[at] for name, found in grown.items()} for at, day in enumerate(plan.splits)}
+    ranges = ranges_of_numbers(plan)
+    numbers = [number.widened(*ranges[number.name]) for number in schema.numbers]
     addition = Addition(before=schema.dataset_id, days=list(plan.splits), grown=before if grown else {})
     return schema.model_copy(
         update={
             "dataset_id": dataset_id,
             "features": features,
+            "numbers": numbers,
             "splits": empty_splits(counts, schema.labels),
             "days": Days(names=[*schema.days.names, *plan.splits], fitted=schema.days.fitted),
             "additions": [*schema.additions, addition],

@@ -29,7 +29,7 @@ from ssr_rec.data.preparation.encode import Lookup, cut_sequences, encode
 from ssr_rec.data.preparation.engine import ROW, Progress
 from ssr_rec.data.preparation.engines import EngineSettings, connect
 from ssr_rec.data.preparation.fit import SplitPlan, count_splits, fit, measured, plan_splits
-from ssr_rec.data.preparation.fit_dense import fit_dense
+from ssr_rec.data.preparation.fit_dense import fit_dense, fit_numbers
 from ssr_rec.data.preparation.fit_vectors import given_vectors, vector_feature
 from ssr_rec.data.preparation.grown_columns import staged_as
 from ssr_rec.data.preparation.histories import add_histories, age_units, check_histories, helpers, with_keys
@@ -183,6 +183,9 @@ def _schema(
     for key in (*added, "dense", "dense_bins", "vectors", "row_vectors"):
         if preparation[key] == TableSpec.model_fields[key].get_default(call_default_factory=True):
             del preparation[key]  # so that the dataset_id is that of before there was such a key
+    for task in preparation.get("tasks", {}).values():
+        if task["kind"] == "binary":
+            del task["kind"]
     for one in preparation.get("vectors", {}).values():
         one["file"] = Path(one["file"]).name  # where it lay says nothing of the dataset, which has a copy
     shared = vocabulary_of(spec)
@@ -199,8 +202,8 @@ def _schema(
             for column in pq.read_table(folder / feature.encoding.file).itercolumns():
                 for buffer in column.combine_chunks().buffers():
                     digest.update(buffer or b"")
-    dense = fit_dense(plan)
-    for one in dense:
+    dense, numbers = fit_dense(plan), fit_numbers(plan)
+    for one in (*dense, *numbers):
         digest.update(one.model_dump_json().encode())
     return Schema(
         name=spec.name,
@@ -213,6 +216,7 @@ def _schema(
         group_id=spec.group_id,
         weight=spec.weight,
         missing_labels=missing_labels(spec),
+        numbers=numbers,
         negatives=spec.negatives,
         splits=empty_splits(counts, spec.labels),
         days=Days(names=list(plan.splits), fitted=plan.fitted) if isinstance(spec.split, DaySplit) else None,
@@ -228,6 +232,7 @@ def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> di
             positive_rate={
                 label: found[f"label{i}"] / max(1, found.get(f"counted{i}", found["rows"]))
                 for i, label in enumerate(labels)
+                if f"label{i}" in found
             },
             counted={label: found[f"counted{i}"] for i, label in enumerate(labels) if f"counted{i}" in found},
             shards=[],

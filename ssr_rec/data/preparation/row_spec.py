@@ -1,8 +1,8 @@
-"""Defines which rows count for which task: weights, labels that may be missing, tasks that ask of some rows alone."""
+"""Defines what a label is and which rows count for it: kinds, weights, missing labels, tasks of some rows alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import ibis
 import numpy as np
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from ssr_rec.data.preparation.spec import TableSpec
 
 MAX_WEIGHT = float(np.finfo(np.float32).max)
-"""Weights are stored in float32."""
+"""Weights and labels that are numbers are stored in float32."""
 
 
 class TaskSpec(Settings):
-    """Says on which rows a label is learned and evaluated."""
+    """Says what a label is, and on which rows it is learned and evaluated."""
 
+    kind: Literal["binary", "number"] = Field("binary", description="binary: 0 or 1; number: any, such as seconds")
     where: str | None = Field(None, description="the rows that the task asks of, such as click = 1; None: all")
     missing: bool = Field(False, description="a null label is one that was not observed, and not a mistake")
 
@@ -49,8 +50,10 @@ def check_row_spec(spec: TableSpec) -> None:
     for name, task in spec.tasks.items():
         if name not in spec.labels:
             raise UserError(f"tasks: {name!r} is not under labels, which has {', '.join(spec.labels)}")
-        if task.where is None and not task.missing:
-            raise UserError(f"tasks.{name}: it says nothing; give where or missing: true, or leave it out")
+        if task == TaskSpec():
+            raise UserError(
+                f"tasks.{name}: it says nothing; give where, missing: true or kind: number, or leave it out"
+            )
         for column in task.conditions:
             if column in spec.list_columns:
                 raise UserError(f"tasks.{name}.where: {column!r} holds lists; conditions are of single values")
@@ -59,20 +62,36 @@ def check_row_spec(spec: TableSpec) -> None:
 
 
 def missing_labels(spec: TableSpec) -> list[str]:
-    """Return the labels that are ``NOT_OBSERVED`` for some rows."""
-    return [label for label in spec.labels if label in spec.tasks]
+    """Return the labels that are not observed for some rows."""
+    tasks = spec.tasks
+    return [label for label in spec.labels if label in tasks and (tasks[label].where or tasks[label].missing)]
+
+
+def number_labels(spec: TableSpec) -> list[str]:
+    """Return the labels that are numbers."""
+    return [label for label in spec.labels if label in spec.tasks and spec.tasks[label].kind == "number"]
 
 
 def check_of_label(rows: Table, name: str, spec: TableSpec) -> tuple[BooleanValue, str]:
     """Return which rows have a label that cannot be, and the rule."""
     task, label = spec.tasks.get(name, TaskSpec()), rows[name]
-    wrong = label.notnull() & ~label.isin([0.0, 1.0])
+    if task.kind == "number":
+        wrong, rule = _is_no_float32(label), f"a label of kind number must be finite and at most {MAX_WEIGHT:.3g}"
+    else:
+        wrong, rule = label.notnull() & ~label.isin([0.0, 1.0]), "a label must be 0 or 1"
     if task.missing:
-        return wrong, "a label must be 0 or 1, or null where it was not observed"
+        return wrong, f"{rule}, or null where it was not observed"
     if task.where is None:
-        return wrong | label.isnull(), "a label must be 0 or 1"
+        return wrong | label.isnull(), rule
     in_space = holds(rows, parse_where(task.where))
-    return wrong | (in_space & label.isnull()), f"a label must be 0 or 1 where {task.where}"
+    return wrong | (in_space & label.isnull()), f"{rule} where {task.where}"
+
+
+def _is_no_float32(label: Column) -> BooleanValue:
+    """Return which rows have a number that is NaN, infinite or beyond float32; null is none of these."""
+    # NaN is above everything to an engine, or nothing to it.
+    odd: BooleanValue = label.isnan() | ~(label.abs() <= MAX_WEIGHT)
+    return odd.fill_null(False)
 
 
 def check_of_weight(rows: Table, name: str) -> tuple[BooleanValue, str]:
@@ -84,31 +103,35 @@ def check_of_weight(rows: Table, name: str) -> tuple[BooleanValue, str]:
 
 
 def encoded_label(rows: Table, name: str, spec: TableSpec) -> Column:
-    """Return a label as it is stored, int8."""
+    """Return a label as it is stored: int8, of numbers float32 and null where it is not observed."""
     label, task = rows[name], spec.tasks.get(name)
     if task is None:
         return label.cast("int8")
     seen = label.notnull()
     if task.where is not None:
         seen = seen & holds(rows, parse_where(task.where))
+    if task.kind == "number":
+        return seen.ifelse(label, ibis.null("float64")).cast("float32")
     return seen.ifelse(label, ibis.literal(float(NOT_OBSERVED))).cast("int8")
 
 
 def counts_of_labels(rows: Table, spec: TableSpec) -> dict[str, NumericValue]:
     """Return the sums of ``count_splits``: positives as ``label<i>`` and, where not all rows count, ``counted<i>``.
 
-    Of the rows that count: those with a weight above 0 and an observed label.
+    Labels that are numbers have the latter alone. The rows that count have a weight above 0 and an observed label.
     """
     if spec.weight is None and not spec.tasks:
         return {f"label{i}": rows[label].sum().cast("int64") for i, label in enumerate(spec.labels)}
     sums: dict[str, NumericValue] = {}
     for i, name in enumerate(spec.labels):
         stored = encoded_label(rows, name, spec)
-        counts = stored != NOT_OBSERVED
+        is_number = spec.tasks.get(name, TaskSpec()).kind == "number"
+        counts = stored.notnull() if is_number else stored != NOT_OBSERVED
         if spec.weight is not None:
             # As it is stored: less than float32 can tell from 0 is 0.
             counts = counts & (rows[spec.weight].cast("float32") > 0)
-        sums[f"label{i}"] = (counts & (stored == 1)).cast("int64").sum().cast("int64")
+        if not is_number:
+            sums[f"label{i}"] = (counts & (stored == 1)).cast("int64").sum().cast("int64")
         sums[f"counted{i}"] = counts.cast("int64").sum().cast("int64")
     return sums
 
@@ -150,7 +173,9 @@ def check_negatives(spec: TableSpec, by_days: bool) -> None:
         UserError: says why.
     """
     problem = None
-    if len(spec.labels) > 1:
+    if number_labels(spec):
+        problem = f"label {number_labels(spec)[0]!r} is a number, of which no row is negative"
+    elif len(spec.labels) > 1:
         problem = f"labels {', '.join(spec.labels)}: a row that is negative for one may be kept for another; name one"
     elif by_days:
         problem = "the splits are days, which are evaluated, too; split by time"
