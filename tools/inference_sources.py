@@ -200,5 +200,5 @@ def export(source: Source, folder: Path, tables: Any, dense: Any) -> None:
         restored = restore_model(source.path, source.data)
     else:
         model, (schema, data) = untrained(source.config, source.schema), dataset(source.config)
-        restored = Restored(model, schema, source.config, data, Path("untrained"))
+        restored = Restored(model, schema, source.config, data, Path("untrained"), {})
     export_restored(restored, source.path.stem, folder, tables=tables, dense=dense, compared=Compared(rows=PARITY_ROWS))

@@ -193,7 +193,7 @@ def takes_text(path: Sequence[str]) -> bool:
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or key not in model.model_fields:
             return False
         model = model.model_fields[key].annotation
-    if get_origin(model) is dict:
+    if get_origin(model) in (dict, list):
         return False
     # Of RunName | None, the arguments are str with its check and None.
     kinds = [get_args(kind)[0] if hasattr(kind, "__metadata__") else kind for kind in get_args(model) or (model,)]

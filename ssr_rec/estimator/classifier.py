@@ -27,8 +27,9 @@ from ssr_rec.common.versions import check_stack
 from ssr_rec.config.run import RunConfig, load_config
 from ssr_rec.data.preparation.frame_columns import spec_of_frame, write_frame
 from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.row_spec import number_labels
 from ssr_rec.data.preparation.spec import TableSpec, make_spec
-from ssr_rec.estimator.labels import Labels, labels_of
+from ssr_rec.estimator.labels import Labels, labels_of, refuse_numbers
 from ssr_rec.estimator.rows import frame_of, frames_held_out, names_of, new_name, split_of, weights_of
 from ssr_rec.estimator.settings import parameters_of, run_config
 from ssr_rec.metrics.exact import auc
@@ -135,6 +136,7 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             if weights is not None:
                 entries["weight"] = new_name("weight_of_row", frame)
             kinds = spec_of_frame(frame, {**entries, "labels": targets.names})
+            refuse_numbers(number_labels(kinds.spec))
             print(kinds.summary(), flush=True)
             parts = self._parts(frame, targets, split, validation)
             if weights is not None:
@@ -211,6 +213,7 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             saved = json.loads((path / ESTIMATOR_FILE).read_text())
         model = cls(**saved["params"])
         scorer = _scorer(home)
+        refuse_numbers(scorer.restored.schema.number_names)
         classes = saved.get("classes", [[0, 1]] * len(scorer.labels))
         model._of_run(home, scorer.labels, [np.array(values) for values in classes])
         names = saved.get("feature_names", scorer.encoder.columns)

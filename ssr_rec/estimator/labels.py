@@ -36,6 +36,19 @@ class Labels:
         return {name: (self.values[name].to_numpy() == of[1]).astype(np.int8) for name, of in pairs}
 
 
+def refuse_numbers(names: Sequence[str]) -> None:
+    """Refuse labels that are numbers, which have no classes.
+
+    Raises:
+        UserError: names them and what predicts numbers.
+    """
+    if names:
+        raise UserError(
+            f"label {names[0]!r} is a number, and CTRClassifier predicts classes; train by ssr_rec/train.py and score "
+            "with ssr_rec.serving"
+        )
+
+
 def labels_of(X: Any, y: Any, names: str | Sequence[str] | None, classes: Any = None) -> Labels:
     """Return the labels ``y``, or the columns ``names`` of ``X``.
 

@@ -17,7 +17,8 @@ from ssr_rec.explaining.importance import MEASURES, Importance, column_groups, p
 from ssr_rec.explaining.rows import SplitRows
 from ssr_rec.explaining.slices import slices, worst_first
 from ssr_rec.explaining.values import read_column
-from ssr_rec.metrics.exact import evaluate_predictions, of_task
+from ssr_rec.metrics.exact import of_task
+from ssr_rec.metrics.number_metrics import evaluate_tasks
 from ssr_rec.metrics.reliability import deciles, precision_recall
 from ssr_rec.serving.trained_model import Restored, restore_model
 from ssr_rec.training.datasets import choose_days
@@ -60,15 +61,16 @@ def explain_run(
         note: told what is being done.
 
     Returns:
-        ``run``, ``dataset``, ``split``, ``rows``, ``tasks`` (their measures), ``importance``, ``filters`` (None of
-        an over-arch without such), ``slices`` (task -> worst first), ``deciles`` and ``precision_recall`` (by task)
-        and ``drift``.
+        ``run``, ``dataset``, ``split``, ``rows``, ``tasks`` and ``numbers`` (measures of binary tasks and of others),
+        ``importance``, ``filters`` (None of an over-arch without such), ``slices`` (task -> worst first), ``deciles``
+        and ``precision_recall`` (by binary task) and ``drift``.
 
     Raises:
         UserError: no such run or dataset, or a split, group or column that there is not; before the model is scored.
     """
     restored = restore_model(run, data)
     model, schema, folder = restored.model, restored.schema, restored.data
+    binary = _binary(schema)
     trained, split = _splits(restored, asked.split)
     groups = column_groups(schema, asked.groups)
     rows = SplitRows.read(folder, schema, split, asked.rows)
@@ -81,12 +83,13 @@ def explain_run(
     found: dict[str, list[dict[str, Any]]] = {}
     curves: dict[str, dict[str, Any]] = {}
     parts_of: dict[str, list[dict[str, Any]]] = {}
-    for i, task in enumerate(schema.labels):
+    for i, task in ((schema.labels.index(task), task) for task in binary):
         parts, of_rows = (logits[:, i], labels[:, i]), of_task(weights, i)
         of_columns = [slices(*parts, column, asked.min_rows, of_rows) for column in columns]
         found[task] = worst_first([one for entries in of_columns for one in entries], asked.order)
         curves[task] = _curve(precision_recall(*parts, weights=of_rows))
         parts_of[task] = deciles(*parts, weights=of_rows)
+    measures = evaluate_tasks(logits, labels, rows.block.group_ids, schema.labels, restored.links, weights)
     answers = {
         "run": run.name,
         "over_arch": restored.config.over_arch.label,
@@ -98,7 +101,8 @@ def explain_run(
         "rows": rows.block.num_rows,
         "order": asked.order,
         "min_rows": asked.min_rows,
-        "tasks": evaluate_predictions(logits, labels, rows.block.group_ids, schema.labels, weights),
+        "tasks": {task: measures[task] for task in binary},
+        "numbers": {task: measures[task] for task in schema.number_names},
         "filters": filter_view(model, rows),
         "slices": found,
         "deciles": parts_of,
@@ -108,6 +112,18 @@ def explain_run(
     some = SplitRows.read(folder, schema, split, min(asked.importance_rows, rows.block.num_rows))
     importance = permutation_importance(model, some, groups, range(asked.seeds), _progress(note))
     return {**answers, "importance": {"rows": some.block.num_rows, "groups": [_entry(one) for one in importance]}}
+
+
+def _binary(schema: Schema) -> list[str]:
+    """Return the labels that are explained: those that are no numbers.
+
+    Raises:
+        UserError: there are none.
+    """
+    binary = [label for label in schema.labels if schema.number(label) is None]
+    if not binary:
+        raise UserError(f"the run predicts numbers alone ({', '.join(schema.labels)}), which are not explained")
+    return binary
 
 
 def _splits(restored: Restored, wanted: str | None) -> tuple[list[str], str]:

@@ -110,7 +110,7 @@ def permutation_importance(
     base = _measured(scored.logits, rows)
     found: list[Importance] = []
     for place, (name, columns) in enumerate(groups.items()):
-        tasks = rows.schema.labels
+        tasks = list(base)
         one = Importance(name, list(columns), {task: [] for task in tasks}, {task: [] for task in tasks})
         for seed in seeds:
             order = np.random.default_rng((seed, place)).permutation(rows.block.num_rows)
@@ -173,6 +173,8 @@ class Scored:
 def _measured(logits: np.ndarray, rows: SplitRows) -> dict[str, dict[str, float]]:
     found = {}
     for i, task in enumerate(rows.schema.labels):
+        if rows.schema.number(task) is not None:
+            continue
         parts = (logits[:, i], rows.block.labels[:, i], of_task(rows.block.weights, i))
         found[task] = {"auc": auc(*parts), "logloss": logloss(*parts)}
     return found

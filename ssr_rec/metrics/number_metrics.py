@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.metrics.exact import gather_rows, of_task, with_equal_rows_tied
+from ssr_rec.metrics.exact import evaluate_predictions, gather_rows, of_task, with_equal_rows_tied
 from ssr_rec.metrics.links import SIGMOID, Links
 from ssr_rec.metrics.numbers import calibration_of_numbers, mae, rmse, xauc
 from ssr_rec.metrics.reliability import deciles_of_scores
@@ -46,6 +46,37 @@ def evaluate_numbers(logits: np.ndarray, labels: np.ndarray, links: Links, weigh
             "xauc": xauc(x, y, w),
             "calibration": calibration_of_numbers(predicted, y, w),
         }
+    return found
+
+
+def evaluate_tasks(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    names: Sequence[str],
+    links: Links,
+    weights: np.ndarray | None = None,
+) -> Tasks:
+    """Return every measure of every task: of ``evaluate_predictions``, or of those in ``links`` ``evaluate_numbers``.
+
+    Args:
+        logits: ``(N, T)``.
+        labels: ``(N, T)``.
+        groups: ``(N,)`` or None.
+        names: the ``T`` tasks.
+        links: of those whose labels are numbers.
+        weights: ``(N, T)`` or None.
+    """
+    if not links:
+        return evaluate_predictions(logits, labels, groups, names, weights)
+    found: Tasks = {}
+    for place, name in enumerate(names):
+        x, y = logits[:, [place]], labels[:, [place]]
+        w = None if weights is None else weights[:, [place]]
+        if name in links:
+            found |= evaluate_numbers(x, y, {name: links[name]}, w)
+        else:
+            found |= evaluate_predictions(x, y, groups, [name], w)
     return found
 
 

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
 from ssr_rec.common.formatting import decimal, short_number
+from ssr_rec.runs.measures import main_measure, title
 from ssr_rec.runs.report import Report, Run
 from ssr_rec.runs.table import best_first, display_names
 
@@ -51,7 +52,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], report: Report, path: str | P
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]], report: Report) -> Figure:
-    """Return a figure of training loss, validation AUC and throughput of one run against samples.
+    """Return a figure of training loss, validation AUC (of numbers XAUC) and throughput of one run against samples.
 
     Args:
         rows: the run's metrics.jsonl; may be empty.
@@ -95,7 +96,9 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
 
 def _draw_loss(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     samples, values = _series(rows, "train", "loss")
-    _dress(ax, "Training loss", "loss (nats per sample)", bool(len(values)))
+    measured = [measures for row in rows for measures in (row.get("tasks") or {}).values()]
+    is_nats = not any("rmse" in measures for measures in measured)
+    _dress(ax, "Training loss", "loss (nats per sample)" if is_nats else "loss per sample", bool(len(values)))
     if not len(values):
         return
     if len(values) > 1:
@@ -113,9 +116,14 @@ def _draw_loss(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_validation_auc(ax: Axes, rows: Sequence[Mapping[str, Any]], report: Report) -> None:
     tasks = list(dict.fromkeys(task for row in rows if row["split"] == "validation" for task in row.get("tasks") or {}))
-    series = {task: _series(rows, "validation", "auc", task) for task in tasks}
+    found = [row["tasks"] for row in rows if row["split"] == "validation" and row.get("tasks")]
+    mains = {task: next(main_measure(measured[task]) for measured in found if task in measured) for task in tasks}
+    # Shares of pairs have one scale; errors in units of a label are drawn where there is nothing else.
+    drawn = [task for task in tasks if mains[task] != "rmse"] or tasks
+    series = {task: _series(rows, "validation", mains[task], task) for task in drawn}
     series = {task: points for task, points in series.items() if len(points[0])}
-    _dress(ax, "Validation AUC", "AUC", bool(series))
+    names = " and ".join(title(name) for name in dict.fromkeys(mains[task] for task in drawn)) or "AUC"
+    _dress(ax, f"Validation {names}", names, bool(series))
     if not series:
         return
     by_days = bool(report.days)
@@ -123,9 +131,10 @@ def _draw_validation_auc(ax: Axes, rows: Sequence[Mapping[str, Any]], report: Re
     levels: dict[str, Line2D] = {}
     for (task, (samples, values)), color in zip(series.items(), cycle(COLORS), strict=False):
         # Test and validation are of the kept weights, whose step need not be the best one of every task.
-        label = task if by_days else f"{task}: validation {decimal(report.measure('validation', task, 'auc'))}"
+        main = mains[task]
+        label = task if by_days else f"{task}: validation {decimal(report.measure('validation', task, main))}"
         for name, linestyle in styles.items():
-            level = report.measure(name, task, "auc")
+            level = report.measure(name, task, main)
             if level is not None:
                 ax.axhline(level, color=color, linestyle=linestyle, linewidth=1.4)
                 levels[name] = Line2D([], [], color="#444444", linestyle=linestyle, linewidth=1.4, label=name)
@@ -159,9 +168,10 @@ def _draw_speed(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_histories(ax: Axes, ranked: Sequence[Run], task: str) -> None:
-    curves = [_series(run.rows, "validation", "auc", task) for run in ranked]
+    main = main_measure(ranked[0].report.test[task])
+    curves = [_series(run.rows, "validation", main, task) for run in ranked]
     has_data = any(len(values) for _, values in curves)
-    _dress(ax, f"Validation AUC, {task}", "AUC", has_data)
+    _dress(ax, f"Validation {title(main)}, {task}", title(main), has_data)
     if not has_data:
         return
     for index, (samples, values) in reversed(list(enumerate(curves))):
@@ -171,8 +181,9 @@ def _draw_histories(ax: Axes, ranked: Sequence[Run], task: str) -> None:
 
 def _draw_test_auc(ax: Axes, ranked: Sequence[Run], names: Sequence[str], task: str) -> None:
     """Draw points with numbers, best on top; with the markers of the curves, this panel is also their legend."""
-    aucs = [run.report.measure("test", task, "auc") for run in ranked]
-    ceiling = ranked[0].report.measure("ceiling", task, "auc")
+    main = main_measure(ranked[0].report.test[task])
+    aucs = [run.report.measure("test", task, main) for run in ranked]
+    ceiling = ranked[0].report.measure("ceiling", task, main)
     for index, value in enumerate(aucs):
         if value is not None:
             ax.plot([value], [index], markersize=8, **style(index))
@@ -180,8 +191,8 @@ def _draw_test_auc(ax: Axes, ranked: Sequence[Run], names: Sequence[str], task: 
                 decimal(value), (value, index), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9
             )
     known = [value for value in [*aucs, ceiling] if value is not None]
-    _dress(ax, f"Test AUC, {task}", "", bool(known))
-    ax.set_xlabel("AUC")
+    _dress(ax, f"Test {title(main)}, {task}", "", bool(known))
+    ax.set_xlabel(title(main))
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     for label, index in zip(ax.get_yticklabels(), range(len(names)), strict=True):

@@ -12,10 +12,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ssr_rec.common.formatting import decimal
 from ssr_rec.runs.curves import DPI, Decimals, lay_grid, legend_below, style
+from ssr_rec.runs.measures import goodness, main_measure, title
 from ssr_rec.runs.report import Run
 from ssr_rec.runs.table import display_names, markdown_table
 
-MEASURES = {"auc": "AUC", "gauc": "GAUC", "ne": "NE", "calibration": "calibration"}
+MEASURES = {
+    "auc": "AUC", "gauc": "GAUC", "ne": "NE", "xauc": "XAUC", "rmse": "RMSE", "calibration": "calibration",
+}  # fmt: skip
 
 
 def days_table(runs: Sequence[Run]) -> str:
@@ -36,25 +39,26 @@ def _task_table(runs: Sequence[Run], task: str) -> str:
     lines = [[day, *(decimal(values[column][at]) for column in columns)] for at, day in enumerate(days)]
     lines.append(["mean", *(decimal(runs[run].report.test[task].get(name)) for name, run in columns)])
     table = markdown_table(header, lines)
-    return table if len(runs) != 2 else f"{table}\n\n{_lead(runs, values, len(days))}"
+    main = main_measure(runs[0].report.test[task])
+    return table if len(runs) != 2 else f"{table}\n\n{_lead(runs, values, main)}"
 
 
-def _lead(runs: Sequence[Run], values: dict[tuple[str, int], np.ndarray], days: int) -> str:
+def _lead(runs: Sequence[Run], values: dict[tuple[str, int], np.ndarray], main: str) -> str:
     """Return the first run's AUC against the second's; days differ more among each other than the runs on one day."""
     first, second = display_names(runs)
-    ahead = values["auc", 0] - values["auc", 1]
+    ahead = (values[main, 0] - values[main, 1]) * goodness(main, 1)
     ahead = ahead[~np.isnan(ahead)]
     if len(ahead) < 2:
         return f"{first} and {second} have {len(ahead)} days in common."
     error = ahead.std(ddof=1) / np.sqrt(len(ahead))
     return (
-        f"{first} is ahead of {second} by AUC on {(ahead > 0).sum()} of {len(ahead)} days, "
+        f"{first} is ahead of {second} by {title(main)} on {(ahead > 0).sum()} of {len(ahead)} days, "
         f"by {decimal(ahead.mean())} +- {decimal(error)} (standard error over the days) on average."
     )
 
 
 def draw_days(runs: Sequence[Run], path: str | Path) -> None:
-    """Draw AUC, GAUC, NE and calibration by day as a PNG: a row of panels per task, a line per run."""
+    """Draw the ``MEASURES`` that there are by day as a PNG: a row of panels per task, a line per run."""
     days, tasks = _days(runs), list(runs[0].report.test)
     names = [name for name in MEASURES if any(_has(run, task, name) for run in runs for task in tasks)]
     size = (4.2 * len(names), 3.7 * len(tasks))

@@ -160,4 +160,5 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"{split}/{label}/{name}": value for name, value in measures.items()}
     for layer, measures in enumerate(row.get("filters") or [], start=1):
         found |= {f"{split}/filters/layer_{layer}/{name}": value for name, value in measures.items()}
+    found |= {f"{split}/task_weights/{task}": value for task, value in (row.get("task_weights") or {}).items()}
     return {name: value for name, value in found.items() if value is not None}

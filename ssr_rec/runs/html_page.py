@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from ssr_rec.common.formatting import decimal, duration, short_number
 from ssr_rec.runs.curves import draw_comparison, draw_curves
 from ssr_rec.runs.folder import CONFIG_FILE, CURVES_FILE
+from ssr_rec.runs.measures import main_measure, shown, title
 from ssr_rec.runs.report import Report, Run, read_run
 from ssr_rec.runs.table import display_names, runs_table, summary
 
@@ -25,7 +26,6 @@ img { max-width: 100%; }
 pre { background: #f5f5f5; overflow-x: auto; padding: .7em; }
 .warning { color: #a33; }
 """
-MEASURES = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "ne": "NE", "calibration": "calibration"}
 
 
 def runs_page(folders: Sequence[str | Path]) -> str:
@@ -96,22 +96,24 @@ def _facts(report: Report) -> Iterator[tuple[str, str | None]]:
 
 def _measures(report: Report) -> str:
     lines = []
+    names = shown([*report.validation.values(), *report.test.values()])
     for part in ("ceiling", "validation", "test"):
         for task in getattr(report, part):
-            values = [report.measure(part, task, name) for name in MEASURES]
+            values = [report.measure(part, task, name) for name in names]
             lines.append([f"{part} {task}", *map(decimal, values)])
-    return "<h3>Measures</h3>" + _table(["", *MEASURES.values()], lines)
+    return "<h3>Measures</h3>" + _table(["", *map(title, names)], lines)
 
 
 def _evaluations(run: Run) -> str:
     """Return the table of the validations on the way."""
     rows = [row for row in run.rows if row["split"] == "validation"]
-    tasks = list(rows[0]["tasks"]) if rows else []
+    tasks = {task: main_measure(measures) for task, measures in rows[0]["tasks"].items()} if rows else {}
     lines = []
     for row in rows:
-        aucs = [decimal(row["tasks"][task].get("auc")) for task in tasks]
-        lines.append([f"{row['step']:,}", short_number(row.get("samples") or 0), decimal(row.get("loss")), *aucs])
-    header = ["step", "samples", "logloss", *(f"{task} AUC" for task in tasks)]
+        values = [decimal(row["tasks"][task].get(name)) for task, name in tasks.items()]
+        lines.append([f"{row['step']:,}", short_number(row.get("samples") or 0), decimal(row.get("loss")), *values])
+    loss = "logloss" if {*tasks.values()} <= {"auc"} else "loss"
+    header = ["step", "samples", loss, *(f"{task} {title(name)}" for task, name in tasks.items())]
     return "<h3>Validations</h3>" + _table(header, lines)
 
 

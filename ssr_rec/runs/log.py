@@ -22,6 +22,7 @@ from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.tables import table_dims
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.runs.folder import CONFIG_FILE, append_jsonl
+from ssr_rec.runs.measures import main_measure, title
 from ssr_rec.runs.open import open_run_folder
 from ssr_rec.runs.progress_line import Progress
 from ssr_rec.runs.tracking import Trackers, check_trackers
@@ -122,9 +123,11 @@ class RunLog:
         if row["split"] == "train":
             self.progress.show(row)
         else:
-            figures = "  ".join(f"{task} AUC {decimal(values['auc'])}" for task, values in row["tasks"].items())
+            mains = {task: main_measure(values) for task, values in row["tasks"].items()}
+            figures = "  ".join(f"{task} {title(m)} {decimal(row['tasks'][task].get(m))}" for task, m in mains.items())
             what = f"next day {row['day']}" if "day" in row else row["split"]
-            self.progress.note(f"{what} at step {row['step']}: logloss {decimal(row['loss'])}  {figures}", row)
+            loss = "logloss" if {*mains.values()} == {"auc"} else "loss"
+            self.progress.note(f"{what} at step {row['step']}: {loss} {decimal(row['loss'])}  {figures}", row)
 
 
 def num_embedding_parameters(config: RunConfig, schema: Schema, over_arch: OverArch) -> int:

@@ -9,7 +9,7 @@ from ssr_rec.common.formatting import decimal
 from ssr_rec.data.schema import Schema
 
 CALIBRATION = 0.8, 1.25
-"""Mean prediction over the share of positive rows; outside, a model's probabilities are not to be used as such."""
+"""Mean prediction over the mean label; outside, a model's predictions are not to be used as such."""
 FAR = 0.1
 """A share of missing or out-of-vocabulary values that differs so much from training's is named as a reason."""
 MOST_REASONS = 3
@@ -24,6 +24,7 @@ def quality_warnings(schema: Schema, parts: Mapping[str, Mapping[str, Mapping[st
     """
     found: list[str] = []
     splits: list[str] = []
+    numbers = set(schema.number_names)
     for part, tasks in parts.items():
         before = len(found)
         for task, measures in tasks.items():
@@ -36,7 +37,7 @@ def quality_warnings(schema: Schema, parts: Mapping[str, Mapping[str, Mapping[st
             if calibration is not None and (calibration < CALIBRATION[0] or calibration > CALIBRATION[1]):
                 found.append(
                     f"{part} {task}: calibration {decimal(calibration)}: the mean prediction is that many times the "
-                    "share of positive rows"
+                    + ("mean of the labels" if task in numbers else "share of positive rows")
                 )
         if len(found) > before:
             splits.append(schema.days.names[-1] if schema.days else part)

@@ -15,6 +15,7 @@ from ssr_rec.runs.event_shares import draw_event_shares, shares_of
 from ssr_rec.runs.filter_curves import draw_filter_curves, filter_rows
 from ssr_rec.runs.folder import CONFIG_FILE, CURVES_FILE, METRICS_FILE, plain, read_metrics
 from ssr_rec.runs.log import RunLog, num_embedding_parameters
+from ssr_rec.runs.measures import shown, title
 from ssr_rec.runs.provenance import git_commit, hardware, versions
 from ssr_rec.runs.quality import quality_warnings
 from ssr_rec.runs.report import REPORT_FILE, Report, Run, write_report
@@ -132,10 +133,9 @@ def _interactions(found: Mapping[str, Any], most: int = 8) -> str:
 
 
 def _figures(values: Mapping[str, float | None], ceiling: Mapping[str, float | None] | None) -> str:
-    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "ne": "NE"}
-    parts = [
-        f"{label} {decimal(values[key])}{_plus_minus(values, key)}" for key, label in names.items() if key in values
-    ]
+    # Of a binary task calibration is said where it is bad.
+    names = [name for name in shown([values]) if name != "calibration" or "logloss" not in values]
+    parts = [f"{title(name)} {decimal(values[name])}{_plus_minus(values, name)}" for name in names]
     if ceiling:
         parts.append(f"(ceiling of the log: AUC {decimal(ceiling['auc'])}, logloss {decimal(ceiling['logloss'])})")
     return "  ".join(parts)

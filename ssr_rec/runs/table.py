@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.formatting import decimal, short_number
+from ssr_rec.runs.measures import goodness, main_measure, shown, title
 from ssr_rec.runs.report import Report, Run
 
 
 def best_first(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs by test AUC of the first task, best first; a run without one comes last.
+    """Return the runs by test AUC of the first task (of a number XAUC), best first; a run without one comes last.
 
     Raises:
         UserError: no run, or runs on different datasets.
@@ -25,8 +26,9 @@ def best_first(runs: Sequence[Run]) -> list[Run]:
                 f"run {first.name} is on dataset {_dataset(first)}, run {run.report.name} on "
                 f"{_dataset(run.report)}; compare runs on one dataset"
             )
-    task = next(iter(first.test))
-    return sorted(runs, key=lambda run: -_order(run.report.measure("test", task, "auc")))
+    task, measures = next(iter(first.test.items()))
+    name = main_measure(measures)
+    return sorted(runs, key=lambda run: -_order(name, run.report.measure("test", task, name)))
 
 
 def display_names(runs: Sequence[Run]) -> list[str]:
@@ -47,11 +49,10 @@ def runs_table(runs: Sequence[Run]) -> str:
     names = [
         (task, name)
         for task in tasks
-        for name in ("auc", "gauc", "logloss", "ne", "calibration")
+        for name in shown([run.report.test[task] for run in ranked])
         if any(run.report.measure("test", task, name) is not None for run in ranked)
     ]
-    titles = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "ne": "NE", "calibration": "calibration"}
-    header = ["over-arch", "params", "FLOPs/sample", *(f"{task} {titles[name]}" for task, name in names), "samples/s"]
+    header = ["over-arch", "params", "FLOPs/sample", *(f"{task} {title(name)}" for task, name in names), "samples/s"]
     lines = []
     if ranked[0].report.ceiling:
         ceiling = [decimal(ranked[0].report.measure("ceiling", task, name)) for task, name in names]
@@ -85,21 +86,23 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def _task_summary(runs: Sequence[Run], task: str) -> str:
+    name = main_measure(runs[0].report.test[task])
     scored = [
         (value, label, run.report)
         for run, label in zip(runs, display_names(runs), strict=True)
-        if (value := run.report.measure("test", task, "auc")) is not None
+        if (value := run.report.measure("test", task, name)) is not None
     ]
     if not scored:
-        return f"No run has a test AUC for {task}."
-    scored.sort(key=lambda entry: -entry[0])
+        return f"No run has a test {title(name)} for {task}."
+    scored.sort(key=lambda entry: -goodness(name, entry[0]))
     best, label, report = scored[0]
-    sentence = f"{label} reaches {decimal(best)} {task} AUC"
+    sign = "+" if goodness(name, 1) > 0 else "-"
+    sentence = f"{label} reaches {decimal(best)} {task} {title(name)}"
     if len(scored) == 2:
-        sentence += f", +{decimal(best - scored[1][0])} over {scored[1][1]}"
+        sentence += f", {sign}{decimal(abs(best - scored[1][0]))} over {scored[1][1]}"
     elif len(scored) > 2:
-        sentence += f", +{decimal(best - scored[1][0])} over the next, {scored[1][1]}"
-        sentence += f", and +{decimal(best - scored[-1][0])} over the last, {scored[-1][1]}"
+        sentence += f", {sign}{decimal(abs(best - scored[1][0]))} over the next, {scored[1][1]}"
+        sentence += f", and {sign}{decimal(abs(best - scored[-1][0]))} over the last, {scored[-1][1]}"
     ceiling = report.measure("ceiling", task, "auc")
     if ceiling is not None and ceiling > 0.5:
         share = 100 * (best - 0.5) / (ceiling - 0.5)
@@ -107,8 +110,8 @@ def _task_summary(runs: Sequence[Run], task: str) -> str:
     return sentence + "."
 
 
-def _order(value: float | None) -> float:
-    return -math.inf if value is None else value
+def _order(name: str, value: float | None) -> float:
+    return -math.inf if value is None else goodness(name, value)
 
 
 def _short(value: float | None) -> str:

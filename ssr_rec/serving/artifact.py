@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
@@ -29,6 +29,7 @@ from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.whole_files import replace_folder
 from ssr_rec.data.features import InnerPath
 from ssr_rec.data.schema import Lookups, Schema
+from ssr_rec.metrics.links import Link
 from ssr_rec.runs.folder import write_json
 from ssr_rec.serving.quantized_tables import Precision
 
@@ -83,6 +84,7 @@ class Manifest(Settings):
     histories: list[list[str]] | None = Field(
         None, description="list features of each sequence with an encoder; None: a program whose rows share no lists"
     )
+    links: dict[str, Link] = Field({}, description="task whose label is a number -> how its logit becomes a prediction")
     parity: Parity
     measures: dict[str, dict[str, dict[str, float | None]]] = Field(
         description="eager and artifact -> task -> measure, on the rows of parity"
@@ -92,6 +94,12 @@ class Manifest(Settings):
     files: dict[InnerPath, Annotated[list[int | str], Field(min_length=2, max_length=2)]] = Field(
         description="name -> bytes and sha256 of every other file"
     )
+
+    @model_validator(mode="after")
+    def _linked(self) -> Manifest:
+        if set(self.links) != set(self.dataset.number_names):
+            raise UserError(f"links are of {', '.join(self.links)}, numbers {', '.join(self.dataset.number_names)}")
+        return self
 
 
 def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
@@ -161,6 +169,8 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> Manifest:
             files[str(path.relative_to(folder))] = [path.stat().st_size, sha256_of(path)]
     manifest = Manifest.model_validate({**values, "files": files})
     plain = json.loads(json.dumps(manifest.model_dump(mode="json")))
+    if not plain["links"]:
+        del plain["links"]  # so that programs from before there were any read it
     write_json(folder / MANIFEST_FILE, {**plain, "sha256": digest_of(plain)})
     return manifest
 

@@ -19,13 +19,13 @@ from ssr_rec.data.features import LISTED
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
 from ssr_rec.kernels import extension
-from ssr_rec.metrics.exact import evaluate_predictions
+from ssr_rec.metrics.number_metrics import evaluate_tasks
 from ssr_rec.runs.provenance import git_commit, versions
 from ssr_rec.serving.artifact import MODEL_FILE, TABLES_FOLDER, Machine, Manifest, Parity, new_artifact, write_manifest
 from ssr_rec.serving.graph import Layout, ServingModel, make_layout, stacked_tables
 from ssr_rec.serving.id_columns import index_folder, make_index
 from ssr_rec.serving.quantized_tables import Precision
-from ssr_rec.serving.scorer import MAX_ROWS, Scorer
+from ssr_rec.serving.scorer import MAX_ROWS, Scorer, predicted
 from ssr_rec.serving.trained_model import Restored, latest_of_days, restore_model, run_folder
 from ssr_rec.training.datasets import choose_days
 
@@ -158,6 +158,7 @@ def _described(restored: Restored, name: str, split: str, tolerance: float) -> d
         "pooling": restored.config.embeddings.pooling,
         "over_arch": restored.config.over_arch.model_dump(mode="json"),
         "parity": parity,
+        "links": dict(restored.links),
         "measures": {},
         "source": {
             "run": name,
@@ -227,6 +228,8 @@ def compare(
 ) -> tuple[Parity, dict[str, dict[str, dict[str, float | None]]]]:
     """Score a fold by the eager model and by the artifact.
 
+    Predictions of labels that are numbers are compared in units of the label's standard deviation in training.
+
     Raises:
         UserError: a probability differs by more than ``tolerance``, or is not a number.
     """
@@ -244,13 +247,20 @@ def compare(
                 break
     batches.close()
     eager, served, labels, groups, weights = (torch.cat(part)[:rows] for part in zip(*outputs, strict=True))
+    links, schema = restored.links, restored.schema
     difference = (eager.sigmoid() - served.sigmoid()).abs()
+    for number in schema.numbers:
+        task = schema.labels.index(number.name)
+        pair = (links[number.name].predict(logits[:, task].numpy()) for logits in (eager, served))
+        difference[:, task] = torch.from_numpy(np.abs(np.subtract(*pair)) / number.std)
     worst = float(difference.max())
     if not worst <= tolerance:
         row, task = divmod(int(difference.nan_to_num(math.inf).argmax()), len(scorer.labels))
+        mine, theirs = (predicted(part[[row]], scorer.labels, links) for part in (served, eager))
+        label = scorer.labels[task]
         raise UserError(
-            f"the artifact's {scorer.labels[task]} of row {row} of {reader.files.paths[0].parent.name} is "
-            f"{served[row, task].sigmoid():.7f}, the trainer's {eager[row, task].sigmoid():.7f}: more than the "
+            f"the artifact's {label} of row {row} of {reader.files.paths[0].parent.name} is "
+            f"{mine[label][0]:.7f}, the trainer's {theirs[label][0]:.7f}: more than the "
             f"tolerance {tolerance:g} for {scorer.tables} tables and {scorer.dense}; choose a finer precision, or "
             "raise the tolerance"
         )
@@ -266,7 +276,7 @@ def compare(
     for name, logits in (("eager", eager), ("artifact", served)):
         grouped = groups.numpy() if len(groups) else None
         counted = weights.numpy() if restored.schema.has_weights else None
-        found = evaluate_predictions(logits.numpy(), labels.numpy(), grouped, scorer.labels, counted)
+        found = evaluate_tasks(logits.numpy(), labels.numpy(), grouped, scorer.labels, links, counted)
         measures[name] = {
             task: {key: None if math.isnan(value) else float(value) for key, value in values.items()}
             for task, values in found.items()

@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.data.schema import Schema
 from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
+from ssr_rec.serving.scorer import predicted
 from ssr_rec.serving.trained_model import restore_model
 
 ROWS_AT_ONCE = 2**13
@@ -39,7 +40,7 @@ class RunScorer:
         self.encoder = Encoder(self.restored.schema, self.restored.data)
 
     def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
-        """Return label -> probabilities (B,) float32 of raw rows, in their order; see ``Scorer.predict``."""
+        """Return label -> probabilities or predictions (B,) float32 of raw rows; see ``Scorer.predict``."""
         encoded = self.encoder.encode(rows, first_row)
         logits = [torch.empty(0, len(self.labels))]
         with torch.no_grad():
@@ -47,8 +48,7 @@ class RunScorer:
                 part = slice(start, min(start + ROWS_AT_ONCE, encoded.rows))
                 numbers = torch.from_numpy(encoded.dense[part]) if encoded.dense is not None else None
                 logits.append(self.restored.model(sparse_of(self.restored.schema, encoded, part), numbers))
-        probabilities = torch.cat(logits).sigmoid().numpy()
-        return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
+        return predicted(torch.cat(logits), self.labels, self.restored.links)
 
 
 def sparse_of(schema: Schema, encoded: Encoded, rows: slice) -> KeyedJaggedTensor:

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.batch import Batch
 from ssr_rec.kernels import extension
+from ssr_rec.metrics.links import Links
 from ssr_rec.serving.artifact import MODEL_FILE, Manifest, read_manifest
 from ssr_rec.serving.program import load_program
 from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
@@ -77,7 +78,7 @@ class Scorer:
         self._run = load_program(folder / MODEL_FILE, runners)
 
     def predict(self, rows: Rows, first_row: int = 0) -> dict[str, np.ndarray]:
-        """Return label -> probabilities (B,) float32 of raw rows, in their order.
+        """Return label -> probabilities, or predictions of a label that is a number, (B,) float32 of raw rows.
 
         Args:
             rows: mappings, in which a key that is not there is missing; or a pandas DataFrame, an Arrow table, or the
@@ -91,11 +92,11 @@ class Scorer:
         return self.predict_encoded(self.encoder.encode(rows, first_row))
 
     def predict_encoded(self, encoded: Encoded) -> dict[str, np.ndarray]:
-        """Return label -> probabilities (B,) float32 of rows that ``encoder`` has encoded."""
-        probabilities = self.score_arrays(*encoded).sigmoid().numpy()
+        """Return label -> probabilities or predictions (B,) float32 of rows that ``encoder`` has encoded."""
+        found = predicted(self.score_arrays(*encoded), self.labels, self.manifest.links)
         if self.values.add(*encoded[:3]):
             self._warn_of_values()
-        return {label: probabilities[:, task] for task, label in enumerate(self.labels)}
+        return found
 
     def _warn_of_values(self) -> None:
         for name, sentence in self.values.far_from_training().items():
@@ -223,6 +224,16 @@ class Scorer:
 def _why(identity: int) -> str:
     # As ``kernels/cpu/value_ids.h`` says it.
     return " (of raw rows: the index of its vocabulary is damaged, export the run again)" if identity == -1 else ""
+
+
+def predicted(logits: Tensor, labels: Sequence[str], links: Links) -> dict[str, np.ndarray]:
+    """Return label -> probabilities, or predictions of a label that is a number, (B,) float32 of logits (B, T)."""
+    probabilities = logits.sigmoid().numpy()
+    found = {label: probabilities[:, task] for task, label in enumerate(labels)}
+    for task, label in enumerate(labels):
+        if label in links:
+            found[label] = links[label].predict(logits[:, task].numpy()).astype(np.float32)
+    return found
 
 
 def check_not_forked() -> None:

@@ -109,7 +109,8 @@ class Service:
         settings = self.settings
         if settings.trial_rows:
             limits = (settings.trial_share, settings.trial_rows, settings.trial_difference)
-            self.trial = model, Trial(model.batcher, model.scorer.labels, *limits)
+            units = {number.name: number.std for number in model.scorer.schema.numbers}
+            self.trial = model, Trial(model.batcher, model.scorer.labels, *limits, units)
             logger.info(json.dumps({"event": "trial", "of": model.version, "beside": self.model.version}))
         else:
             self._switch(model)

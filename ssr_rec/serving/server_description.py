@@ -24,6 +24,9 @@ ERRORS = {
 }
 
 
+ANSWERS = "by task, from 0 to 1; of a task whose label is a number, such as seconds, the prediction in its unit"
+
+
 def describe(path: str, settings: ServerSettings) -> dict[str, Any]:
     """Return what ``FastAPI.add_api_route`` is told of a path."""
     if path != "/predict":
@@ -58,12 +61,12 @@ def _bodies(max_rows: int) -> dict[str, Any]:
 
 
 def _answer() -> dict[str, Any]:
-    numbers = {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}}
+    numbers = {"type": "array", "items": {"type": "number"}}
     return {
         "type": "object",
         "required": ["model", "probabilities"],
         "properties": {
             "model": {"type": "string"},
-            "probabilities": {"type": "object", "additionalProperties": numbers, "description": "by task"},
+            "probabilities": {"type": "object", "additionalProperties": numbers, "description": ANSWERS},
         },
     }

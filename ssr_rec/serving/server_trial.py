@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 
 import numpy as np
@@ -26,9 +26,20 @@ class Trial:
         share: of the requests.
         rows: to compare before there is a verdict.
         most: the mean difference of a task's probabilities up to which the verdict is good.
+        units: of labels that are numbers, the standard deviations by which differences of predictions are divided.
     """
 
-    def __init__(self, batcher: Batcher, labels: Sequence[str], share: float, rows: int, most: float) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        labels: Sequence[str],
+        share: float,
+        rows: int,
+        most: float,
+        units: Mapping[str, float] | None = None,
+    ) -> None:
+        units = units or {}
+        self._units = np.array([units.get(label, 1.0) for label in labels])
         self.batcher, self.labels = batcher, list(labels)
         self.share, self.rows_wanted, self.most = share, rows, most
         self.rows, self.failed = 0, ""
@@ -60,7 +71,7 @@ class Trial:
         differences = [np.abs(mine[label].astype(np.float64) - answered[label]).sum() for label in self.labels]
         with self._lock:
             self.rows += len(answered[self.labels[0]])
-            self._sums += differences
+            self._sums += np.array(differences) / self._units
 
     def differences(self) -> dict[str, float]:
         """Return the mean difference of each task's probabilities so far."""

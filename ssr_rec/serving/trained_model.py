@@ -19,8 +19,10 @@ from ssr_rec.data.synthetic.write import ensure_synthetic
 from ssr_rec.embeddings.evicting_tables import managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.tables import plain_tables
+from ssr_rec.metrics.links import Links
 from ssr_rec.model.build import build_dense
 from ssr_rec.model.ctr_model import CTRModel, running_statistics
+from ssr_rec.model.losses.registry import build_losses
 from ssr_rec.model.vector_fields import fill_vectors
 from ssr_rec.runs.folder import CONFIG_FILE
 from ssr_rec.runs.report import REPORT_FILE, read_report
@@ -28,6 +30,8 @@ from ssr_rec.training.averaging import AVERAGE
 
 TASK = f"{MODEL}model."
 """Prefix of the names of a ``CTRModel``'s tensors in a checkpoint: that of ``TrainTask`` within a run's."""
+LOSSES = f"{MODEL}loss.losses."
+"""Prefix of the tensors of the tasks' losses."""
 
 
 class Restored(NamedTuple):
@@ -39,6 +43,8 @@ class Restored(NamedTuple):
     data: Path
     """The prepared dataset."""
     checkpoint: Path
+    links: Links
+    """Task whose label is a number -> how its logits become predictions."""
 
 
 def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
@@ -70,7 +76,23 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
     model = build_plain_model(config, schema)
     load_plain_weights(model, checkpoint)
     fill_vectors(model.dense.vectors, schema, folder)
-    return Restored(model, schema, config, folder, checkpoint)
+    return Restored(model, schema, config, folder, checkpoint, trained_links(config, schema, checkpoint))
+
+
+def trained_links(config: RunConfig, schema: Schema, checkpoint: Path) -> Links:
+    """Return how the logits of tasks whose labels are numbers become predictions, by the losses that were trained.
+
+    Raises:
+        UserError: what ``build_losses`` refuses, or a checkpoint without a loss's tensors.
+    """
+    if not schema.numbers:
+        return {}
+    losses = build_losses(config.train, schema)
+    state = losses.state_dict()
+    if state:
+        read_checkpoint({LOSSES + name: value for name, value in state.items()}, checkpoint)
+        losses.load_state_dict(state)
+    return losses.links()
 
 
 def run_folder(path: str | Path) -> Path:

@@ -53,7 +53,7 @@ def open_reader(
     )
 
 
-MEANS = ("auc", "auc_bound", "gauc", "gauc_bound", "logloss", "ne", "calibration")
+MEANS = ("auc", "auc_bound", "gauc", "gauc_bound", "logloss", "ne", "xauc", "rmse", "mae", "calibration")
 """Measures of which a mean over days says something; of two bounds, it bounds the mean."""
 
 Validation = Callable[[int], tuple[Reader, dict[str, Any]] | None]
