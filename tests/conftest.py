@@ -12,8 +12,9 @@ import pyarrow as pa
 import pytest
 
 from ssr_rec.data.features import Drawn, Feature
-from ssr_rec.data.schema import GROUP_COLUMN, Schema, Split
+from ssr_rec.data.schema import GROUP_COLUMN, Schema
 from ssr_rec.data.shards import arrow_schema, footer_digest, write_shards
+from ssr_rec.data.splits import Split
 
 FEATURES = [
     Feature(name="user", kind="categorical", num_embeddings=50, encoding=Drawn(column="user")),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ssr_rec.data.schema import Days, Schema, Split
+from ssr_rec.data.schema import Days, Schema
 from ssr_rec.data.shards import arrow_schema, write_shards
+from ssr_rec.data.splits import Split
 from tests.conftest import FEATURES, draw_rows
 
 ROWS = {"2024-02-28": 300, "2024-02-29": 260, "2024-03-01": 333, "2024-03-02": 128, "2024-03-03": 201}

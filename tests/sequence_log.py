@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from ssr_rec.data.event_sequences import EventSequence
 from ssr_rec.data.features import Drawn, Feature, LogBuckets
-from ssr_rec.data.schema import GROUP_COLUMN, Schema, Split
+from ssr_rec.data.schema import GROUP_COLUMN, Schema
 from ssr_rec.data.shards import arrow_schema, write_shards
+from ssr_rec.data.splits import Split
 
 ITEMS, KINDS, LENGTH = 40, 7, 6
 

@@ -37,7 +37,7 @@ def evaluation(model: CTRModel, reader: Reader, metrics: FoldMetrics) -> tuple[d
     start, taking_in = time.process_time(), 0.0
     with torch.no_grad():
         for batch in reader.epoch(0):
-            logits = model(batch.sparse, batch.dense)
+            logits = model(*batch.inputs)
             before = time.thread_time()
             metrics.update(logits, batch.labels, batch.group_ids)
             taking_in += time.thread_time() - before

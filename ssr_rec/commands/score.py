@@ -19,7 +19,7 @@ import torch
 from ssr_rec.common import stopping
 from ssr_rec.common.logs import quiet
 from ssr_rec.common.saying import say
-from ssr_rec.data.schema import Lookups
+from ssr_rec.data.splits import Lookups
 from ssr_rec.serving import load
 from ssr_rec.serving.score_file import score_file
 

@@ -65,7 +65,7 @@ def first_rows(restored: Restored, split: str) -> torch.Tensor:
     batches = reader.epoch(0)
     with capture(restored.model.dense) as captured, torch.no_grad():
         batch = next(batches)
-        restored.model(batch.sparse, batch.dense)
+        restored.model(*batch.inputs)
     batches.close()
     assert captured.inputs is not None
     return captured.inputs

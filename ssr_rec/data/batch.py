@@ -28,6 +28,8 @@ class Batch(Pipelineable):
             same. The loss is then divided by the sums of weights over all ranks instead.
         dense: (B, C) float32, NaN where missing: the scaled numbers of dense columns, then the vectors of rows, each in
             schema order; None: there are none.
+        item_weights: of list features whose items have weights, keys in schema order, a float32 value for each id;
+            None: there are none.
     """
 
     sparse: KeyedJaggedTensor
@@ -36,6 +38,12 @@ class Batch(Pipelineable):
     global_rows: int
     weights: Tensor | None = None
     dense: Tensor | None = None
+    item_weights: KeyedJaggedTensor | None = None
+
+    @property
+    def inputs(self) -> tuple[KeyedJaggedTensor, Tensor | None, KeyedJaggedTensor | None]:
+        """Return what a model computes its logits of."""
+        return self.sparse, self.dense, self.item_weights
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(
@@ -46,13 +54,17 @@ class Batch(Pipelineable):
             global_rows=self.global_rows,
             weights=None if self.weights is None else self.weights.to(device=device, non_blocking=non_blocking),
             dense=self.dense.to(device=device, non_blocking=non_blocking) if self.dense is not None else None,
+            item_weights=None
+            if self.item_weights is None
+            else self.item_weights.to(device=device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
         weights = None if self.weights is None else self.weights.pin_memory()
         dense = None if self.dense is None else self.dense.pin_memory()
         sparse, labels = self.sparse.pin_memory(), self.labels.pin_memory()
-        return Batch(sparse, labels, self.group_ids, self.global_rows, weights, dense)
+        of_items = None if self.item_weights is None else self.item_weights.pin_memory()
+        return Batch(sparse, labels, self.group_ids, self.global_rows, weights, dense, of_items)
 
     def record_stream(self, stream: torch.Stream) -> None:
         self.sparse.record_stream(stream)
@@ -61,6 +73,8 @@ class Batch(Pipelineable):
             self.weights.record_stream(stream)
         if self.dense is not None:
             self.dense.record_stream(stream)
+        if self.item_weights is not None:
+            self.item_weights.record_stream(stream)
 
 
 def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> Batch:
@@ -78,11 +92,14 @@ def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> B
     return batch
 
 
-def row_keys(sparse: KeyedJaggedTensor, dense: Tensor | None = None) -> Tensor:
+def row_keys(
+    sparse: KeyedJaggedTensor, dense: Tensor | None = None, item_weights: KeyedJaggedTensor | None = None
+) -> Tensor:
     """Return a 64-bit hash (B,) int64 of each row's inputs, lists in their order: rows of equal ones have equal keys.
 
     Args:
         dense: (B, C) float32, see ``Batch``.
+        item_weights: see ``Batch``.
     """
     lengths = sparse.lengths().view(len(sparse.keys()), -1)
     keys = torch.zeros(lengths.shape[1], dtype=torch.int64)
@@ -92,13 +109,23 @@ def row_keys(sparse: KeyedJaggedTensor, dense: Tensor | None = None) -> Tensor:
         if bool((counts == 1).all()):
             keys += _mixed(ids + seed)
             continue
-        rows = torch.repeat_interleave(counts)
-        places = torch.arange(len(ids)) - (torch.cumsum(counts, 0) - counts)[rows]
-        keys.index_add_(0, rows, _mixed(_mixed(ids + seed) + places))
+        keys += _of_lists(_mixed(ids + seed), counts)
+    if item_weights is not None:
+        counts_of = item_weights.lengths().view(len(item_weights.keys()), -1)
+        parts = item_weights.values().view(torch.int32).long().split(item_weights.length_per_key())
+        for place, (bits, counts) in enumerate(zip(parts, counts_of, strict=True)):
+            keys += _of_lists(_mixed(bits - (place + 1) * _GOLDEN % 2**63), counts)
     if dense is not None:
         seeds = torch.arange(len(lengths) + 1, len(lengths) + 1 + dense.shape[1]) * _GOLDEN
         keys += _mixed(dense.contiguous().view(torch.int32).long() + seeds).sum(1)
     return keys
+
+
+def _of_lists(items: Tensor, counts: Tensor) -> Tensor:
+    """Return a hash (B,) of the lists of ``counts`` (B,) items, which depends on their order."""
+    rows = torch.repeat_interleave(counts)
+    places = torch.arange(len(items)) - (torch.cumsum(counts, 0) - counts)[rows]
+    return torch.zeros(len(counts), dtype=torch.int64).index_add_(0, rows, _mixed(items + places))
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -117,12 +117,13 @@ class Feature(Settings):
     max_length: int | None = Field(None, ge=1, description="list features: most ids a row holds")
     vocabulary: Column | None = Field(None, description="shared with other features, as is the table of that name")
     vectors: GivenVectors | None = Field(None, description="those of its ids, instead of a table that is learned")
+    weights: Column | None = Field(None, description="of a list's items: their raw column, or the mark before each one")
 
     @model_serializer(mode="wrap")
     def _without_none(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A feature without is written, and counts for a dataset_id, as before there were such keys.
         found: dict[str, Any] = values(self)
-        for key in ("vocabulary", "vectors"):
+        for key in ("vocabulary", "vectors", "weights"):
             if getattr(self, key) is None:
                 found.pop(key, None)
         return found
@@ -136,6 +137,8 @@ class Feature(Settings):
     def _list_has_length(self) -> Feature:
         if (self.kind == "list") != (self.max_length is not None):
             raise UserError(f"feature {self.name!r}: max_length is for list features, and a list feature needs it")
+        if self.weights is not None and (self.kind != "list" or isinstance(self.encoding, LogBuckets)):
+            raise UserError(f"feature {self.name!r}: weights are for lists of ids")
         if self.num_embeddings > MAX_EMBEDDINGS and not isinstance(self.encoding, RawHash):
             raise UserError(f"feature {self.name!r}: num_embeddings: should be less than or equal to {MAX_EMBEDDINGS}")
         return self

@@ -202,6 +202,8 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
         int(lists.offsets[stop] - lists.offsets[start]) for block, start, stop in slices for lists in block.lists
     )
     ids = np.empty(sum(f.kind != "list" for f in features) * num_rows + items, dtype=np.int64)
+    weighted = [row for row, feature in enumerate(features) if feature.weights is not None]
+    item_weights: list[np.ndarray] = []
     at = scalar = listed = first = 0
     for row, feature in enumerate([*features, None]):
         if feature is not None and feature.kind != "list":
@@ -216,6 +218,8 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
             part = lists.ids[lists.offsets[start] : lists.offsets[stop]]
             ids[at : at + len(part)], lengths[row, there] = part, lists.lengths[start:stop]
             at += len(part)
+            if lists.weights is not None:
+                item_weights.append(lists.weights[lists.offsets[start] : lists.offsets[stop]])
         listed += 1
     sparse = KeyedJaggedTensor(
         keys=schema.feature_names,
@@ -226,7 +230,15 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
     group_ids = torch.from_numpy(groups) if groups is not None else None
     of_tasks = torch.from_numpy(weights) if weights is not None else None
     numbers = torch.from_numpy(dense) if dense is not None else None
-    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows, of_tasks, numbers)
+    of_items = None
+    if weighted:
+        of_items = KeyedJaggedTensor(
+            keys=[features[row].name for row in weighted],
+            values=torch.from_numpy(np.concatenate([*item_weights, np.empty(0, np.float32)])),
+            lengths=torch.from_numpy(lengths[weighted].reshape(-1)),
+            stride=num_rows,
+        )
+    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows, of_tasks, numbers, of_items)
 
 
 def check_rows(folder: Path, schema: Schema, split: str, world_size: int) -> None:

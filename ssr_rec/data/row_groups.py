@@ -17,8 +17,10 @@ from ssr_rec.common.paths import source
 from ssr_rec.data.batch_order import Piece
 from ssr_rec.data.dense import WrongVector, scaled, stacked
 from ssr_rec.data.features import Feature
-from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, NOT_OBSERVED, SCHEMA_FILE, WEIGHT_COLUMN, Schema, Shard
+from ssr_rec.data.item_weights import stored_weights
+from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, NOT_OBSERVED, SCHEMA_FILE, WEIGHT_COLUMN, Schema
 from ssr_rec.data.shards import arrow_schema, footer_digest
+from ssr_rec.data.splits import Shard
 
 OPEN_FILES = 8
 """Shards kept open at once by a rank, 6 MB each with their footers; to open one takes 3 ms, a row group 30."""
@@ -30,6 +32,17 @@ class Lists(NamedTuple):
     ids: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
+    weights: np.ndarray | None = None
+    """Of the ids, float32; None: the items have none."""
+
+    def taken(self, rows: np.ndarray) -> Lists:
+        """Return the lists of ``rows``, in that order."""
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        taken = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=taken[1:])
+        # Position i of the result lies `i - taken[its row]` behind the start of its row's list.
+        places = np.arange(taken[-1]) + np.repeat(starts - taken[:-1], lengths)
+        return Lists(self.ids[places], taken, lengths, None if self.weights is None else self.weights[places])
 
 
 @dataclass
@@ -189,7 +202,10 @@ class SplitFiles:
                 ids, offsets = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
                 self._check_lists(offsets, feature, _leaves(opened, group, feature.name), where)
                 self._check_ids(ids, offsets, feature, where)
-                lists.append(_take_lists(ids.astype(self.ids), offsets, rows))
+                weights = None
+                if feature.weights is not None:
+                    weights = self._weights(opened, group, table, feature, offsets, where)
+                lists.append(Lists(ids.astype(self.ids), offsets, np.diff(offsets), weights).taken(rows))
         labels, weights = self._labels(table, rows, num_rows, where, first_row)
         groups = None
         if self.schema.group_id is not None:
@@ -246,6 +262,25 @@ class SplitFiles:
                 raise UserError(f"{where}: column {vector.name!r}: {error}; prepare the log again") from None
             at += vector.dim
         return found
+
+    def _weights(
+        self, opened: pq.ParquetFile, group: int, table: pa.Table, feature: Feature, offsets: np.ndarray, where: str
+    ) -> np.ndarray:
+        """Return the weights (n,) float32 of a list feature's items, which lie as its ids with these ``offsets``."""
+        name = stored_weights(feature.name)
+        array = self._column(table, name, table.num_rows, where)
+        weights, own = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
+        self._check_lists(own, feature, _leaves(opened, group, name), where)
+        if not np.array_equal(np.diff(own), np.diff(offsets)) or own[0] != offsets[0]:
+            raise UserError(f"{where}: column {name!r} has not one weight for each id; prepare the log again")
+        wrong = ~(np.isfinite(weights) & (weights >= 0))
+        if wrong.any():
+            row = int(np.searchsorted(offsets, int(wrong.argmax()), side="right")) - 1
+            raise UserError(
+                f"{where}: column {name!r} holds {weights[wrong][0]} at its row {row}, must be finite and not "
+                "negative; prepare the log again"
+            )
+        return weights
 
     @staticmethod
     def _column(table: pa.Table, name: str, num_rows: int, where: str) -> pa.Array:
@@ -310,12 +345,3 @@ def _empty(kind: pa.DataType) -> pa.Array:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _take_lists(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> Lists:
-    """Return the lists of ``rows``, in that order."""
-    starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
-    taken = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=taken[1:])
-    # Position i of the result lies `i - taken[its row]` behind the start of its row's list.
-    return Lists(ids[np.arange(taken[-1]) + np.repeat(starts - taken[:-1], lengths)], taken, lengths)

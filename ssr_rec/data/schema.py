@@ -29,8 +29,9 @@ from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.data.dense import DenseColumn, RowVector
 from ssr_rec.data.event_sequences import EventSequence, check_sequences, check_vocabularies
-from ssr_rec.data.features import Column, Feature, InnerPath, Vocabulary
+from ssr_rec.data.features import Column, Feature, Vocabulary
 from ssr_rec.data.number_labels import NumberLabel
+from ssr_rec.data.splits import Lookups, Split
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
@@ -51,52 +52,6 @@ MAX_SCHEMA_BYTES = 2**26
 """Some 200,000 shards, or 100,000 features."""
 
 SPLITS = ("train", "validation", "test")
-
-
-class Lookups(Settings):
-    """Counts how many of a feature's values, list items counted singly, have the id of missing or of unknown values."""
-
-    total: int = Field(ge=0)
-    missing: int = Field(ge=0)
-    oov: int = Field(0, ge=0)
-
-    def __add__(self, other: Lookups) -> Lookups:
-        return Lookups(total=self.total + other.total, missing=self.missing + other.missing, oov=self.oov + other.oov)
-
-    def share(self, kind: Literal["missing", "oov"]) -> float:
-        """Return the share of the values that is ``missing`` or ``oov``; 0 of no values."""
-        return getattr(self, kind) / self.total if self.total else 0.0
-
-
-class Shard(Settings):
-    path: InnerPath
-    num_rows: int = Field(ge=0)
-    footer: str | None = Field(None, description="sha256 of the file's parquet footer; None: written without")
-    group_rows: int | None = Field(
-        None, ge=1, description="rows of every row group but the last; None: the footer says, as in older datasets"
-    )
-    content: str | None = Field(None, description="sha256 of its rows; None: as in older datasets")
-    lookups: dict[str, Lookups] | None = Field(None, description="while it is made; then the split has the sums")
-
-
-class Split(Settings):
-    num_rows: int = Field(ge=0)
-    positive_rate: dict[str, float] = Field(description="per binary label, among the rows that count for it")
-    counted: dict[str, int] = Field(
-        default_factory=dict, description="per label the rows that count: observed, of a weight above 0; none: all"
-    )
-    shards: list[Shard]
-    lookups: dict[str, Lookups] = Field(default_factory=dict, description="per feature; older datasets have none")
-
-    def written(self, shards: Sequence[Shard]) -> Split:
-        """Return the split with its shards, their ``lookups`` summed up."""
-        sums: dict[str, Lookups] = {}
-        for shard in shards:
-            for name, found in (shard.lookups or {}).items():
-                sums[name] = sums[name] + found if name in sums else found
-        bare = [shard.model_copy(update={"lookups": None}) for shard in shards]
-        rows = sum(shard.num_rows for shard in shards)
-        return self.model_copy(update={"num_rows": rows, "shards": bare, "lookups": sums})
 
 
 class Ceiling(Settings):
@@ -206,6 +161,16 @@ class Schema(Settings):
     def embedded(self) -> list[Feature]:
         """Return the features that have a table: all but those with given vectors."""
         return [feature for feature in self.features if feature.vectors is None]
+
+    @property
+    def weighted_lists(self) -> list[Feature]:
+        """Return the list features whose items have weights."""
+        return [feature for feature in self.features if feature.weights is not None]
+
+    @property
+    def weighted_tables(self) -> list[str]:
+        """Return the tables that are looked up with weights, also by features that share one with a weighted list."""
+        return list(dict.fromkeys(feature.table for feature in self.weighted_lists))
 
     @property
     def dense_names(self) -> list[str]:

@@ -28,17 +28,9 @@ import pyarrow.parquet as pq
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import is_local, sink
 from ssr_rec.data.features import Feature
-from ssr_rec.data.schema import (
-    DATASET_ID_KEY,
-    GROUP_COLUMN,
-    SCHEMA_FILE,
-    SHARD_KEY,
-    WEIGHT_COLUMN,
-    Lookups,
-    Schema,
-    Shard,
-    Split,
-)
+from ssr_rec.data.item_weights import stored_weights
+from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, SHARD_KEY, WEIGHT_COLUMN, Schema
+from ssr_rec.data.splits import Lookups, Shard, Split
 
 ROWS_PER_SHARD = 4_194_304
 DAYS_FOLDER = "days"
@@ -55,11 +47,12 @@ def row_group_rows(num_rows: int) -> int:
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:
-    """Return the columns every shard of the dataset has: features, dense columns, labels, group id, weight."""
+    """Return the columns of every shard: features, item weights, dense columns, labels, group id, weight."""
     fields = [
         pa.field(f.name, pa.list_(pa.int64()) if f.kind == "list" else pa.int64(), False, _special_ids(f))
         for f in schema.features
     ]
+    fields += [pa.field(stored_weights(f.name), pa.list_(pa.float32()), nullable=False) for f in schema.weighted_lists]
     fields += [pa.field(column.name, pa.float64()) for column in schema.dense]
     fields += [pa.field(vector.name, pa.list_(pa.float64()), nullable=False) for vector in schema.row_vectors]
     for label in schema.labels:

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 import duckdb
 
 from ssr_rec.data.features import AdmittedHashing, Feature, Hashing, RawHash
-from ssr_rec.data.schema import Lookups, Schema
+from ssr_rec.data.schema import Schema
+from ssr_rec.data.splits import Lookups
 
 
 @dataclass(frozen=True)

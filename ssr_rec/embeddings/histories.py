@@ -137,11 +137,17 @@ def reading_of(schema: Schema, sequences: Mapping[str, SequenceConfig]) -> Readi
         table: tuple(feature for feature in schema.features if feature.table == table)
         for table in dict.fromkeys(tables)
     }
+    for table in schema.weighted_tables:
+        if table in events:
+            raise UserError(
+                f"sequences: table {table!r} is of a list with weights, too, which a sequence has no place for; give "
+                "the list a vocabulary of its own, or no weights, and prepare the log again"
+            )
     reading = Reading(tuple(f for f in schema.embedded if f.name not in in_events), events, tuple(histories))
-    if not reading.pooled:
+    if all(feature.table in schema.weighted_tables for feature in reading.pooled):
         raise UserError(
-            f"sequences: every feature of {schema.name!r} is of a table that a sequence reads; the model needs one "
-            "that is not, such as the user's"
+            f"every feature of {schema.name!r} is of a table that a sequence or a list with weights reads; the model "
+            "needs one that is not, such as the user's"
         )
     return reading
 

@@ -122,7 +122,7 @@ def _input(model: CTRModel, rows: SplitRows) -> Tensor:
     try:
         with torch.inference_mode():
             batch = next(rows.batches())
-            model(batch.sparse, batch.dense)
+            model(*batch.inputs)
     finally:
         handle.remove()
     return seen[0]

@@ -58,7 +58,7 @@ class SplitRows:
         for feature in self.schema.features:
             if feature.kind == "list":
                 old = next(old_lists)
-                lists.append(_taken(old, order) if feature.name in features else old)
+                lists.append(old.taken(order) if feature.name in features else old)
                 continue
             if feature.name in features:
                 scalars[single] = self.block.scalars[single][order]
@@ -86,9 +86,9 @@ class SplitRows:
         logits, keys = [], []
         with torch.inference_mode():
             for batch in self.batches():
-                logits.append(model(batch.sparse, batch.dense))
+                logits.append(model(*batch.inputs))
                 if tied:
-                    keys.append(row_keys(batch.sparse, batch.dense))
+                    keys.append(row_keys(*batch.inputs))
         found = torch.cat(logits).float().numpy()
         return with_equal_rows_tied(found, torch.cat(keys).numpy()) if tied else found
 
@@ -100,7 +100,8 @@ def _joined(blocks: Sequence[Block]) -> Block:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         # A part's ids may begin before its first row's, as those of a slice do.
         ids = np.concatenate([part.ids[part.offsets[0] : part.offsets[-1]] for part in parts])
-        lists.append(Lists(ids, offsets, lengths))
+        own = [part.weights[part.offsets[0] : part.offsets[-1]] for part in parts if part.weights is not None]
+        lists.append(Lists(ids, offsets, lengths, np.concatenate(own) if own else None))
     groups = [block.group_ids for block in blocks if block.group_ids is not None]
     weights = [block.weights for block in blocks if block.weights is not None]
     dense = [block.dense for block in blocks if block.dense is not None]
@@ -112,10 +113,3 @@ def _joined(blocks: Sequence[Block]) -> Block:
         np.concatenate(weights) if weights else None,
         np.concatenate(dense) if dense else None,
     )
-
-
-def _taken(lists: Lists, rows: np.ndarray) -> Lists:
-    lengths = lists.lengths[rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    return Lists(lists.ids[np.repeat(lists.offsets[rows], lengths) + within], offsets, lengths)

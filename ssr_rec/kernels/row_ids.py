@@ -21,19 +21,27 @@ SCHEMA_BYTES, ARRAY_BYTES = 72, 80
 """Of ``ArrowSchema`` and ``ArrowArray`` where a pointer has 8 bytes."""
 
 
+class Floats(NamedTuple):
+    """Says that numbers are read as they are."""
+
+
+FLOATS = Floats()
+
+
 class FieldOfRow(NamedTuple):
     """Describes one feature.
 
     Attributes:
         column: the key of a dict, or the name of a column.
-        to: what gives ids to its values; None for ids that were drawn.
+        to: what gives ids to its values; None for ids that were drawn; ``FLOATS`` for numbers, whose "ids" are the bits
+            of float64, NaN where they are missing.
         size: ids that were drawn are below it.
         max_length: items that are kept of a list; None for a single value.
         keeps_last: the last ones rather than the first.
     """
 
     column: str
-    to: TextIds | BucketIds | None
+    to: TextIds | BucketIds | Floats | None
     size: int
     max_length: int | None
     keeps_last: bool = False
@@ -111,8 +119,8 @@ class RowsOfIds(NamedTuple):
 
 
 def _c_field(field: FieldOfRow, column: int) -> _Field:
-    kind = 0 if isinstance(field.to, TextIds) else 2 if field.to is None else 1
-    address = field.to.address if field.to is not None else None
+    kind = 0 if isinstance(field.to, TextIds) else 2 if field.to is None else 3 if field.to == FLOATS else 1
+    address = field.to.address if isinstance(field.to, (TextIds, BucketIds)) else None
     is_list = field.max_length is not None
     return _Field(column, address, kind, field.size, is_list, field.max_length or 0, field.keeps_last)
 

@@ -16,6 +16,7 @@ from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
 from ssr_rec.embeddings.tables import build_tables, initialise_tables
+from ssr_rec.embeddings.weighted_ids import WeightedIds
 from ssr_rec.model.ctr_model import CTRModel, DenseArch, Given
 from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
 from ssr_rec.model.history_fields import HistoryFields
@@ -73,11 +74,13 @@ def build_model(
     tables = build_tables(schema, config.embeddings, device.type, over_arch.extra_tables, reading)
     weights = [config.train.task_weights.get(label, 1.0) for label in schema.labels]
     managed = managed_ids(schema, config.embeddings, config.train.batch_size, config.seed, device)
+    weighted = WeightedIds.of(schema, config.embeddings.pooling)
     place = schema.labels.index
     pairs = [(place(label), place(before)) for label, before in config.train.entire_space.items()]
     uncertain = config.train.task_weighting == "uncertainty"
     losses = build_losses(config.train, schema)
-    task = TrainTask(CTRModel(tables, dense, managed), weights, schema.negatives, pairs, losses, uncertain)
+    model = CTRModel(tables, dense, managed, weighted)
+    task = TrainTask(model, weights, schema.negatives, pairs, losses, uncertain)
     topology = build_topology(config.sharding, device.type, world_size, local_world_size)
     fused = config.embeddings.is_fused(device.type)
     rows_per_rank = max(1, config.train.batch_size // world_size)

@@ -16,6 +16,7 @@ from ssr_rec.data.features import Feature
 from ssr_rec.embeddings.evicting_tables import ManagedIds
 from ssr_rec.embeddings.histories import EventIds
 from ssr_rec.embeddings.tables import ConcatFields, Tables
+from ssr_rec.embeddings.weighted_ids import WeightedIds
 from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
 from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.model.vector_fields import VectorFields
@@ -109,6 +110,7 @@ class DenseArch(nn.Module):
         looked_up: KeyedTensor | None = None,
         sparse: KeyedJaggedTensor | None = None,
         dense: Tensor | None = None,
+        weighted: KeyedTensor | None = None,
     ) -> Tensor:
         """Return (B, T) logits of pooled ``embeddings`` and, where the model has them, of what else it is given.
 
@@ -116,6 +118,7 @@ class DenseArch(nn.Module):
             looked_up: un-pooled embeddings of sequences.
             sparse: the ids of sequences and of given vectors.
             dense: (B, C) numbers.
+            weighted: pooled embeddings of the tables that weighted lists read.
         """
         unpooled, made = None, []
         if self.histories is not None:
@@ -127,7 +130,7 @@ class DenseArch(nn.Module):
             made.append(self.row_vectors(dense))
         if self.vectors is not None:
             made.append(self.vectors.of_batch(sparse))
-        inputs = joined(self.concat(embeddings, unpooled), made, self.extra_of_histories)
+        inputs = joined(self.concat(embeddings, unpooled, weighted), made, self.extra_of_histories)
         return logits_of(inputs, self.over_arch, self.heads, self.bf16)
 
 
@@ -151,25 +154,42 @@ def joined(inputs: Sequence[Tensor], made: Sequence[Tensor], extra: nn.ModuleLis
 
 
 class CTRModel(nn.Module):
-    """Maps ids to logits: ``forward(sparse: KeyedJaggedTensor of B rows, dense (B, C) or None) -> (B, T)``.
+    """Maps the inputs of a ``Batch`` to logits: ``forward(sparse, dense or None, item_weights or None) -> (B, T)``.
 
     Args:
         managed: says which row an id has now, where tables are smaller than the range of ids.
+        weighted_ids: makes what the weighted tables look up, where there are some.
     """
 
-    def __init__(self, tables: Tables, dense: DenseArch, managed: ManagedIds | None = None) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        dense: DenseArch,
+        managed: ManagedIds | None = None,
+        weighted_ids: WeightedIds | None = None,
+    ) -> None:
         super().__init__()
-        self.tables, self.event_tables = tables
+        self.tables, self.event_tables, self.weighted_tables = tables
+        self.weighted_ids = weighted_ids
         self.dense = dense
         self.managed = managed
         self.event_ids = EventIds(dense.histories.events) if dense.histories is not None else None
 
-    def forward(self, sparse: KeyedJaggedTensor, dense: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        sparse: KeyedJaggedTensor,
+        dense: Tensor | None = None,
+        item_weights: KeyedJaggedTensor | None = None,
+    ) -> Tensor:
         if self.managed is not None:
             sparse = self.managed(sparse)
+        weighted = None
+        if self.weighted_tables is not None and self.weighted_ids is not None:
+            weighted = self.weighted_tables(self.weighted_ids(sparse, item_weights))
         if self.event_ids is None or self.event_tables is None:
-            return self.dense(self.tables(sparse), None, sparse if self.dense.vectors is not None else None, dense)
-        return self.dense(self.tables(sparse), self.event_tables(self.event_ids(sparse)), sparse, dense)
+            ids = sparse if self.dense.vectors is not None else None
+            return self.dense(self.tables(sparse), None, ids, dense, weighted)
+        return self.dense(self.tables(sparse), self.event_tables(self.event_ids(sparse)), sparse, dense, weighted)
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class TrainTask(nn.Module):
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
-        logits, labels, weights = self.model(batch.sparse, batch.dense), batch.labels, batch.weights
+        logits, labels, weights = self.model(batch.sparse, batch.dense, batch.item_weights), batch.labels, batch.weights
         if self.products is not None:
             logits, labels, weights = self.products(logits, labels, weights)
         sampled = logits + self.shift if self.training and self.shift else logits

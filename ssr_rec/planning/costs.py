@@ -266,4 +266,4 @@ class Model(nn.Module):
 
     def __init__(self, tables: Tables) -> None:
         super().__init__()
-        self.tables, self.event_tables = tables
+        self.tables, self.event_tables, self.weighted_tables = tables

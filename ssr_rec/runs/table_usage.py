@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ssr_rec.data.features import LogBuckets, RawHash
-from ssr_rec.data.schema import Lookups, Schema
+from ssr_rec.data.schema import Schema
+from ssr_rec.data.splits import Lookups
 from ssr_rec.data.table_usage import Use
 from ssr_rec.runs.curves import COLORS, DPI
 

@@ -28,7 +28,8 @@ from ssr_rec.common.plain_values import canonical_json, parse_json, read_text
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.whole_files import replace_folder
 from ssr_rec.data.features import InnerPath
-from ssr_rec.data.schema import Lookups, Schema
+from ssr_rec.data.schema import Schema
+from ssr_rec.data.splits import Lookups
 from ssr_rec.metrics.links import Link
 from ssr_rec.runs.folder import write_json
 from ssr_rec.serving.quantized_tables import Precision

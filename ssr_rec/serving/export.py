@@ -208,6 +208,9 @@ def compile_model(model: ServingModel, tables: list[Tensor], path: Path) -> None
     for feature in layout.lists:
         lists += [torch.zeros(2 * groups, dtype=torch.int64), torch.arange(0, 2 * groups + 1, 2)]
         shapes += [{0: counts[names[feature]]}, {0: lists_of[names[feature]] + 1}]
+    for feature in layout.weighted:
+        lists.append(torch.ones(2 * groups))
+        shapes.append({0: counts[names[feature]]})
     sharing = [torch.zeros(batch, dtype=torch.int64) for _ in layout.lists]
     sharing += [torch.zeros(2 * batch, dtype=torch.int64) for _ in histories]
     events = [Dim(f"events{number}", min=1, max=2**31 - 1) for number in range(len(histories))]
@@ -240,7 +243,7 @@ def compare(
         for batch in batches:
             groups = batch.group_ids if batch.group_ids is not None else torch.empty(0, dtype=torch.int64)
             weights = batch.weights if batch.weights is not None else torch.ones_like(batch.labels)
-            logits = restored.model(batch.sparse, batch.dense)
+            logits = restored.model(*batch.inputs)
             outputs.append((logits, scorer.score(batch), batch.labels, groups, weights))
             seen += len(batch.labels)
             if rows is not None and seen >= rows:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssr_rec.data.features import Feature
 from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.tables import columns_per_dim
 from ssr_rec.kernels import view_scoring
@@ -49,6 +50,8 @@ class Layout(NamedTuple):
     """Of each input of the over-arch."""
     events: list[int]
     """Features that are columns of a sequence with an encoder."""
+    weighted: list[int]
+    """List features that are pooled with weights."""
 
     @property
     def singles(self) -> list[int]:
@@ -91,14 +94,21 @@ def make_layout(schema: Schema, dense: DenseArch, pooling: str, precision: Preci
             found.append(Stack(f"{name}-{dim}", columns, features, first_rows, stored_as(precision, dim)))
         stacks.append(found)
     events = [names.index(name) for name in columns_of]
-    return Layout(names, [feature.kind for feature in schema.features], pooling, stacks, events)
+    weighted = [names.index(feature.name) for feature in pooled_with_weights(schema)]
+    return Layout(names, [feature.kind for feature in schema.features], pooling, stacks, events, weighted)
+
+
+def pooled_with_weights(schema: Schema) -> list[Feature]:
+    """Return the list features of tables that weighted lists read."""
+    return [one for one in schema.features if one.kind == "list" and one.table in schema.weighted_tables]
 
 
 def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str, Tensor]:
     """Return name of each stack -> its packed table, of a model with plain tables."""
     trained = dict(model.tables.embedding_bags.items())
-    if model.event_tables is not None:
-        trained.update(model.event_tables.embedding_bags.items())
+    for further in (model.event_tables, model.weighted_tables):
+        if further is not None:
+            trained.update(further.embedding_bags.items())
     tables = {}
     for number, stacks in enumerate(layout.sets):
         for stack in stacks:
@@ -119,7 +129,8 @@ class ServingModel(nn.Module):
     ``sharing`` holds which list each row has, (B,) of each list feature; then, of each sequence with an encoder, which
     of its events are those of the rows, (N,) (``Shared``). What depends on a list alone is computed once.
 
-    A model of dense columns takes their numbers (B, C) after the tables.
+    After the lists come the weights (n_l,) of those that are pooled with weights, as a sum takes them. A model of dense
+    columns takes their numbers (B, C) after the tables.
 
     The tables are arguments, so that they stay files of their own, mapped into memory.
 
@@ -201,7 +212,12 @@ class ServingModel(nn.Module):
                     pieces[feature] = pooled(packed, stack.kind, values, torch.arange(values.shape[0] + 1))
                 elif feature not in rank:
                     at = 2 * layout.lists.index(feature)
-                    pieces[feature] = pooled(packed, stack.kind, lists[at] + first_row, lists[at + 1], layout.pooling)
+                    bag = (lists[at] + first_row, lists[at + 1])
+                    if feature in layout.weighted:
+                        weights = lists[2 * len(layout.lists) + layout.weighted.index(feature)]
+                        pieces[feature] = pooled(packed, stack.kind, *bag, weights=weights)
+                    else:
+                        pieces[feature] = pooled(packed, stack.kind, *bag, layout.pooling)
         return pieces
 
     def _encode(

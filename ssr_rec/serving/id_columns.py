@@ -122,15 +122,18 @@ def write_columns(to_ids: Sequence[ToIds], columns: Sequence[Column], outs: Sequ
             each([None] * row + [part.array[part.first - part.array.offset + row].as_py()], to_ids[place].form)
 
 
-def numbers_of(column: Column) -> np.ndarray:
+def numbers_of(column: Column, finite: bool = True) -> np.ndarray:
     """Return a column of numbers as (n,) float64, NaN where missing.
+
+    Args:
+        finite: refuse infinite ones, of whatever type; else those of one common type are left to the caller.
 
     Raises:
         WrongValue: a value that is no number, or not finite.
     """
     plain = _plain(column, ToIds(None, number_of), True)
     numbers: np.ndarray = plain.to_numpy(zero_copy_only=False).astype(np.float64)
-    if np.isinf(numbers).any():
+    if finite and np.isinf(numbers).any():
         each(numbers.tolist(), number_of)
     return numbers
 

@@ -39,20 +39,28 @@ def pack(table: Tensor, precision: Precision) -> Tensor:
     return table.half() if kind == "fp16" else table.clone()
 
 
-def pooled(packed: Tensor, kind: Precision, ids: Tensor, offsets: Tensor, mode: str = "sum") -> Tensor:
+def pooled(
+    packed: Tensor, kind: Precision, ids: Tensor, offsets: Tensor, mode: str = "sum", weights: Tensor | None = None
+) -> Tensor:
     """Return the sum or mean of the rows of each bag, zeros for an empty one: (B, D) float32.
 
     Args:
         kind: what ``stored_as`` says of the table.
         ids: (n,) int64.
         offsets: (B + 1,) int64, where each bag begins in ids, and the end of the last.
+        weights: (n,) float32 by which a sum takes the rows.
     """
+    if kind == "fp16" and weights is not None:
+        # The operator wants weights in the precision of the table.
+        ids, packed, kind = torch.arange(ids.shape[0]), F.embedding(ids, packed).float(), "fp32"
     if kind in ("fp32", "fp16"):
-        return F.embedding_bag(ids, packed, offsets, mode=mode, include_last_offset=True).float()
+        return F.embedding_bag(
+            ids, packed, offsets, mode=mode, per_sample_weights=weights, include_last_offset=True
+        ).float()
     look_up = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
     if kind == "int4":
         look_up = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets
-    sums = look_up(packed, ids, offsets, include_last_offset=True)
+    sums = look_up(packed, ids, offsets, per_sample_weights=weights, include_last_offset=True)
     return sums if mode == "sum" else sums / (offsets[1:] - offsets[:-1]).clamp(min=1).unsqueeze(1)
 
 

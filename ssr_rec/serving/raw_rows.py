@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.dense import DenseColumn, RowVector, WrongVector, scaled, stacked
 from ssr_rec.data.features import Feature, LogBuckets
-from ssr_rec.data.preparation.spec import ListColumn, nearest
+from ssr_rec.data.preparation.spec import ListColumn
 from ssr_rec.data.schema import VALUES, VALUES_KEY, Schema
-from ssr_rec.kernels.row_ids import FieldOfRow, RowIds, RowsOfIds
+from ssr_rec.kernels.row_ids import FLOATS, FieldOfRow, RowIds, RowsOfIds
 from ssr_rec.serving.id_columns import Column, lists_of, make_to_ids, numbers_of, write_columns
+from ssr_rec.serving.item_weights import ItemWeights
+from ssr_rec.serving.raw_columns import Rows, check_columns, columns_of
 from ssr_rec.serving.raw_values import WrongValue, each, items_of
-
-Rows: TypeAlias = pd.DataFrame | pa.Table | pa.RecordBatch | str | Path | Iterable[Mapping[str, Any]]
-
 
 MOST_PARTS = 16
 """Encoders of some of the features that are kept: requests choose which they are."""
@@ -41,6 +38,8 @@ class Encoded(NamedTuple):
     """Which list each row has, (B,) int64, where rows share one; None: row k has the k-th of B."""
     dense: np.ndarray | None = None
     """(B, C) float32, the scaled numbers of dense columns, NaN where missing."""
+    weights: list[np.ndarray | None] | None = None
+    """Of each list feature those of its ids, (n,) float32, None where items have none; None: no feature has any."""
 
     @property
     def rows(self) -> int:
@@ -56,13 +55,15 @@ class Encoder:
         files: those in it with a checksum: of an artifact, also the vocabularies' indexes.
 
     Attributes:
-        columns: of each feature, in schema order, then the dense ones.
+        columns: of each feature, in schema order, then the dense ones, then those of the weights of lists.
     """
 
     def __init__(self, schema: Schema, folder: Path, files: Collection[str] = ()) -> None:
         self.features = schema.features
         self.dense: list[DenseColumn | RowVector] = [*schema.dense, *schema.row_vectors]
+        self.weights = ItemWeights(schema.features)
         self.columns = [*(feature.encoding.column for feature in schema.features), *schema.dense_names]
+        self.columns += self.weights.columns
         canonical = schema.preparation.get(VALUES_KEY, 1) >= VALUES
         self.to_ids = make_to_ids(schema.features, folder, canonical, files)
         self.part = lru_cache(MOST_PARTS)(self._part)
@@ -86,6 +87,9 @@ class Encoder:
             cut = self.list_settings.get(feature.name)
             how = (None, False) if cut is None else (cut.max_length, cut.keep == "last")
             fields.append(FieldOfRow(sys.intern(column), to.to, feature.num_embeddings, *how))
+        for name, column in self.weights.of_columns.items():
+            cut = self.list_settings[name]
+            fields.append(FieldOfRow(sys.intern(column), FLOATS, 0, cut.max_length, cut.keep == "last"))
         return RowIds(fields)
 
     def _part(self, places: tuple[int, ...]) -> Encoder:
@@ -93,7 +97,9 @@ class Encoder:
         part, features = copy(self), [i for i in places if i < len(self.features)]
         part.features, part.columns = [self.features[i] for i in features], [self.columns[i] for i in places]
         part.to_ids = [self.to_ids[i] for i in features]
-        part.dense = [self.dense[i - len(self.features)] for i in places if i >= len(self.features)]
+        first_weights = len(self.features) + len(self.dense)
+        part.dense = [self.dense[i - len(self.features)] for i in places if len(self.features) <= i < first_weights]
+        part.weights = ItemWeights(part.features)
         part._row_ids = part._make_row_ids()
         return part
 
@@ -109,12 +115,12 @@ class Encoder:
         """
         of_ids = len(self.features)
         if (found := self._of_common_types(rows)) is not None:
-            names = [feature.name for feature in self.features if feature.kind == "list"]
-            self._check_aligned(dict(zip(names, found.lengths, strict=True)), first_row)
-            numbers = columns_of(rows, self.columns[of_ids:])[0] if self.dense else []
-            return Encoded(found.singles, found.lists, [None] * len(names), self._scaled(numbers, first_row))
+            numbers = columns_of(rows, self.columns[of_ids : of_ids + len(self.dense)])[0] if self.dense else []
+            return self._of_whole_rows(found, numbers, first_row)
         given, num_rows = columns_of(rows, self.columns)
-        columns, numbers = given[:of_ids], given[of_ids:]
+        columns, numbers = given[:of_ids], given[of_ids : of_ids + len(self.dense)]
+        weights = dict(zip(self.weights.of_columns, given[of_ids + len(self.dense) :], strict=True))
+        raw: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         singles = np.empty((sum(feature.kind != "list" for feature in self.features), num_rows), np.int64)
         lists, free, outs = [], iter(singles), []
         lengths: dict[str, np.ndarray] = {}
@@ -127,6 +133,12 @@ class Encoder:
                     columns[place], offsets, lengths[feature.name] = self._items(feature, column)
                     outs.append(np.empty(len(columns[place]), np.int64))
                     lists.append((outs[-1], offsets))
+                    if feature.name in self.weights.marks:
+                        columns[place], cut = self.weights.cut(feature.name, columns[place], offsets)
+                        raw[feature.name] = cut, offsets
+                    elif feature.name in weights:
+                        which = self.weights.of_columns[feature.name]
+                        raw[feature.name], lengths[which] = self._weights(feature, weights[feature.name])
             except WrongValue as error:
                 raise UserError(f"row {first_row + error.row}: feature {feature.name!r} {error.problem}") from None
             except ValueError as error:
@@ -136,7 +148,19 @@ class Encoder:
         except WrongValue as error:
             raise self._located(error, lists, first_row) from None
         self._check_aligned(lengths, first_row)
-        return Encoded(singles, lists, [None] * len(lists), self._scaled(numbers, first_row))
+        of_items = self.weights.checked(raw, first_row)
+        return Encoded(singles, lists, [None] * len(lists), self._scaled(numbers, first_row), of_items)
+
+    def _of_whole_rows(self, found: RowsOfIds, numbers: Sequence[Column], first_row: int) -> Encoded:
+        """Return what C++ has read, checked; ``numbers``: the dense columns."""
+        names = [feature.name for feature in self.features if feature.kind == "list"]
+        lengths = dict(zip([*names, *self.weights.columns], found.lengths, strict=True))
+        self._check_aligned(lengths, first_row)
+        lists, further = found.lists[: len(names)], found.lists[len(names) :]
+        of_columns = zip(self.weights.of_columns, further, strict=True)
+        raw = {name: (bits.view(np.float64), offsets) for name, (bits, offsets) in of_columns}
+        weights = self.weights.checked(raw, first_row)
+        return Encoded(found.singles, lists, [None] * len(names), self._scaled(numbers, first_row), weights)
 
     def _scaled(self, columns: Sequence[Column], first_row: int) -> np.ndarray | None:
         """Return (B, C) float32 of the dense columns and vectors; None where there are none."""
@@ -154,6 +178,8 @@ class Encoder:
 
     def _of_common_types(self, rows: Rows) -> RowsOfIds | None:
         """Return the ids of a list of dicts or of a table of common types, which C++ reads whole; None for others."""
+        if self.weights.marks:
+            return None
         if isinstance(rows, list):
             return self._row_ids.of_dicts(rows) if rows else None
         if isinstance(rows, pa.Table):
@@ -191,20 +217,37 @@ class Encoder:
                         f"{other!r} has {lengths[other][row]} items; the columns of an event must be aligned"
                     )
 
+        for name, column in self.weights.of_columns.items():
+            if name in lengths and (wrong := lengths[name] != lengths[column]).any():
+                row = int(wrong.argmax())
+                raise UserError(
+                    f"row {first_row + row}: {name!r} has {lengths[name][row]} items and {column!r} "
+                    f"{lengths[column][row]} weights; every item has one"
+                )
+
+    def _weights(self, feature: Feature, column: Column) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        """Return the weights (n,) float64 that are kept, where each row's begin, and how many each was given."""
+        try:
+            items, offsets, lengths = self._cut(self.list_settings[feature.name], column)
+        except WrongValue as error:
+            raise WrongValue(error.row, f"{error.problem} of weights") from None
+        return (self.weights.numbers(feature.name, items, offsets), offsets), lengths
+
     def _items(self, feature: Feature, column: Column) -> tuple[Column, np.ndarray, np.ndarray]:
         """Return the kept items, where each row's begin, and how many items each row was given."""
         settings = self.list_settings[feature.name]
+        wanted, offsets, lengths = self._cut(settings, column)
+        if settings.separator is not None and isinstance(feature.encoding, LogBuckets):
+            wanted = [_number(item) for item in (wanted.to_pylist() if isinstance(wanted, pa.Array) else wanted)]
+        return wanted, offsets, lengths
+
+    def _cut(self, settings: ListColumn, column: Column) -> tuple[Column, np.ndarray, np.ndarray]:
+        """Return what ``_items`` does, of any column of lists."""
         if isinstance(column, pa.Array) and _is_text(column.type) and settings.separator is not None:
             column = pc.split_pattern(pc.if_else(pc.equal(column, ""), None, column), settings.separator)
         if isinstance(column, pa.Array) and not _is_list(column.type):
             column = column.to_pylist()
-        if isinstance(column, pa.Array):
-            wanted, offsets, lengths = _kept_of_array(column, settings)
-        else:
-            wanted, offsets, lengths = _kept_of_values(column, settings)
-        if settings.separator is not None and isinstance(feature.encoding, LogBuckets):
-            wanted = [_number(item) for item in (wanted.to_pylist() if isinstance(wanted, pa.Array) else wanted)]
-        return wanted, offsets, lengths
+        return _kept_of_array(column, settings) if isinstance(column, pa.Array) else _kept_of_values(column, settings)
 
 
 def _kept_of_array(column: pa.Array, settings: ListColumn) -> tuple[Column, np.ndarray, np.ndarray]:
@@ -234,93 +277,6 @@ def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
-
-
-def columns_of(rows: Rows, names: Sequence[str]) -> tuple[list[Column], int]:
-    """Return the columns of ``names``, and how many rows there are.
-
-    A mapping may lack a key, which is missing there; a table must have every column. What else is there is ignored.
-
-    Raises:
-        UserError: see ``Encoder.encode``.
-    """
-    if isinstance(rows, (str, Path)):
-        rows = read_parquet(Path(rows), names)
-    if isinstance(rows, pa.RecordBatch):
-        rows = pa.Table.from_batches([rows])
-    if isinstance(rows, pa.Table):
-        check_columns(rows.column_names, names)
-        columns = _whole_columns(rows.select(list(dict.fromkeys(names))))
-        return [columns[name] for name in names], rows.num_rows
-    if isinstance(rows, pd.DataFrame):
-        check_columns([str(name) for name in rows.columns], names)
-        by_name = {str(name): series for name, series in rows.items()}
-        return [_of_series(by_name[name]) for name in names], len(rows)
-    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
-        raise UserError(
-            f"rows are a {type(rows).__name__}; give a list of mappings, a DataFrame, an Arrow table or a path"
-        )
-    listed = list(rows)
-    for number, row in enumerate(listed):
-        if not isinstance(row, Mapping):
-            raise UserError(f"row {number} is a {type(row).__name__}, not a mapping of feature names to values")
-    return [[row.get(name) for row in listed] for name in names], len(listed)
-
-
-def read_parquet(path: Path, names: Sequence[str]) -> pa.Table:
-    try:
-        file = pq.ParquetFile(path)
-        check_columns(file.schema_arrow.names, names)
-        return file.read(columns=list(dict.fromkeys(names)))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
-
-
-def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a table that lacks a feature's column or has it twice.
-
-    Raises:
-        UserError: naming the columns, and the nearest spelling of the first.
-    """
-    there = set(columns)
-    if len(there) == len(columns) and there.issuperset(names):
-        return
-    lacking = [name for name in names if name not in there]
-    if lacking:
-        raise UserError(
-            f"no column {', '.join(map(repr, lacking[:10]))}{nearest(lacking[0], columns)}; a table needs a column for "
-            "every feature, with nulls where it is missing"
-        )
-    for name in names:
-        if columns.count(name) > 1:
-            raise UserError(f"column {name!r} is there {columns.count(name)} times; give it once")
-
-
-def _whole_columns(rows: pa.Table) -> dict[str, pa.Array]:
-    if not rows.num_rows:
-        return {name: pa.array([], kind) for name, kind in zip(rows.schema.names, rows.schema.types, strict=True)}
-    # All columns at once: one by one costs a request more than its ids do.
-    batches = rows.combine_chunks().to_batches()
-    if len(batches) > 1:
-        raise UserError(f"{rows.num_rows} rows with 2 GB of text or more in a column; give fewer rows at once")
-    return dict(zip(rows.schema.names, batches[0].columns, strict=True))
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    whole = column.combine_chunks()
-    if isinstance(whole, pa.ChunkedArray):
-        return whole.chunk(0) if whole.num_chunks else pa.array([], type=column.type)
-    return whole
-
-
-def _of_series(series: pd.Series) -> Column:
-    if series.dtype == object:  # Arrow would take a type that a part of the values is not of
-        return series.tolist()
-    try:
-        array = pa.Array.from_pandas(series)
-    except (pa.ArrowException, OverflowError, ValueError, TypeError):  # values of several types: each by itself
-        return series.tolist()
-    return _whole(array) if isinstance(array, pa.ChunkedArray) else array
 
 
 def _number(item: Any) -> Any:

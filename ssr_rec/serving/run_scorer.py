@@ -47,7 +47,9 @@ class RunScorer:
             for start in range(0, encoded.rows, ROWS_AT_ONCE):
                 part = slice(start, min(start + ROWS_AT_ONCE, encoded.rows))
                 numbers = torch.from_numpy(encoded.dense[part]) if encoded.dense is not None else None
-                logits.append(self.restored.model(sparse_of(self.restored.schema, encoded, part), numbers))
+                sparse = sparse_of(self.restored.schema, encoded, part)
+                weights = weights_of(self.restored.schema, encoded, part)
+                logits.append(self.restored.model(sparse, numbers, weights))
         return predicted(torch.cat(logits), self.labels, self.restored.links)
 
 
@@ -66,6 +68,23 @@ def sparse_of(schema: Schema, encoded: Encoded, rows: slice) -> KeyedJaggedTenso
             lengths.append(np.ones(rows.stop - rows.start, dtype=np.int64))
     return KeyedJaggedTensor(
         keys=schema.feature_names,
+        values=torch.from_numpy(np.concatenate(values)),
+        lengths=torch.from_numpy(np.concatenate(lengths)),
+    )
+
+
+def weights_of(schema: Schema, encoded: Encoded, rows: slice) -> KeyedJaggedTensor | None:
+    """Return the weights of lists' items of rows ``start`` to ``stop`` of ``encoded``, as ``Batch`` has them."""
+    if encoded.weights is None:
+        return None
+    values, lengths = [], []
+    for (_, offsets), weights in zip(encoded.lists, encoded.weights, strict=True):
+        if weights is not None:
+            offsets = offsets[rows.start : rows.stop + 1]
+            values.append(weights[offsets[0] : offsets[-1]])
+            lengths.append(np.diff(offsets))
+    return KeyedJaggedTensor(
+        keys=[feature.name for feature in schema.weighted_lists],
         values=torch.from_numpy(np.concatenate(values)),
         lengths=torch.from_numpy(np.concatenate(lengths)),
     )

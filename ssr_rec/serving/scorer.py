@@ -14,9 +14,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.batch import Batch
+from ssr_rec.data.item_weights import pooling_weights
 from ssr_rec.kernels import extension
 from ssr_rec.metrics.links import Links
 from ssr_rec.serving.artifact import MODEL_FILE, Manifest, read_manifest
+from ssr_rec.serving.graph import pooled_with_weights
 from ssr_rec.serving.program import load_program
 from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
 from ssr_rec.serving.shared_lists import events_of_rows, flat
@@ -72,6 +74,9 @@ class Scorer:
         self._sizes = np.array([f.num_embeddings for f in features if f.kind != "list"], dtype=np.uint64)[:, None]
         self._list_sizes = [f.num_embeddings for f in features if f.kind == "list"]
         lists = [feature.name for feature in features if feature.kind == "list"]
+        self._list_names = lists
+        self._weighted = [lists.index(feature.name) for feature in pooled_with_weights(self.schema)]
+        self._must_have_weights = {lists.index(feature.name) for feature in self.schema.weighted_lists}
         self._shares_lists = manifest.histories is not None
         self._histories = [lists.index(columns[0]) for columns in manifest.histories or ()]
         self._each_row = np.arange(MAX_ROWS)
@@ -109,6 +114,7 @@ class Scorer:
         sparse: Tensor | KeyedJaggedTensor | Batch,
         lengths: Tensor | None = None,
         dense: Tensor | None = None,
+        item_weights: KeyedJaggedTensor | None = None,
     ) -> Tensor:
         """Return logits (B, T) of prepared ids.
 
@@ -116,12 +122,13 @@ class Scorer:
             sparse: a batch, or the ids of every feature one after another in schema order.
             lengths: (F * B,) with ids: how many each feature has in each row, again feature by feature.
             dense: (B, C) float32 with ids: the scaled numbers of dense columns, NaN where missing.
+            item_weights: with ids, as ``Batch`` has them.
 
         Raises:
             UserError: lengths that do not fit, or an id that the feature does not have.
         """
         if isinstance(sparse, Batch):
-            sparse, dense = sparse.sparse, sparse.dense
+            sparse, dense, item_weights = sparse.inputs
         if isinstance(sparse, KeyedJaggedTensor):
             if sparse.keys() != self.schema.feature_names:
                 raise UserError(f"the batch has features {sparse.keys()}, the artifact {self.schema.feature_names}")
@@ -129,7 +136,12 @@ class Scorer:
         if lengths is None:
             raise UserError("score takes a batch, or values and lengths")
         numbers = dense.numpy() if dense is not None else None
-        return self.score_arrays(*self._split(sparse.numpy(), lengths.numpy()), dense=numbers)
+        weights = None
+        if item_weights is not None:
+            of_lists = zip(item_weights.keys(), item_weights.values().split(item_weights.length_per_key()), strict=True)
+            given = {name: own.numpy() for name, own in of_lists}
+            weights = [given.get(feature.name) for feature in self.schema.features if feature.kind == "list"]
+        return self.score_arrays(*self._split(sparse.numpy(), lengths.numpy()), dense=numbers, weights=weights)
 
     def _split(self, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
         """Return the single-valued ids (S, B), and ids (n,) and offsets (B + 1,) of each list."""
@@ -167,6 +179,7 @@ class Scorer:
         lists: list[tuple[np.ndarray, np.ndarray]],
         of_rows: Sequence[np.ndarray | None] | None = None,
         dense: np.ndarray | None = None,
+        weights: list[np.ndarray | None] | None = None,
     ) -> Tensor:
         """Return logits (B, T).
 
@@ -175,6 +188,8 @@ class Scorer:
             lists: ids (n,) int64 and offsets (G + 1,) int64 of each list feature.
             of_rows: which of the G lists each row has, (B,) int64, or None for the k-th of B; by default all None.
             dense: (B, C) float32, the scaled numbers of dense columns, NaN where missing; None: the model has none.
+            weights: of each list feature those of its ids, (n,) float32, None where items have none; None: no feature
+                has any.
 
         Raises:
             UserError: an id that the feature does not have, numbers of another shape, or a process forked from one
@@ -182,7 +197,7 @@ class Scorer:
         """
         check_not_forked()
         self._check_ids(ids, lists)
-        encoded = Encoded(ids, lists, list(of_rows or [None] * len(lists)), dense)
+        encoded = Encoded(ids, lists, list(of_rows or [None] * len(lists)), dense, weights)
         self._check_dense(dense, encoded.rows)
         if encoded.rows > MAX_ROWS:
             return torch.cat([self.score_arrays(*_cut(encoded, at)) for at in range(0, encoded.rows, MAX_ROWS)])
@@ -193,13 +208,26 @@ class Scorer:
         inputs = [ids]
         for one in encoded.lists:
             inputs += one
+        inputs += self._pooling_weights(encoded)
         if self._shares_lists:
             inputs += [self._each_row[: encoded.rows] if rows is None else rows for rows in encoded.of_rows]
             inputs += [events_of_rows(encoded.lists[at][1], encoded.of_rows[at]) for at in self._histories]
         # The program has no graph for no ids or events at all; one that no row points to changes nothing.
-        filled = [torch.from_numpy(array if array.size else np.zeros(1, np.int64)) for array in inputs[1:]]
+        filled = [torch.from_numpy(array if array.size else np.zeros(1, array.dtype)) for array in inputs[1:]]
         numbers = [torch.from_numpy(dense)] if dense is not None else []
         return self._run([torch.from_numpy(ids), *filled, *self._tables, *numbers])[0]
+
+    def _pooling_weights(self, encoded: Encoded) -> list[np.ndarray]:
+        """Return what the program takes as weights of the lists that are pooled with some."""
+        found = []
+        for place in self._weighted:
+            (ids, offsets), own = encoded.lists[place], None if encoded.weights is None else encoded.weights[place]
+            if (own is None or own.shape != ids.shape) and place in self._must_have_weights:
+                raise UserError(f"list feature {self._list_names[place]!r}: give a weight for each of its ids")
+            raw = torch.from_numpy(np.ones(ids.shape, np.float32) if own is None else own)
+            lengths = torch.from_numpy(np.diff(offsets))
+            found.append(pooling_weights(raw, lengths, self.manifest.pooling == "mean").numpy())
+        return found
 
     def _check_dense(self, dense: np.ndarray | None, rows: int) -> None:
         columns = sum(self.schema.dense_widths)
@@ -255,12 +283,17 @@ def check_not_forked() -> None:
 def _cut(encoded: Encoded, start: int) -> Encoded:
     """Return ``MAX_ROWS`` rows from ``start`` on."""
     part, lists = slice(start, start + MAX_ROWS), []
-    for (values, offsets), rows in zip(encoded.lists, encoded.of_rows, strict=True):
+    weights = list(encoded.weights or [None] * len(encoded.lists))
+    for place, ((values, offsets), rows) in enumerate(zip(encoded.lists, encoded.of_rows, strict=True)):
         inner = offsets[start : start + MAX_ROWS + 1]
         lists.append((values[inner[0] : inner[-1]], inner - inner[0]) if rows is None else (values, offsets))
+        own = weights[place]
+        if rows is None and own is not None:
+            weights[place] = own[inner[0] : inner[-1]]
     of_rows = [None if rows is None else rows[part] for rows in encoded.of_rows]
     dense = None if encoded.dense is None else encoded.dense[part]
-    return Encoded(np.ascontiguousarray(encoded.ids[:, part]), lists, of_rows, dense)
+    ids = np.ascontiguousarray(encoded.ids[:, part])
+    return Encoded(ids, lists, of_rows, dense, weights if encoded.weights else None)
 
 
 def _mapped(path: Path) -> Tensor:

@@ -179,4 +179,8 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
         each = [np.arange(part.rows) if rows is None else rows for part, rows in zip(parts, shared, strict=True)]
         of_rows.append(np.concatenate([rows + first for rows, first in zip(each, before, strict=False)]))
     dense = [part.dense for part in parts if part.dense is not None]
-    return Encoded(ids, lists, of_rows, np.concatenate(dense) if dense else None)
+    weights = None
+    if parts[0].weights is not None:
+        of_lists = zip(*(part.weights for part in parts if part.weights is not None), strict=True)
+        weights = [None if own[0] is None else np.concatenate(own) for own in of_lists]
+    return Encoded(ids, lists, of_rows, np.concatenate(dense) if dense else None, weights)

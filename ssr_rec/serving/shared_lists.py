@@ -24,10 +24,13 @@ def events_of_rows(offsets: np.ndarray, of_rows: np.ndarray | None) -> np.ndarra
 def flat(encoded: Encoded) -> Encoded:
     """Return the same rows, each with its own copy of its lists."""
     lists = []
-    for (values, offsets), of_rows in zip(encoded.lists, encoded.of_rows, strict=True):
+    weights = list(encoded.weights or [None] * len(encoded.lists))
+    for place, ((values, offsets), of_rows) in enumerate(zip(encoded.lists, encoded.of_rows, strict=True)):
         if of_rows is None:
             lists.append((values, offsets))
         else:
-            ends = np.cumsum([0, *np.diff(offsets)[of_rows]])
-            lists.append((values[events_of_rows(offsets, of_rows)], ends))
-    return Encoded(encoded.ids, lists, [None] * len(lists), encoded.dense)
+            ends, items = np.cumsum([0, *np.diff(offsets)[of_rows]]), events_of_rows(offsets, of_rows)
+            lists.append((values[items], ends))
+            own = weights[place]
+            weights[place] = None if own is None else own[items]
+    return Encoded(encoded.ids, lists, [None] * len(lists), encoded.dense, weights if encoded.weights else None)

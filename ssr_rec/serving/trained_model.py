@@ -19,6 +19,7 @@ from ssr_rec.data.synthetic.write import ensure_synthetic
 from ssr_rec.embeddings.evicting_tables import managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.tables import plain_tables
+from ssr_rec.embeddings.weighted_ids import WeightedIds
 from ssr_rec.metrics.links import Links
 from ssr_rec.model.build import build_dense
 from ssr_rec.model.ctr_model import CTRModel, running_statistics
@@ -148,7 +149,7 @@ def build_plain_model(config: RunConfig, schema: Schema) -> CTRModel:
         reading = reading_of(schema, config.sequences)
         tables = plain_tables(schema, embeddings, torch.device("cpu"), dense.over_arch.extra_tables, reading)
     managed = managed_ids(schema, config.embeddings, config.train.batch_size, config.seed, torch.device("cpu"))
-    return CTRModel(tables, dense, managed).eval()
+    return CTRModel(tables, dense, managed, WeightedIds.of(schema, embeddings.pooling)).eval()
 
 
 def load_plain_weights(model: CTRModel, checkpoint: Path) -> None:

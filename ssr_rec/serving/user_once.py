@@ -30,6 +30,10 @@ def encode_user_once(encoder: Encoder, user: Mapping[str, Any], candidates: Sequ
             raise UserError(f"row {row}: {min(both)!r} is given for the user and for the candidate; give it once")
     shared = tuple(place for place, column in enumerate(encoder.columns) if column in user)
     own = tuple(place for place, column in enumerate(encoder.columns) if column not in user)
+    for name, column in encoder.weights.of_columns.items():
+        own_column = next(f.encoding.column for f in encoder.features if f.name == name)
+        if (own_column in user) != (column in user):
+            raise UserError(f"list {name!r}: give it and its weights {column!r} for the user, or both for candidates")
     for sequence in encoder.sequences:
         columns = {f.encoding.column for f in encoder.features if f.name in sequence.features}
         if 0 < len(columns & user.keys()) < len(columns):
@@ -50,7 +54,12 @@ def encode_user_once(encoder: Encoder, user: Mapping[str, Any], candidates: Sequ
     ids = np.stack([singles[place] for place in sorted(singles)]) if singles else np.empty((0, count), np.int64)
     the_users = [np.zeros(count, np.int64) if place in shared else None for place in sorted(lists)]
     dense = _dense_of(encoder, shared, of_user, of_rows)
-    return Encoded(ids, [lists[place] for place in sorted(lists)], the_users, dense)
+    weights: dict[int, np.ndarray | None] = {}
+    for places, part in ((shared, of_user), (own, of_rows)):
+        listed = _of(places, is_list, True)
+        weights |= dict(zip(listed, part.weights or [None] * len(listed), strict=True))
+    of_items = [weights[place] for place in sorted(weights)] if encoder.weights.has_any else None
+    return Encoded(ids, [lists[place] for place in sorted(lists)], the_users, dense, of_items)
 
 
 def _dense_of(encoder: Encoder, shared: Sequence[int], of_user: Encoded, of_rows: Encoded) -> np.ndarray | None:

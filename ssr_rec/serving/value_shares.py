@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssr_rec.data.features import Feature
-from ssr_rec.data.schema import Lookups
+from ssr_rec.data.splits import Lookups
 
 FAR = 0.1
 """A share of missing or unknown values this far above or below training's is said."""

@@ -55,7 +55,7 @@ def run_steps(
 def _noting_keys(batches: Iterator[Batch], keys: deque[Tensor]) -> Iterator[Batch]:
     """Pass on the batches, which a pipeline reads some steps ahead, and put the keys of their rows into ``keys``."""
     for batch in batches:
-        keys.append(row_keys(batch.sparse, batch.dense))
+        keys.append(row_keys(*batch.inputs))
         yield batch
 
 

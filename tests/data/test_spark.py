@@ -36,6 +36,8 @@ from tests.model.test_given_vectors import rows as vector_rows
 from tests.odd_rows import SPEC as ODD_SPEC
 from tests.odd_rows import odd_rows
 from tests.prepare_log import ROOT, SHARED, Row, make_rows, spec_with, write_csv, write_parquet
+from tests.weighted_log import SPEC as WEIGHTED_SPEC
+from tests.weighted_log import frame as weighted_frame
 from tools.prepare_data import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark]
@@ -98,6 +100,12 @@ def test_dense_columns_are_the_same(tmp_path):
         make_spec({**DENSE_SPEC, "ignore": ["row"], "split": {"type": "random"}}, "test"),
     )
     assert [column.name for column in schema.dense] == ["price", "age", "never"]
+
+
+def test_weights_of_items_are_the_same(tmp_path):
+    weighted_frame().to_parquet(tmp_path / "log.parquet")
+    schema = same(tmp_path, [tmp_path / "log.parquet"], make_spec(WEIGHTED_SPEC, "test"))
+    assert [feature.name for feature in schema.weighted_lists] == ["tags", "words"]
 
 
 def test_given_vectors_and_those_of_rows_are_the_same(tmp_path):

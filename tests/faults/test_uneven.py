@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssr_rec.data.schema import Schema, Split
+from ssr_rec.data.schema import Schema
 from ssr_rec.data.shards import arrow_schema
+from ssr_rec.data.splits import Split
 from ssr_rec.metrics.exact import evaluate_predictions
 from tests.checkpointing.test_resume import losses
 from tests.conftest import FEATURES, draw_rows

@@ -14,8 +14,9 @@ from sklearn.metrics import log_loss
 from ssr_rec.checkpointing.format import stored_tensors
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.training import TrainConfig
-from ssr_rec.data.schema import NOT_OBSERVED, WEIGHT_COLUMN, Schema, Split
+from ssr_rec.data.schema import NOT_OBSERVED, WEIGHT_COLUMN, Schema
 from ssr_rec.data.shards import arrow_schema, write_shards
+from ssr_rec.data.splits import Split
 from ssr_rec.model.loss import EntireSpace, MeanLoss
 from ssr_rec.runs.folder import read_metrics
 from ssr_rec.training.setup import check_train_config

@@ -11,7 +11,10 @@ from ibis.expr import datatypes as dt
 from ibis.expr.types import ArrayColumn, Column
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.data.item_weights import is_mark
 from ssr_rec.data.preparation.engine import OpenSource, Source
+from ssr_rec.data.preparation.item_weight_spec import weight_columns
+from ssr_rec.data.preparation.item_weights import cut_out_weights, text_items, typed_weights, without_weights
 from ssr_rec.data.preparation.spec import ListColumn, TableSpec
 
 # Not `$`, which in some engines also stands before a last newline.
@@ -75,7 +78,8 @@ def selected(source: Source, spec: TableSpec) -> Source:
     """
     spec.check_columns(source.rows.columns, source.path)
     try:
-        rows = source.rows.select(**{name: typed(source.rows[name], name, spec) for name in spec.used})
+        columns = {name: typed(source.rows[name], name, spec) for name in spec.used}
+        rows = source.rows.select(**columns, **cut_out_weights(source.rows, spec))
     except ValueError as error:
         raise UserError(f"{source.path}: {error}") from None
     return replace(source, rows=rows)
@@ -92,12 +96,16 @@ def typed(column: Column, name: str, spec: TableSpec) -> Column:
         return ibis.null(_kind_of_role(name, spec))
     if name in spec.row_vectors:
         return _typed_vectors(column, name)
+    if name in weight_columns(spec):
+        of_list = next(one for one in spec.lists.values() if one.weights == name)
+        return typed_weights(column, name, of_list)
     if name in spec.number_lists:
         return _typed_numbers(column, name, spec.list_columns[name])
     if name in spec.list_columns:
         listed = _typed_list(column, name, spec.list_columns[name])
-        # Those of a sequence are cut once they are known to be aligned.
-        return cut_list(listed, spec.lists[name]) if name in spec.lists else listed
+        # Those of a sequence, and those with weights, are cut once they are known to be aligned.
+        own = spec.lists.get(name)
+        return cut_list(listed, own) if own is not None and own.weights is None else listed
     if isinstance(kind, dt.Array):
         raise UserError(f"column {name!r} holds lists; name it under lists with a max_length, or ignore it")
     if name in spec.numbers:
@@ -121,7 +129,7 @@ def _is_nothing(kind: dt.DataType) -> bool:
 
 
 def _kind_of_role(name: str, spec: TableSpec) -> str:
-    if name in spec.row_vectors:
+    if name in spec.row_vectors or name in weight_columns(spec):
         return "array<float64>"
     if name in spec.list_columns:
         return "array<float64>" if name in spec.number_lists else "array<string>"
@@ -170,6 +178,8 @@ def canonical(column: Column) -> Column:
 
 
 def _typed_list(column: Column, name: str, settings: ListColumn) -> Column:
+    if settings.weights is not None and is_mark(settings.weights):
+        column = without_weights(text_items(column, name, settings), settings.weights)
     kind = column.type()
     if kind.is_string():
         if settings.separator is None:

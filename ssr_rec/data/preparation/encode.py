@@ -13,8 +13,10 @@ import ibis
 from ibis.expr.types import ArrayValue, Column, IntegerValue, Table
 
 from ssr_rec.data.features import AdmittedHashing, Hashing, LogBuckets, Vocabulary
+from ssr_rec.data.item_weights import stored_weights
 from ssr_rec.data.preparation.column_types import cut_list
 from ssr_rec.data.preparation.engine import ROW
+from ssr_rec.data.preparation.item_weight_spec import staged_weights
 from ssr_rec.data.preparation.row_spec import encoded_label
 from ssr_rec.data.preparation.spec import TableSpec
 from ssr_rec.data.preparation.split import ORDER, SPLIT, digits_of
@@ -115,8 +117,14 @@ def _clipped(position: Column, encoding: LogBuckets) -> IntegerValue:
 
 
 def cut_sequences(rows: Table, spec: TableSpec) -> Table:
-    """Return ``rows`` with the last events of every given sequence; staged are all, to see that they are aligned."""
-    cut = {name: cut_list(rows[name], one) for name, one in spec.list_columns.items() if name not in spec.lists}
+    """Return ``rows`` with the items kept of lists of which all are staged, to see that they are aligned.
+
+    That are the events of sequences, and items with weights.
+    """
+    weights = staged_weights(spec)
+    whole = {name: one for name, one in spec.list_columns.items() if name not in spec.lists or name in weights}
+    whole |= {weights[name]: spec.lists[name] for name in weights if weights[name] in rows.columns}
+    cut = {name: cut_list(rows[name], one) for name, one in whole.items()}
     return rows.mutate(**cut) if cut else rows
 
 
@@ -156,9 +164,11 @@ def encode(
         items = ibis.coalesce(joined[name], ibis.literal([], type="array<float64>"))
         columns[name] = bucket_items(items, buckets[name])
     columns = {name: columns[name] for name in spec.features if name in columns}
+    none = ibis.literal([], type="array<float64>")
+    for name, weights in staged_weights(spec).items():
+        columns[stored_weights(name)] = ibis.coalesce(joined[weights], none).cast("array<float32>")
     columns |= {name: joined[name] for name in spec.dense}
-    nothing = ibis.literal([], type="array<float64>")
-    columns |= {name: ibis.coalesce(joined[name], nothing) for name in spec.row_vectors}
+    columns |= {name: ibis.coalesce(joined[name], none) for name in spec.row_vectors}
     for name in spec.labels:
         columns[name] = encoded_label(joined, name, spec)
     if spec.weight is not None:

@@ -107,6 +107,9 @@ def _roles(entries: Mapping[str, Any]) -> tuple[set[Any], set[Any]]:
 
     named = {*names(entries, "labels", "categorical", "numeric", "dense", "row_vectors", "lists")}
     named |= {*names(entries, "ignore", "weight")}
+    lists = entries.get("lists")
+    for one in lists.values() if isinstance(lists, Mapping) else ():
+        named |= {*names(one, "weights")}
     helpers = {*names(entries, "group_id"), *names(entries.get("split"), "column")}
     sequences = entries.get("sequences")
     for sequence in sequences.values() if isinstance(sequences, Mapping) else ():

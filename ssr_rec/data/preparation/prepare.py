@@ -33,13 +33,16 @@ from ssr_rec.data.preparation.fit_dense import fit_dense, fit_numbers
 from ssr_rec.data.preparation.fit_vectors import given_vectors, vector_feature
 from ssr_rec.data.preparation.grown_columns import staged_as
 from ssr_rec.data.preparation.histories import add_histories, age_units, check_histories, helpers, with_keys
+from ssr_rec.data.preparation.item_weight_spec import staged_columns
+from ssr_rec.data.preparation.item_weights import check_item_weights
 from ssr_rec.data.preparation.row_spec import check_of_label, check_of_weight, missing_labels
 from ssr_rec.data.preparation.sequence_spec import vocabulary_of
 from ssr_rec.data.preparation.sources import Log, Read, find_files, read_table
 from ssr_rec.data.preparation.spec import DaySplit, TableSpec
 from ssr_rec.data.preparation.split import ORDER, SPLIT, with_group
-from ssr_rec.data.schema import VALUES, VALUES_KEY, Days, Schema, Split
+from ssr_rec.data.schema import VALUES, VALUES_KEY, Days, Schema
 from ssr_rec.data.shards import new_dataset
+from ssr_rec.data.splits import Split
 
 
 def prepare(
@@ -94,7 +97,7 @@ def check_values(log: Log, spec: TableSpec) -> None:
     Raises:
         UserError: naming the first offending row of the first offending column, and its value.
     """
-    rows = log.rows(spec.used)
+    rows = log.rows(staged_columns(spec))
     check_histories(rows, spec)
     checks: dict[str, tuple[BooleanValue, str]] = {}
     for name in spec.labels:
@@ -116,6 +119,7 @@ def check_values(log: Log, spec: TableSpec) -> None:
             checks[column] = wrong | rows[column].isnull(), rule
     for name, sequence in spec.sequences.items():
         _check_aligned(log, rows, name, sequence.given)
+    check_item_weights(log, rows, spec)
     for column in spec.number_lists:
         odd = rows[column].filter(lambda item: item.isinf()).length().fill_null(0) > 0
         checks[column] = odd, "a number must be finite; empty means missing"
@@ -154,7 +158,7 @@ def _check_aligned(log: Log, rows: Table, name: str, columns: Sequence[str]) -> 
 def encoded(plan: SplitPlan, lookups: dict[str, Lookup], buckets: dict[str, LogBuckets], progress: Progress) -> Table:
     """Return the rows as they are stored, with ``SPLIT`` and ``ORDER``."""
     spec = plan.spec
-    keyed = with_keys(cut_sequences(plan.rows(spec.used), spec), spec, plan.whole)
+    keyed = with_keys(cut_sequences(plan.rows(staged_columns(spec)), spec), spec, plan.whole)
     if spec.group_id:
         keyed = with_group(keyed, spec.group_id, plan.whole[spec.group_id])
     encoding = partial(encode, spec=spec, lookups=lookups, buckets=buckets, kept=helpers(spec))
@@ -258,7 +262,10 @@ def _feature(
         size = encoding.first_id + encoding.num_buckets
     if sequence is not None or name in spec.list_columns:
         length = sequence.max_length if sequence is not None else spec.list_columns[name].max_length
-        return Feature(name=name, kind="list", num_embeddings=size, encoding=encoding, max_length=length)
+        weights = spec.lists[name].weights if name in spec.lists else None
+        return Feature(
+            name=name, kind="list", num_embeddings=size, encoding=encoding, max_length=length, weights=weights
+        )
     kind: Literal["numeric", "categorical"] = "numeric" if name in buckets else "categorical"
     return Feature(name=name, kind=kind, num_embeddings=size, encoding=encoding)
 

@@ -47,8 +47,9 @@ from ssr_rec.data.preparation.spark_tasks import (
     refusal,
 )
 from ssr_rec.data.preparation.split import ORDER, SPLIT
-from ssr_rec.data.schema import Schema, Shard
+from ssr_rec.data.schema import Schema
 from ssr_rec.data.shards import arrow_schema, row_group_rows, rows_in_shard, split_folder
+from ssr_rec.data.splits import Shard
 
 BROADCAST_BYTES = 2**25
 """A table in memory up to so many bytes goes whole to every executor when rows look it up."""
@@ -93,8 +94,7 @@ class _Backend(SparkBackend):
 
     def to_pyarrow(self, expr: Any, /, **options: Any) -> Any:
         # Ibis goes through pandas, where a missing number is NaN.
-        table = expr.as_table()
-        found = self._session.sql(self.compile(table)).toArrow()
+        found = self._session.sql(self.compile(table := expr.as_table())).toArrow()
         return expr.__pyarrow_result__(found.cast(table.schema().to_pyarrow()))
 
 

@@ -9,12 +9,20 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.data.dense import Scale
+from ssr_rec.data.preparation.item_weight_spec import check_item_weight_specs, weight_columns
 from ssr_rec.data.preparation.row_spec import TaskSpec, check_negatives, check_row_spec
 from ssr_rec.data.preparation.sequence_spec import FromLog, SequenceSpec, check_sequence_specs
 from ssr_rec.data.preparation.spec_names import check_names
@@ -46,6 +54,14 @@ class ListColumn(Settings):
     max_length: int = Field(ge=1, le=MAX_ITEMS, description="items kept per row")
     keep: Literal["first", "last"] = Field("first", description="which end of a longer list is kept")
     separator: str | None = Field(None, min_length=1, description="between the items, where the list is text")
+    weights: str | None = Field(
+        None, min_length=1, description="of the items: a column of as many numbers, or the mark in items like id:0.5"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Lists without weights count for a dataset_id as before there were any.
+        return {key: value for key, value in values(self).items() if key != "weights" or value is not None}
 
 
 def _ratios(values: Any) -> Any:
@@ -153,7 +169,7 @@ class TableSpec(Settings):
     def _consistent(self) -> TableSpec:
         events = [column for sequence in self.sequences.values() for column in sequence.given]
         roles = [*self.labels, *self.categorical, *self.numeric, *self.dense, *self.row_vectors]
-        roles += [*self.lists, *events, *self.ignore, *self.weighted]
+        roles += [*self.lists, *weight_columns(self), *events, *self.ignore, *self.weighted]
         repeated = sorted({column for column in roles if roles.count(column) > 1})
         if repeated:
             raise UserError(f"columns named in two roles: {', '.join(repeated)}")
@@ -163,6 +179,7 @@ class TableSpec(Settings):
         check_sequence_specs(self)
         check_row_spec(self)
         check_vector_specs(self)
+        check_item_weight_specs(self)
         counts = self.hash_buckets if isinstance(self.hash_buckets, dict) else {"all columns": self.hash_buckets}
         known = {*self.looked_up, *self.raw_hash}
         for column, count in counts.items():
@@ -224,7 +241,7 @@ class TableSpec(Settings):
     @property
     def used(self) -> list[str]:
         """Return the columns that are read, each once: labels, features, group id, time, what histories go by."""
-        extra = [self.group_id, self.time_column, *self.weighted]
+        extra = [*weight_columns(self), self.group_id, self.time_column, *self.weighted]
         for task in self.tasks.values():
             extra += task.conditions
         for history in self.histories.values():

@@ -20,8 +20,9 @@ import pyarrow as pa
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.plain_values import canonical_json
 from ssr_rec.data.features import Drawn, Feature
-from ssr_rec.data.schema import GROUP_COLUMN, SPLITS, Ceiling, Schema, Split
+from ssr_rec.data.schema import GROUP_COLUMN, SPLITS, Ceiling, Schema
 from ssr_rec.data.shards import arrow_schema, new_folder, row_group_rows, write_shards
+from ssr_rec.data.splits import Split
 from ssr_rec.data.synthetic.config import USER, SyntheticConfig
 from ssr_rec.data.synthetic.fields import Column
 from ssr_rec.data.synthetic.truth import BLOCK_ROWS, LABELS, DrawnRows, Truth, build_truth, draw_block

@@ -38,7 +38,18 @@ Column column_of(const ArrowArray& array, int64_t first, int64_t rows, bool is_t
 }
 
 template <typename T>
+void write_numbers(const Column& column, int64_t* out) {
+  for (int64_t row = 0; row < column.rows; ++row) {
+    out[row] = Field::bits(column.is_null(row) ? NAN : static_cast<double>(column.value<T>(row)));
+  }
+}
+
+template <typename T>
 bool write_integers(const Field& field, const Column& column, int64_t* out) {
+  if (field.kind == TO_FLOAT) {
+    write_numbers<T>(column, out);
+    return true;
+  }
   if (field.kind == TO_TEXT) {
     return ids_of_integers<T>(field.texts(), column, out) < 0;
   }
@@ -56,6 +67,10 @@ bool write_integers(const Field& field, const Column& column, int64_t* out) {
 
 template <typename T>
 bool write_floats(const Field& field, const Column& column, int64_t* out) {
+  if (field.kind == TO_FLOAT) {
+    write_numbers<T>(column, out);
+    return true;
+  }
   return field.kind == TO_TEXT ? ids_of_floats<T>(field.texts(), column, out) < 0
       : field.kind == TO_BUCKET && bucket_each<T>(field.buckets(), column, out) < 0;
 }
@@ -65,7 +80,7 @@ bool write_booleans(const Field& field, const Column& column, int64_t* out) {
     const int64_t bit = column.first + row;
     return static_cast<const uint8_t*>(column.data)[bit >> 3] >> (bit & 7) & 1;
   };
-  if (field.kind == TO_DRAWN) {
+  if (field.kind == TO_DRAWN || field.kind == TO_FLOAT) {
     return false;
   }
   if (field.kind == TO_TEXT) {
@@ -82,7 +97,7 @@ bool write_booleans(const Field& field, const Column& column, int64_t* out) {
 }
 
 bool write_nulls(const Field& field, int64_t rows, int64_t* out) {
-  if (field.kind == TO_DRAWN) {
+  if (field.kind == TO_DRAWN || field.kind == TO_FLOAT) {
     return false;
   }
   std::fill(out, out + rows, field.kind == TO_TEXT ? field.texts().missing : field.buckets().missing);

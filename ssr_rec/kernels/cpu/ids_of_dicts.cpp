@@ -181,6 +181,10 @@ bool write_ids(const Field& field, const std::vector<PyObject*>& values, int64_t
       double number;
       good = read_number(values[at], number);
       out[at] = good ? bucket_of(field.buckets(), number) : 0;
+    } else if (field.kind == TO_FLOAT) {
+      double number;
+      good = read_number(values[at], number);
+      out[at] = Field::bits(number);
     } else {
       int overflow = 1;
       if (type_of(values[at]) == &PyLong_Type) {

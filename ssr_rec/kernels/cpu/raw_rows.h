@@ -6,7 +6,8 @@
 
 namespace {
 
-enum To : int64_t { TO_TEXT, TO_BUCKET, TO_DRAWN };
+// TO_FLOAT: numbers become the bits of doubles, NaN where they are missing.
+enum To : int64_t { TO_TEXT, TO_BUCKET, TO_DRAWN, TO_FLOAT };
 
 // One feature. Only common types are read here: with any other value a function returns false, and
 // ssr_rec/serving/raw_rows.py reads the rows again its own way, which also says what is wrong with them.
@@ -19,6 +20,11 @@ struct Field {
   int64_t max_length;
   int64_t keeps_last;
 
+  static int64_t bits(double number) {
+    int64_t found;
+    std::memcpy(&found, &number, sizeof(found));
+    return found;
+  }
   const TextIds& texts() const {
     return *static_cast<const TextIds*>(to);
   }
