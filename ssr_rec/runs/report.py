@@ -17,6 +17,8 @@ REPORT_FILE = "report.json"
 
 Measures = dict[str, dict[str, int | float | None]]
 """Task -> name -> value; None where a measure is not defined."""
+Deciles = dict[str, list[dict[str, int | float]]]
+"""Task -> of each tenth of the rows by rising prediction: rows, predicted and observed rate."""
 
 
 class Figures(BaseModel):
@@ -49,6 +51,7 @@ class DayFigures(Figures):
 
     day: str
     tasks: Measures
+    deciles: Deciles = Field({}, description="of the day's rows, as those of a test")
 
 
 class Report(Figures):
@@ -81,7 +84,7 @@ class Report(Figures):
     hardware: dict[str, Any] = {}
     failed_checkpoints: int | None = None
     metrics: str | None = Field(None, description="how the test was measured: exact or bounded")
-    deciles: dict[str, list[dict[str, int | float]]] = Field(
+    deciles: Deciles = Field(
         {}, description="task -> of each tenth of the test rows by rising prediction: rows, predicted and observed rate"
     )
     days: list[DayFigures] = Field([], description="of a run by days")

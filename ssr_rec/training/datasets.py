@@ -160,5 +160,7 @@ def mean_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 def report_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return of validation rows by days: ``test``, their mean, ``metrics``, exact if all are, and ``days``."""
     mode = "exact" if all(row["metrics"] == "exact" for row in rows) else "bounded"
-    kept = ("day", "step", "samples", "loss", "tasks", "metrics")
-    return {"test": mean_of_days(rows), "metrics": mode, "days": [{key: row[key] for key in kept} for row in rows]}
+    # Days that were judged before there were deciles have none.
+    kept = ("day", "step", "samples", "loss", "tasks", "metrics", "deciles")
+    days = [{key: row[key] for key in kept if key in row} for row in rows]
+    return {"test": mean_of_days(rows), "metrics": mode, "days": days}

@@ -246,8 +246,8 @@ class Trainer:
         reader, said = chosen
         average_running_statistics(self.model)
         with averaged_weights(self.optimizer):
-            row = self.row("validation", epoch, **said, **self.evaluate(reader))
-        yield row
+            row = self.row("validation", epoch, **said, **self.evaluate(reader, deciles="day" in said))
+        yield {key: value for key, value in row.items() if key != "deciles"}
         if "day" in said:
             fitted.days.append(row)
         if not fitted.best:

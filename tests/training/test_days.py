@@ -31,6 +31,10 @@ def shown(report: dict) -> list[tuple]:
     return [(row["day"], row["step"], row["tasks"]) for row in report["days"]]
 
 
+def judged(report: dict) -> list[tuple]:
+    return [(*line, row["deciles"]) for line, row in zip(shown(report), report["days"], strict=True)]
+
+
 def test_every_next_day_is_evaluated_before_it_is_trained_on(whole):
     report, rows = whole
     assert [(row["day"], row["step"]) for row in report["days"]] == [
@@ -44,6 +48,13 @@ def test_every_next_day_is_evaluated_before_it_is_trained_on(whole):
     for task, measures in report["test"].items():
         for name in ("auc", "gauc", "logloss", "ne", "calibration"):
             assert measures[name] == pytest.approx(np.mean([row["tasks"][task][name] for row in report["days"]]))
+    for row in report["days"]:
+        assert set(row["deciles"]) == set(row["tasks"])
+        for task, parts in row["deciles"].items():
+            assert len(parts) == 10 and sum(part["rows"] for part in parts) == ROWS[row["day"]]
+            clicks = {name: sum(part["rows"] * part[name] for part in parts) for name in ("predicted", "observed")}
+            assert clicks["predicted"] / clicks["observed"] == pytest.approx(row["tasks"][task]["calibration"])
+            assert np.all(np.diff([part["predicted"] for part in parts]) >= 0)
     best = max(report["days"], key=lambda row: row["tasks"]["click"]["auc"] + row["tasks"]["like"]["auc"])
     assert report["best_step"] == best["step"]
 
