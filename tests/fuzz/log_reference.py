@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
 import math
@@ -56,10 +57,25 @@ def md5(text: str) -> int:
     return int(hashlib.md5(text.encode()).hexdigest(), 16)
 
 
+def float32(value: float) -> float:
+    """Return the nearest float32, as C rounds it."""
+    return float(ctypes.c_float(value).value)
+
+
+def holds(row: Row, condition: str) -> bool:
+    """Return whether a row fulfils ``column = 1`` or ``column > 0``, which a missing value does not."""
+    column, sign, number = condition.split(" ")
+    value = row[column]
+    if value is None or value != value:
+        return False
+    return value == float(number) if sign == "=" else value > float(number)
+
+
 class Reference:
     """The encodings fitted on the training rows, and the rows they make.
 
     Attributes:
+        dense: dense column -> mean and deviation of what its training rows hold.
         names: features in the order of the spec.
         made: feature of a history made from the log -> its source column, None for the age.
         rows: those given, with the raw values of these.
@@ -76,8 +92,10 @@ class Reference:
         chosen = splits_of(rows, spec, seed)
         self.made: dict[str, str | None] = {}
         self.rows = self._with_histories(rows, spec.get("sequences", {}).get("made"))
-        self.names = [*spec["categorical"], *spec["numeric"], *self.lists, *self.made]
+        self.vectors = {name: (one["of"], one["values"]) for name, one in spec.get("vectors", {}).items()}
+        self.names = [*spec["categorical"], *spec["numeric"], *self.lists, *self.vectors, *self.made]
         train = [row for row, split in zip(rows, chosen, strict=True) if split == "train"]
+        self.dense = {name: self._scale(train, name) for name in spec.get("dense", {})}
         together = {name: names for names in spec.get("vocabularies", {}).values() for name in names}
         self.vocabularies = {
             name: self._vocabulary(train, together.get(name, [name]))
@@ -96,9 +114,59 @@ class Reference:
             text = text_of(row[spec["group_id"]])
             assert text is not None
             stored = {name: self.encode(row, name) for name in self.names}
-            stored |= {label: int(row[label]) for label in spec["labels"]}
+            stored |= {f"__weights__{name}": self.weights(row, name) for name in self.weighted}
+            stored |= {name: None if (v := row[name]) is None else float(v) for name in self.dense}
+            stored |= {name: list(map(float, row[name] or [])) for name in spec.get("row_vectors", {})}
+            stored |= {label: self._label(row, label) for label in spec["labels"]}
+            if "weight" in spec:
+                stored["__weight__"] = float32(row[spec["weight"]])
             stored["__group_id__"] = int(text) if whole else int(hashlib.md5(text.encode()).hexdigest()[:15], 16)
             self.splits[chosen[number]].append(stored)
+
+    @property
+    def weighted(self) -> list[str]:
+        """Return the lists whose items have weights."""
+        return [name for name, one in self.lists.items() if "weights" in one]
+
+    def weights(self, row: Row, name: str) -> list[float]:
+        """Return the weights of the kept items of a row's list."""
+        where = self.lists[name]["weights"]
+        if where == ":":
+            return [float32(float(item[item.rindex(":") + 1 :])) for item in self._kept(row, name)]
+        return [float32(weight) for weight in self._cut(row[where], name)]
+
+    def _label(self, row: Row, label: str) -> int:
+        task = self.spec.get("tasks", {}).get(label, {})
+        if row[label] is None or ("where" in task and not holds(row, task["where"])):
+            return -1
+        return int(row[label])
+
+    def counts(self, split: str) -> bool:
+        """Return whether some row of a split counts for each label."""
+        rows = [row for row in self.splits[split] if row.get("__weight__", 1.0) > 0]
+        return all(any(row[label] >= 0 for row in rows) for label in self.spec["labels"])
+
+    def _scale(self, train: Sequence[Row], name: str) -> tuple[float, float]:
+        values = [self._transformed(row[name], name) for row in train if row[name] is not None]
+        if not values:
+            return 0.0, 1.0
+        mean = math.fsum(values) / len(values)
+        return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)) or 1.0
+
+    def _transformed(self, value: float, name: str) -> float:
+        kind = self.spec["dense"]
+        is_log = isinstance(kind, dict) and kind[name] == "log"
+        return math.copysign(math.log(1.0 + abs(value)), value) if is_log else float(value)
+
+    def numbers(self, row: Row) -> list[float]:
+        """Return what a model sees of a row's dense columns and vectors, NaN where missing."""
+        found = []
+        for name, (mean, std) in self.dense.items():
+            value = math.nan if row[name] is None else (self._transformed(row[name], name) - mean) / std
+            found.append(min(max(value, -1000.0), 1000.0) if value == value else value)
+        for name, size in self.spec.get("row_vectors", {}).items():
+            found += [float32(x) for x in row[name]] if row[name] else [math.nan] * size
+        return found
 
     def _with_histories(self, rows: Sequence[Row], settings: dict[str, Any] | None) -> list[Row]:
         """Return the rows with the raw values of the last earlier events of their group, and their ages."""
@@ -120,10 +188,16 @@ class Reference:
         return found
 
     def _items(self, row: Row, name: str) -> list[str | None]:
-        return [text_of(item) for item in (self._kept(row, name) if name in self.lists else [row[name]])]
+        items = self._kept(row, name) if name in self.lists else [row[name]]
+        if self.lists.get(name, {}).get("weights") == ":":
+            items = [item[: item.rindex(":")] for item in items]
+        return [text_of(item) for item in items]
 
     def _kept(self, row: Row, name: str) -> list[Any]:
-        settings, items = self.lists[name], list(row[name] or [])
+        return self._cut(row[name], name)
+
+    def _cut(self, given: Sequence[Any] | None, name: str) -> list[Any]:
+        settings, items = self.lists[name], list(given or [])
         most = settings["max_length"]
         return items[-most:] if settings.get("keep") == "last" else items[:most]
 
@@ -140,6 +214,10 @@ class Reference:
 
     def encode(self, row: Row, name: str) -> int | list[int]:
         """Return the id of a row's value, or those of its list."""
+        if name in self.vectors:
+            source, values = self.vectors[name]
+            text = text_of(row[source])
+            return 0 if text is None else values.index(text) + 2 if text in values else 1
         if name in self.made:
             of = self.made[name] or name
             return [self._bucket(v, of) if of in self.ranges else self._id(text_of(v), of) for v in row[name]]

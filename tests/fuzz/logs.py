@@ -36,7 +36,7 @@ from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.schema import Schema
 from ssr_rec.serving.raw_rows import Encoder
 from ssr_rec.serving.score_file import _pieces
-from tests.fuzz.log_reference import Reference, Row
+from tests.fuzz.log_reference import Reference, Row, text_of
 
 WORDS = [
     "",
@@ -133,6 +133,8 @@ def draw(seed: int) -> tuple[dict[str, Any], list[Row], dict[str, pa.DataType], 
     sizes = np.diff([0, *cuts, count]).tolist()
     found = {name: kind for name, (kind, _) in columns.items()}
     found |= draw_sequences(r, spec, rows)
+    found |= draw_numbers(r, spec, rows)
+    found |= draw_weighted_list(r, spec, rows)
     return spec, rows, found, [size for size in sizes if size]
 
 
@@ -169,6 +171,77 @@ def draw_sequences(r: random.Random, spec: dict[str, Any], rows: list[Row]) -> d
     if sequences:
         spec["sequences"] = sequences
     return kinds
+
+
+def draw_numbers(r: random.Random, spec: dict[str, Any], rows: list[Row]) -> dict[str, pa.DataType]:
+    """Give the log row weights, a task of some rows, dense columns and given vectors, or none of these."""
+    kinds: dict[str, pa.DataType] = {}
+
+    def column(name: str, kind: pa.DataType, make: Any) -> None:
+        kinds[name] = kind
+        for row in rows:
+            row[name] = make()
+
+    if r.random() < 0.4:
+        spec["weight"] = "w"
+        column("w", pa.float64(), lambda: r.choice([0.0, 1.0, 1.0, 0.1, 2.25, 1e-3]))
+    if r.random() < 0.5:
+        spec["labels"] = ["click", "pay"]
+        conditions = ["click = 1", *(f"{name} > 0" for name in spec["numeric"])]
+        task = {"missing": True} if r.random() < 0.6 else {"where": r.choice(conditions)}
+        spec["tasks"] = {"pay": task | ({"where": r.choice(conditions)} if r.random() < 0.3 else {})}
+        column("pay", pa.int64(), lambda: r.choice([0, 1, None]) if "missing" in task else r.randrange(2))
+    if r.random() < 0.5:
+        spec["dense"] = {name: r.choice(["standard", "log"]) for name in ("d0", "d1")[: r.randrange(1, 3)]}
+        for name in spec["dense"]:
+            scale, gaps = 10.0 ** r.randrange(-3, 7), r.choice([0.0, 0.3, 1.0])
+            column(name, pa.float64(), lambda s=scale, g=gaps: None if r.random() < g else r.gauss(0, s))
+    sources = [name for name in spec["categorical"] if not name.endswith(("word", "unsigned"))]
+    if sources and r.random() < 0.5:
+        of = r.choice(sources)
+        texts = sorted({text for row in rows if (text := text_of(row[of])) is not None})
+        values = r.sample(texts, r.randrange(1, len(texts) + 1)) if texts else []
+        if values:
+            spec["vectors"] = {"v": {"of": of, "file": "", "without": "zero", "values": values}}
+    if r.random() < 0.3:
+        size = r.randrange(1, 4)
+        spec["row_vectors"] = {"rv": size}
+        one = lambda: [r.gauss(0, 1) for _ in range(size)]  # noqa: E731
+        column("rv", pa.list_(pa.float64()), lambda: one() if r.random() < 0.8 else r.choice([None, []]))
+    return kinds
+
+
+def draw_weighted_list(r: random.Random, spec: dict[str, Any], rows: list[Row]) -> dict[str, pa.DataType]:
+    """Give the log a list whose items have weights, in a column of their own or in the items, or none."""
+    if r.random() < 0.5:
+        return {}
+    in_items = r.random() < 0.5
+    settings = {"max_length": r.randrange(1, 5), "separator": "|", "keep": r.choice(["first", "last"])}
+    spec["lists"] = {**spec["lists"], "lw": {**settings, "weights": ":" if in_items else "ww"}}
+    if r.random() < 0.3:
+        spec["hash_buckets"] = {**spec["hash_buckets"], "lw": r.randrange(2, 40)}
+    for row in rows:
+        items = [r.choice(["a", "b:c", "7.0", "True", "Ü", ""]) for _ in range(r.randrange(0, 6))]
+        weights = [r.choice([0.0, 1.0, 0.1, 1e-3, 33.25, r.random()]) for _ in items]
+        if in_items:
+            row["lw"] = [f"{item}:{weight}" for item, weight in zip(items, weights, strict=True)]
+        else:
+            items = ["a", *items[1:]] if items == [""] else items  # as text, that is an empty list
+            row["lw"], row["ww"] = items, weights
+    kinds = {"lw": pa.list_(pa.string())}
+    return kinds if in_items else {**kinds, "ww": pa.list_(pa.float64())}
+
+
+def write_vectors(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the spec as the preparation takes it, its vectors written to files."""
+    if "vectors" not in spec:
+        return spec
+    given = dict(spec["vectors"]["v"])
+    values = given.pop("values")
+    given["file"] = str(folder / "v.parquet")
+    table = {given["of"]: values, "vector": [[float(number), -1.0] for number in range(len(values))]}
+    pq.write_table(pa.table(table), given["file"])
+    return {**spec, "vectors": {"v": given}}
 
 
 def write(rows: Sequence[Row], kinds: dict[str, pa.DataType], container: str, path: Path) -> Path:
@@ -212,7 +285,7 @@ def check(seed: int, work: Path, with_spark: bool) -> str | None:
     for size in sizes:
         parts.append(rows[start : start + size])
         start += size
-    for container in CONTAINERS:
+    for container in CONTAINERS if "rv" not in kinds else CONTAINERS[2:]:  # text has no form for vectors
         order = r.sample(range(len(parts)), len(parts))  # another order of the files for each container
         in_order = [row for place in order for row in parts[place]]
         wanted = Reference(in_order, spec, seed)
@@ -227,12 +300,13 @@ def check(seed: int, work: Path, with_spark: bool) -> str | None:
                 schema = prepare(
                     [str(path) for path in files],
                     output,
-                    make_spec(spec, "fuzz"),
+                    make_spec(write_vectors(spec, folder), "fuzz"),
                     seed=seed,
                     settings=EngineSettings(spark=engine),
                 )
             except ValueError as error:
-                if all(wanted.splits.values()) or "split is empty" not in str(error):
+                uncounted = " counts (" in str(error) and not all(map(wanted.counts, wanted.splits))
+                if not uncounted and (all(wanted.splits.values()) or "split is empty" not in str(error)):
                     return f"{where}: refused: {error}"
                 continue
             for split, expected in wanted.splits.items():
@@ -255,7 +329,12 @@ def scoring_problem(
     """Return how ids of scoring differ from the reference's; histories are in mappings and frames, not in the files."""
     encoder = Encoder(schema, folder)
     rows = wanted.rows
-    expected = [{name: wanted.encode(row, name) for name in schema.feature_names} for row in rows]
+    expected = [
+        {name: wanted.encode(row, name) for name in schema.feature_names}
+        | {f"__weights__{name}": wanted.weights(row, name) for name in wanted.weighted}
+        for row in rows
+    ]
+    numbers = np.array([wanted.numbers(row) for row in rows])
     names = list(dict.fromkeys(encoder.columns))
     own = {**kinds, **dict.fromkeys(wanted.made, pa.list_(pa.string()))}
     ways: list[tuple[str, Iterator[Any] | list[Any]]] = [("mappings", [rows]), ("DataFrame", [frame(rows, own)])]
@@ -263,9 +342,18 @@ def scoring_problem(
         ways.append(("file", (piece for path in files for piece in _pieces(path, schema, names))))
     for way, pieces in ways:
         found: list[Row] = []
+        dense: list[np.ndarray] = []
         for piece in pieces:
             encoded = encoder.encode(piece)
+            if encoded.dense is not None:
+                dense.append(encoded.dense)
             lists = [np.split(ids, offsets[1:-1]) for ids, offsets in encoded.lists]
+            names_of = [f.name for f in schema.features if f.kind == "list"]
+            weights = {
+                f"__weights__{name}": np.split(own, offsets[1:-1])
+                for name, own, (_, offsets) in zip(names_of, encoded.weights or [], encoded.lists, strict=False)
+                if own is not None
+            }
             for row in range(encoded.ids.shape[1]):
                 singles, several = iter(encoded.ids[:, row].tolist()), iter(lists)
                 found.append(
@@ -273,13 +361,18 @@ def scoring_problem(
                         f.name: next(several)[row].tolist() if f.kind == "list" else next(singles)
                         for f in schema.features
                     }
+                    | {name: parts[row].tolist() for name, parts in weights.items()}
                 )
         for number, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
             if mine != theirs:
                 different = {
-                    key: (mine[key], theirs[key], rows[number][key]) for key in theirs if mine[key] != theirs[key]
+                    key: (mine.get(key), theirs[key], rows[number].get(key))
+                    for key in theirs
+                    if mine.get(key) != theirs[key]
                 }
                 return f"scored as {way}: row {number}: {different}"
+        if numbers.size and not np.allclose(np.concatenate(dense), numbers, rtol=1e-5, atol=1e-6, equal_nan=True):
+            return f"scored as {way}: dense columns or vectors of rows differ"
     return None
 
 
