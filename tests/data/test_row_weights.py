@@ -83,6 +83,19 @@ def test_a_number_that_is_not_there_fulfils_no_condition(tmp_path: Path) -> None
     assert made[0] == made[1]
 
 
+def test_a_label_that_is_nan_was_not_observed(tmp_path: Path) -> None:
+    made = []
+    for name, missing in (("null", None), ("nan", math.nan)):
+        rows = weighted_rows()
+        rows = [{**row, "like": missing if row["like"] is None else float(row["like"])} for row in rows]
+        outside = [row["pay"] is None for row in rows]
+        rows = [{**row, "pay": missing if gone else row["pay"]} for row, gone in zip(rows, outside, strict=True)]
+        assert any(outside) and any(row["like"] is missing for row in rows)
+        schema, _ = run(tmp_path, [write_parquet(rows, tmp_path / f"{name}.parquet")], spec_with(**SPEC), name)
+        made.append((schema.dataset_id, [split.counted for split in schema.splits.values()]))
+    assert made[0] == made[1]
+
+
 def test_a_spec_without_them_gives_the_dataset_of_before(tmp_path: Path) -> None:
     """Keys, columns and batches; that the ids stay is in the digest of the committed samples' tests."""
     schema, found = run(tmp_path, [write_parquet(make_rows(300), tmp_path / "log.parquet")], spec_with(split=TIME))
@@ -99,6 +112,7 @@ BAD = {
     "large": ({"w": 1e39}, {}, r"row 42: column 'w' is 1e\+39; a row weight"),
     "null": ({"w": None}, {}, r"row 42: column 'w' is missing; a row weight"),
     "label": ({"like": 2}, {}, r"row 42: column 'like' is 2.0; a label must be 0 or 1, or null"),
+    "nan label": ({"click": math.nan}, {}, r"row 42: column 'click' is nan; a label must be 0 or 1"),
     "null label": ({"click": None}, {}, r"row 42: column 'click' is missing; a label must be 0 or 1"),
     "null in its space": (
         {"click": 1, "price": 1.0, "pay": None},

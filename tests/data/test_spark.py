@@ -312,6 +312,11 @@ def test_weights_missing_labels_and_spaces(tmp_path: Path) -> None:
     path = write_csv(rows, tmp_path / "log.csv")
     schema = same(tmp_path, [path], spec_with(**WEIGHT_SPEC))
     assert schema.weight == "w" and schema.missing_labels == ["pay", "like"]
+    for row in rows:
+        row["like"] = math.nan if row["like"] is None else float(row["like"])
+    (tmp_path / "nan").mkdir()
+    nan = same(tmp_path / "nan", [write_parquet(rows, tmp_path / "nan" / "log.parquet")], spec_with(**WEIGHT_SPEC))
+    assert [split.counted for split in nan.splits.values()] == [split.counted for split in schema.splits.values()]
     for name, bad in {"nan": math.nan, "negative": -1.0, "null": None, "infinite": math.inf}.items():
         rows[41]["w"] = bad
         path = write_parquet(rows, tmp_path / f"{name}.parquet")

@@ -112,7 +112,8 @@ def typed(column: Column, name: str, spec: TableSpec) -> Column:
         if not (kind.is_numeric() or kind.is_boolean()):
             raise UserError(f"column {name!r} holds {kind}, not numbers; name it under categorical, or convert it")
         number = column.cast("float64")
-        return _nan_is_null(number) if name in spec.numeric or name in spec.dense else number
+        # Of a label that must be there, messages say what it is.
+        return _nan_is_null(number) if {name} & {*spec.numeric, *spec.dense, *spec.tasks} else number
     if kind.is_floating():
         column = _nan_is_null(column)
     if name in spec.categorical:

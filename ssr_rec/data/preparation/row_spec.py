@@ -26,7 +26,7 @@ class TaskSpec(Settings):
 
     kind: Literal["binary", "number"] = Field("binary", description="binary: 0 or 1; number: any, such as seconds")
     where: str | None = Field(None, description="the rows that the task asks of, such as click = 1; None: all")
-    missing: bool = Field(False, description="a null label is one that was not observed, and not a mistake")
+    missing: bool = Field(False, description="a null label, or NaN, is one that was not observed, and not a mistake")
 
     @field_validator("where")
     @classmethod
