@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import hashlib
 import math
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 SOURCES = Path(__file__).parent / "cpu"
 CAPABILITY_FLAGS = {
@@ -79,8 +80,13 @@ def count_flops() -> None:
         grad_x, grad_weight = out_shape[:2]
         return (4 if len(grad_x) > 1 else 2) * grad[0] * math.prod(grad_weight)
 
-    register_flop_formula(torch.ops.ssr_rec.view_fusion_forward)(forward)
-    register_flop_formula(torch.ops.ssr_rec.view_fusion_backward)(backward)
+    ours = torch.ops.ssr_rec.view_fusion_forward, torch.ops.ssr_rec.view_fusion_backward
+    register_flop_formula(ours[0])(forward)
+    register_flop_formula(ours[1])(backward)
+    # A counter copies the formulas when it is made, which may have been before there were operators.
+    for made in gc.get_objects():
+        if issubclass(type(made), FlopCounterMode):
+            made.flop_registry |= {operator: flop_registry[operator] for operator in ours}
 
 
 def build() -> Path:

@@ -1,5 +1,7 @@
 """The C++ filter-and-fuse against plain loops, the plain torch form and torch's checks of a custom operator."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -211,6 +213,30 @@ def test_an_input_without_gradient_costs_no_product() -> None:
         assert counter.get_total_flops() == products * product
         assert (args["x"].grad is not None) == asks
         assert torch.equal(args["weight"].grad, _weight_grad(tensors))
+
+
+COUNTED_IN_A_FRESH_PROCESS = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from ssr_rec.kernels import view_fusion
+
+def count(counter):
+    x, indices = torch.randn(6, 10), torch.randint(0, 10, (2, 4))
+    weight = torch.randn(2, 4, 8, requires_grad=True)
+    with counter:
+        view_fusion(x, indices, weight, torch.zeros(2, 8)).sum().backward()
+    return counter.get_total_flops()
+
+early = FlopCounterMode(display=False)
+print(count(FlopCounterMode(display=False)), count(early), count(FlopCounterMode(display=False)))
+"""
+
+
+@pytest.mark.slow
+def test_a_counter_made_before_the_operators_are_there_counts_them() -> None:
+    command = [sys.executable, "-c", COUNTED_IN_A_FRESH_PROCESS]
+    counts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert counts == [str(2 * 2 * 6 * 2 * 4 * 8)] * 3
 
 
 def _weight_grad(tensors: dict[str, Tensor | None]) -> Tensor:
