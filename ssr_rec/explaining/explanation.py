@@ -16,7 +16,7 @@ from ssr_rec.explaining.filters import filter_view
 from ssr_rec.explaining.importance import MEASURES, Importance, column_groups, permutation_importance
 from ssr_rec.explaining.rows import SplitRows
 from ssr_rec.explaining.slices import slices, worst_first
-from ssr_rec.explaining.values import Column, read_column
+from ssr_rec.explaining.values import read_column
 from ssr_rec.metrics.exact import of_task
 from ssr_rec.metrics.number_metrics import evaluate_tasks
 from ssr_rec.metrics.reliability import deciles, precision_recall
@@ -80,14 +80,18 @@ def explain_run(
     note(f"scoring {rows.block.num_rows:,} rows of {split}")
     logits, labels, weights = rows.logits(model, tied=True), rows.block.labels, rows.block.weights
     note("slices, calibration, drift")
-    found, parts_of, curves = _by_task(binary, (logits, labels, weights), schema, columns, asked)
+    found: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, dict[str, Any]] = {}
+    parts_of: dict[str, list[dict[str, Any]]] = {}
+    for i, task in ((schema.labels.index(task), task) for task in binary):
+        parts, of_rows = (logits[:, i], labels[:, i]), of_task(weights, i)
+        of_columns = [slices(*parts, column, asked.min_rows, of_rows) for column in columns]
+        found[task] = worst_first([one for entries in of_columns for one in entries], asked.order)
+        curves[task] = _curve(precision_recall(*parts, weights=of_rows))
+        parts_of[task] = deciles(*parts, weights=of_rows)
     measures = evaluate_tasks(logits, labels, rows.block.group_ids, schema.labels, restored.links, weights)
     answers = {
-        "run": run.name,
-        "over_arch": restored.config.over_arch.label,
-        "dataset": schema.name,
-        "dataset_id": schema.dataset_id,
-        "checkpoint": restored.checkpoint.name,
+        **_names(run, restored),
         "split": split,
         "trained_on": trained,
         "rows": rows.block.num_rows,
@@ -106,26 +110,15 @@ def explain_run(
     return {**answers, "importance": {"rows": some.block.num_rows, "groups": [_entry(one) for one in importance]}}
 
 
-def _by_task(
-    tasks: Sequence[str],
-    scored: tuple[np.ndarray, np.ndarray, np.ndarray | None],
-    schema: Schema,
-    columns: Sequence[Column],
-    asked: Question,
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
-    """Return slices (the worst first), deciles and the curve of precision and recall of each task."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    parts_of: dict[str, list[dict[str, Any]]] = {}
-    curves: dict[str, dict[str, Any]] = {}
-    logits, labels, weights = scored
-    for task in tasks:
-        i = schema.labels.index(task)
-        parts, of_rows = (logits[:, i], labels[:, i]), of_task(weights, i)
-        of_columns = [slices(*parts, column, asked.min_rows, of_rows) for column in columns]
-        found[task] = worst_first([one for entries in of_columns for one in entries], asked.order)
-        curves[task] = _curve(precision_recall(*parts, weights=of_rows))
-        parts_of[task] = deciles(*parts, weights=of_rows)
-    return found, parts_of, curves
+def _names(run: Path, restored: Restored) -> dict[str, Any]:
+    """Return what the answers are about."""
+    return {
+        "run": run.name,
+        "over_arch": restored.config.over_arch.label,
+        "dataset": restored.schema.name,
+        "dataset_id": restored.schema.dataset_id,
+        "checkpoint": restored.checkpoint.name,
+    }
 
 
 def _binary(schema: Schema) -> list[str]:

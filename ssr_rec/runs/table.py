@@ -49,7 +49,7 @@ def runs_table(runs: Sequence[Run]) -> str:
     names = [
         (task, name)
         for task in tasks
-        for name in shown([run.report.test[task] for run in ranked])
+        for name in shown([run.report.test.get(task, {}) for run in ranked])
         if any(run.report.measure("test", task, name) is not None for run in ranked)
     ]
     header = ["over-arch", "params", "FLOPs/sample", *(f"{task} {title(name)}" for task, name in names), "samples/s"]
@@ -86,7 +86,7 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def _task_summary(runs: Sequence[Run], task: str) -> str:
-    name = main_measure(runs[0].report.test[task])
+    name = main_measure(best_first(runs)[0].report.test[task])
     scored = [
         (value, label, run.report)
         for run, label in zip(runs, display_names(runs), strict=True)

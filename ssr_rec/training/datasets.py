@@ -53,8 +53,8 @@ def open_reader(
     )
 
 
-MEANS = ("auc", "auc_bound", "gauc", "gauc_bound", "logloss", "ne", "xauc", "rmse", "mae", "calibration")
-"""Measures of which a mean over days says something; of two bounds, it bounds the mean."""
+COUNTS = ("gauc_groups", "gauc_rows", "gauc_share")
+"""What evaluations say beside measures, of which a mean over days says nothing; that of bounds bounds the mean."""
 
 Validation = Callable[[int], tuple[Reader, dict[str, Any]] | None]
 """What to evaluate after an epoch (-1: before the first), and what the row says of it; None: nothing."""
@@ -149,11 +149,10 @@ def mean_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
     means: dict[str, dict[str, float]] = {}
     for task, measures in rows[0]["tasks"].items():
         means[task] = {}
-        for name in MEANS:
+        for name in (name for name in measures if name not in COUNTS):
             values = [row["tasks"][task].get(name) for row in rows]
             known = [value for value in values if value is not None and not math.isnan(value)]
-            if name in measures:
-                means[task][name] = sum(known) / len(known) if known else math.nan
+            means[task][name] = sum(known) / len(known) if known else math.nan
     return means
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.data.preparation.append_days import add
+from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
 from tests.conftest import reseal
@@ -138,3 +140,19 @@ def test_a_shard_with_an_odd_number_is_refused(tmp_path: Path) -> None:
     reseal(folder)
     with pytest.raises(UserError, match="label 'rating' is inf in row 100, must be finite; prepare the log again"):
         list(Reader(folder, Schema.read(folder), "train", 64, num_lanes=2).epoch(0))
+
+
+def test_added_days_widen_the_range_and_leave_the_scales(tmp_path: Path) -> None:
+    rows = watched(600)
+    days = sorted({row["day"] for row in rows})
+    for row in rows:
+        if row["day"] == days[-1] and row["rating"] is not None:
+            row["rating"] = -7.5
+    by_days = {**SPEC, "split": {"type": "days", "column": "day", "fit_days": 3}}
+    first, last = ([row for row in rows if (row["day"] == days[-1]) == late] for late in (False, True))
+    made = prepare([str(write_parquet(first, tmp_path / "a.parquet"))], tmp_path / "grown", spec_with(**by_days))
+    add([str(write_parquet(last, tmp_path / "b.parquet"))], tmp_path / "grown")
+    grown = Schema.read(tmp_path / "grown")
+    whole = prepare([str(write_parquet(rows, tmp_path / "c.parquet"))], tmp_path / "whole", spec_with(**by_days))
+    assert grown.numbers == whole.numbers and grown.numbers[1].low == -7.5 and made.numbers[1].low == -1.5
+    assert grown.splits[days[-1]].counted == whole.splits[days[-1]].counted

@@ -74,3 +74,20 @@ def test_order_and_what_cannot_be_compared():
         best_first([run("a", 0.7), run("b", 0.7, dataset="y")])
     with pytest.raises(ValueError, match="no runs to compare"):
         best_first([])
+
+
+def test_runs_of_a_number_are_ranked_by_xauc_or_else_by_their_error():
+    def of(name: str, **measures: float) -> Run:
+        report = run(name, None).report.model_copy(update={"test": {"watch_s": measures}})
+        return Run(report, [])
+
+    exact = [of("a", rmse=3.0, xauc=0.6, calibration=0.9), of("b", rmse=4.0, xauc=0.7, calibration=1.1)]
+    assert display_names(best_first(exact)) == ["b", "a"]
+    assert "| watch_s XAUC | watch_s RMSE | watch_s calibration |" in runs_table(exact)
+    assert summary(exact) == "b reaches .7000 watch_s XAUC, +.1000 over a."
+    bounded = [of("b", rmse=4.0), of("a", rmse=3.0), of("c", rmse=9.5, mine=1.0)]
+    assert display_names(best_first(bounded)) == ["a", "b", "c"]
+    assert summary(bounded) == "a reaches 3.0000 watch_s RMSE, -1.0000 over the next, b, and -6.5000 over the last, c."
+    assert "| watch_s RMSE | watch_s mine |" in runs_table(bounded)
+    other = [of("a", rmse=3.0), run("b", 0.7)]
+    assert display_names(best_first(other)) == ["a", "b"] and "watch_s RMSE" in runs_table(other)

@@ -41,6 +41,7 @@ BOTH = [
     "--train.losses={click: focal, watch_s: log_normal}",
     "--train.task_weighting=uncertainty",
     "--train.task_weights={watch_s: 2}",
+    "--optimizer.ema_decay=0.9",
 ]
 
 
