@@ -12,7 +12,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.data.schema import Schema
-from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
+from ssr_rec.serving.raw_columns import Rows
+from ssr_rec.serving.raw_rows import Encoded, Encoder
 from ssr_rec.serving.scorer import predicted
 from ssr_rec.serving.trained_model import restore_model
 

@@ -19,7 +19,7 @@ from ssr_rec.data.preparation.duckdb_files import unreadable
 from ssr_rec.data.preparation.sources import TEXT_SUFFIXES, open_source, suffix_of
 from ssr_rec.data.preparation.spec import TextFormat
 from ssr_rec.data.schema import Schema
-from ssr_rec.serving.raw_rows import check_columns
+from ssr_rec.serving.raw_columns import check_columns
 from ssr_rec.serving.scorer import Scorer
 
 ROWS_AT_ONCE = 2**16

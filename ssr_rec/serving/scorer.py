@@ -20,7 +20,8 @@ from ssr_rec.metrics.links import Links
 from ssr_rec.serving.artifact import MODEL_FILE, Manifest, read_manifest
 from ssr_rec.serving.graph import pooled_with_weights
 from ssr_rec.serving.program import load_program
-from ssr_rec.serving.raw_rows import Encoded, Encoder, Rows
+from ssr_rec.serving.raw_columns import Rows
+from ssr_rec.serving.raw_rows import Encoded, Encoder
 from ssr_rec.serving.shared_lists import events_of_rows, flat
 from ssr_rec.serving.value_shares import ValueShares
 

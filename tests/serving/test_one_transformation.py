@@ -14,7 +14,8 @@ import pytest
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.schema import Schema
-from ssr_rec.serving.raw_rows import Encoder, Rows
+from ssr_rec.serving.raw_columns import Rows
+from ssr_rec.serving.raw_rows import Encoder
 from ssr_rec.serving.score_file import _pieces
 
 SPEC = {
