@@ -30,6 +30,9 @@ class Batch(Pipelineable):
             schema order; None: there are none.
         item_weights: of list features whose items have weights, keys in schema order, a float32 value for each id;
             None: there are none.
+        together: (B,) int64 ids of the groups whose rows lie together, or None.
+        runs: (B,) int64 numbers from 0 of the runs of rows of one group, among which losses within groups compare;
+            None where there is no ``together``.
     """
 
     sparse: KeyedJaggedTensor
@@ -45,11 +48,14 @@ class Batch(Pipelineable):
         """Return what a model computes its logits of."""
         return self.sparse, self.dense, self.item_weights
 
+    together: Tensor | None = None
+    runs: Tensor | None = None
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(
             sparse=self.sparse.to(device=device, non_blocking=non_blocking),
             labels=self.labels.to(device=device, non_blocking=non_blocking),
-            # Group ids only ever go to the metrics, on the CPU.
+            # Ids of groups only ever go to the metrics, on the CPU.
             group_ids=self.group_ids,
             global_rows=self.global_rows,
             weights=None if self.weights is None else self.weights.to(device=device, non_blocking=non_blocking),
@@ -57,6 +63,8 @@ class Batch(Pipelineable):
             item_weights=None
             if self.item_weights is None
             else self.item_weights.to(device=device, non_blocking=non_blocking),
+            together=self.together,
+            runs=self.runs.to(device=device, non_blocking=non_blocking) if self.runs is not None else None,
         )
 
     def pin_memory(self) -> Batch:
@@ -64,7 +72,9 @@ class Batch(Pipelineable):
         dense = None if self.dense is None else self.dense.pin_memory()
         sparse, labels = self.sparse.pin_memory(), self.labels.pin_memory()
         of_items = None if self.item_weights is None else self.item_weights.pin_memory()
-        return Batch(sparse, labels, self.group_ids, self.global_rows, weights, dense, of_items)
+        runs = None if self.runs is None else self.runs.pin_memory()
+        parts = weights, dense, of_items, self.together, runs
+        return Batch(sparse, labels, self.group_ids, self.global_rows, *parts)
 
     def record_stream(self, stream: torch.Stream) -> None:
         self.sparse.record_stream(stream)
@@ -75,6 +85,8 @@ class Batch(Pipelineable):
             self.dense.record_stream(stream)
         if self.item_weights is not None:
             self.item_weights.record_stream(stream)
+        if self.runs is not None:
+            self.runs.record_stream(stream)
 
 
 def hide_new_ids(batch: Batch, schema: Schema, new_from: Mapping[str, int]) -> Batch:

@@ -13,7 +13,7 @@ A row group that lies across two lanes is opened twice, at most ``num_lanes`` ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,3 +81,35 @@ class Lanes:
 def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:
     """Return the consecutive lanes that ``rank`` reads; together the ranks cover every lane once."""
     return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)
+
+
+def order_of_groups(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return an order (n,) of rows in which groups, runs of equal ``ids`` (n,), are shuffled and stay whole."""
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))
+    chosen = rng.permutation(len(starts))
+    lengths = np.diff(starts, append=len(ids))[chosen]
+    before = np.cumsum(lengths) - lengths
+    return np.arange(len(ids)) + np.repeat(starts[chosen] - before, lengths)
+
+
+def runs_of(ids: np.ndarray, lane_rows: Sequence[int]) -> np.ndarray:
+    """Return the number (n,) of the run of equal ``ids`` (n,) that each row is in, from 0.
+
+    A run ends with its lane, so that the runs of a global batch do not depend on which rank has which lanes: parts of
+    one group may meet in a batch when row groups cut it.
+
+    Args:
+        lane_rows: how many rows each lane gave, one after the other.
+    """
+    begins = np.diff(ids, prepend=0) != 0
+    starts = np.cumsum([0, *lane_rows[:-1]])
+    begins[starts[starts < len(ids)]] = True
+    return np.cumsum(begins) - 1
+
+
+def share_cut(groups: int | None, rows: int, ends: int) -> float | None:
+    """Return about what share of ``groups`` of ``rows`` rows is cut at ``ends`` places; None without groups.
+
+    Neighbours are of one group with the probability ``1 - groups / rows``.
+    """
+    return min(1.0, ends * (1 - groups / rows) / groups) if groups else None

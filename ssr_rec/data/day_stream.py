@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ssr_rec.data.batch import Batch
+from ssr_rec.data.batch_order import share_cut
 from ssr_rec.data.reader import Prefetcher, Reader
 from ssr_rec.data.schema import Schema
 
@@ -38,6 +39,9 @@ class Course(Protocol):
 
     def describe(self, epoch: int, step: int) -> str:
         """Return where the rows of a step of an epoch are stored."""
+
+    def share_cut(self) -> float | None:
+        """Return about what share of the groups whose rows lie together the ends of lanes and batches cut."""
 
     def position(self) -> dict[str, Any]:
         """Return what the number of a step must mean the same rows under, as JSON values."""
@@ -95,6 +99,10 @@ class DayStream:
     def describe(self, epoch: int, step: int) -> str:
         reader = self._day(epoch)
         return reader.describe(*divmod(step, reader.steps_per_epoch))
+
+    def share_cut(self) -> float | None:
+        groups = sum(self.schema.splits[day].groups or 0 for day in self.days)
+        return share_cut(groups, self.num_rows, sum(self.steps_of_pass) * self._reader.num_lanes)
 
     def position(self) -> dict[str, Any]:
         rows = {day: self.schema.splits[day].num_rows for day in self.days}

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.data.blocks import Block
 from ssr_rec.data.features import LISTED, Feature
-from ssr_rec.data.row_groups import Block
 from ssr_rec.data.schema import Schema
 
 

@@ -20,9 +20,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.batch import Batch, hide_new_ids
-from ssr_rec.data.batch_order import Lanes, Piece, lanes_of_rank
+from ssr_rec.data.batch_order import Lanes, Piece, lanes_of_rank, order_of_groups, runs_of, share_cut
+from ssr_rec.data.blocks import Block
+from ssr_rec.data.features import Feature
 from ssr_rec.data.oov_dropout import OovDropout
-from ssr_rec.data.row_groups import Block, SplitFiles
+from ssr_rec.data.row_groups import SplitFiles
 from ssr_rec.data.schema import Schema
 
 
@@ -110,6 +112,9 @@ class Reader:
         """Yield this rank's batches of an epoch from batch ``start_step`` on; (epoch, step) is the whole position."""
         return Prefetcher(self.batches(epoch, start_step), self.prefetch)
 
+    def share_cut(self) -> float | None:
+        return share_cut(self.schema.splits[self.split].groups, self.num_rows, self.steps_per_epoch * self.num_lanes)
+
     def describe(self, epoch: int, step: int, most: int = 4) -> str:
         """Return which row groups global batch ``step`` of an epoch is drawn from, over all ranks."""
         lanes, found = self._lanes(epoch), []
@@ -153,6 +158,9 @@ class Reader:
                         left[index] = (block, stop) if stop < block.num_rows else None
                         wanted -= stop - position
                 batch = assemble(self.schema, slices, lanes.rows_in_step(step))
+                if batch.together is not None:
+                    shares = [lanes.lane_rows(step, lane) for lane in self.my_lanes]
+                    batch.runs = torch.from_numpy(runs_of(batch.together.numpy(), shares))
                 yield hide_new_ids(batch, self.schema, self.new_from) if self.new_from else batch
         finally:
             pool.shutdown(cancel_futures=True)
@@ -172,7 +180,10 @@ class Reader:
         order = None
         if self.seed is not None:
             rng = np.random.default_rng((self.seed, epoch, piece.group))
-            order = rng.permutation(int(self.files.group_rows[piece.group]))
+            if self.schema.together is None:
+                order = rng.permutation(int(self.files.group_rows[piece.group]))
+            else:
+                order = order_of_groups(self.files.together(piece.group), rng)
         block = self.files.read(piece, order)
         if self.oov_dropout is not None:
             rows = np.arange(piece.stop) if order is None else order
@@ -185,6 +196,7 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
     num_rows = sum(stop - start for _, start, stop in slices)
     features, labels = schema.features, np.empty((num_rows, len(schema.labels)), dtype=np.float32)
     groups = np.empty(num_rows, dtype=np.int64) if schema.group_id is not None else None
+    together = np.empty(num_rows, dtype=np.int64) if schema.together is not None else None
     weights = np.empty_like(labels) if schema.has_weights else None
     dense = np.empty((num_rows, sum(schema.dense_widths)), dtype=np.float32) if schema.dense_names else None
     ends = np.cumsum([stop - start for _, start, stop in slices]).tolist()
@@ -193,6 +205,8 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
         labels[there] = block.labels[start:stop]
         if groups is not None and block.group_ids is not None:
             groups[there] = block.group_ids[start:stop]
+        if together is not None and block.together is not None:
+            together[there] = block.together[start:stop]
         if weights is not None and block.weights is not None:
             weights[there] = block.weights[start:stop]
         if dense is not None and block.dense is not None:
@@ -202,7 +216,6 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
         int(lists.offsets[stop] - lists.offsets[start]) for block, start, stop in slices for lists in block.lists
     )
     ids = np.empty(sum(f.kind != "list" for f in features) * num_rows + items, dtype=np.int64)
-    weighted = [row for row, feature in enumerate(features) if feature.weights is not None]
     item_weights: list[np.ndarray] = []
     at = scalar = listed = first = 0
     for row, feature in enumerate([*features, None]):
@@ -230,15 +243,25 @@ def assemble(schema: Schema, slices: Sequence[tuple[Block, int, int]], global_ro
     group_ids = torch.from_numpy(groups) if groups is not None else None
     of_tasks = torch.from_numpy(weights) if weights is not None else None
     numbers = torch.from_numpy(dense) if dense is not None else None
-    of_items = None
-    if weighted:
-        of_items = KeyedJaggedTensor(
-            keys=[features[row].name for row in weighted],
-            values=torch.from_numpy(np.concatenate([*item_weights, np.empty(0, np.float32)])),
-            lengths=torch.from_numpy(lengths[weighted].reshape(-1)),
-            stride=num_rows,
-        )
-    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows, of_tasks, numbers, of_items)
+    of_items = _weights_of_items(features, item_weights, lengths)
+    of_groups = torch.from_numpy(together) if together is not None else None
+    parts = of_tasks, numbers, of_items, of_groups
+    return Batch(sparse, torch.from_numpy(labels), group_ids, global_rows, *parts)
+
+
+def _weights_of_items(
+    features: Sequence[Feature], weights: Sequence[np.ndarray], lengths: np.ndarray
+) -> KeyedJaggedTensor | None:
+    """Return the weights of the features' items whose items have such; of ``lengths`` (F, B). None: there are none."""
+    weighted = [row for row, feature in enumerate(features) if feature.weights is not None]
+    if not weighted:
+        return None
+    return KeyedJaggedTensor(
+        keys=[features[row].name for row in weighted],
+        values=torch.from_numpy(np.concatenate([*weights, np.empty(0, np.float32)])),
+        lengths=torch.from_numpy(lengths[weighted].reshape(-1)),
+        stride=lengths.shape[1],
+    )
 
 
 def check_rows(folder: Path, schema: Schema, split: str, world_size: int) -> None:

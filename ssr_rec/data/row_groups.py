@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import source
 from ssr_rec.data.batch_order import Piece
+from ssr_rec.data.blocks import Block, Lists
 from ssr_rec.data.dense import WrongVector, scaled, stacked
 from ssr_rec.data.features import Feature
 from ssr_rec.data.item_weights import stored_weights
@@ -24,50 +23,6 @@ from ssr_rec.data.splits import Shard
 
 OPEN_FILES = 8
 """Shards kept open at once by a rank, 6 MB each with their footers; to open one takes 3 ms, a row group 30."""
-
-
-class Lists(NamedTuple):
-    """Holds a list feature of ``n`` rows: ids row after row, int64 (n + 1,) offsets into them and (n,) lengths."""
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    lengths: np.ndarray
-    weights: np.ndarray | None = None
-    """Of the ids, float32; None: the items have none."""
-
-    def taken(self, rows: np.ndarray) -> Lists:
-        """Return the lists of ``rows``, in that order."""
-        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        taken = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=taken[1:])
-        # Position i of the result lies `i - taken[its row]` behind the start of its row's list.
-        places = np.arange(taken[-1]) + np.repeat(starts - taken[:-1], lengths)
-        return Lists(self.ids[places], taken, lengths, None if self.weights is None else self.weights[places])
-
-
-@dataclass
-class Block:
-    """Holds ``n`` decoded rows; ids are int32 where all tables are small enough, else int64.
-
-    Attributes:
-        scalars: (S, n) ids of the single-valued features in schema order.
-        lists: list features in schema order.
-        labels: (n, T) float32, 0 where not observed.
-        group_ids: (n,) int64 or None.
-        weights: (n, T) float32 of each row for each task, 0 where its label is not observed; None: all count the same.
-        dense: (n, C) float32 scaled numbers and vectors, NaN where missing, or None of a dataset without.
-    """
-
-    scalars: np.ndarray
-    lists: list[Lists]
-    labels: np.ndarray
-    group_ids: np.ndarray | None
-    weights: np.ndarray | None = None
-    dense: np.ndarray | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.labels)
 
 
 class SplitFiles:
@@ -176,12 +131,7 @@ class SplitFiles:
         file, group, first_row = self.locate(piece.group)
         where = f"{self.paths[file]}: row group {group} (from row {first_row})"
         opened = self._file(file)
-        try:
-            table = opened.read_row_group(group, columns=self.columns.names, use_threads=False)
-        except Exception as error:  # as in _open
-            raise UserError(
-                f"{self.paths[file]}: row group {group} is damaged ({_line(error)}); prepare it again"
-            ) from None
+        table = self._table(opened, group, self.columns.names, f"{self.paths[file]}: row group {group}")
         num_rows = int(self.group_rows[piece.group])
         rows = np.arange(num_rows) if order is None else order
         rows = rows[piece.start : piece.stop]
@@ -207,10 +157,30 @@ class SplitFiles:
                     weights = self._weights(opened, group, table, feature, offsets, where)
                 lists.append(Lists(ids.astype(self.ids), offsets, np.diff(offsets), weights).taken(rows))
         labels, weights = self._labels(table, rows, num_rows, where, first_row)
-        groups = None
-        if self.schema.group_id is not None:
-            groups = self._column(table, GROUP_COLUMN, num_rows, where).to_numpy()[rows]
-        return Block(scalars, lists, labels, groups, weights, self._dense(table, rows, where))
+        groups, together = (
+            None if name is None else self._column(table, name, num_rows, where).to_numpy()[rows]
+            for name in (self.schema.group_id and GROUP_COLUMN, self.schema.together_column)
+        )
+        return Block(scalars, lists, labels, groups, weights, self._dense(table, rows, where), together)
+
+    def together(self, group: int) -> np.ndarray:
+        """Return the ids (n,) of the groups whose rows lie together, of a row group as it is stored.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        file, number, _ = self.locate(group)
+        name = str(self.schema.together_column)
+        where = f"{self.paths[file]}: row group {number}"
+        table = self._table(self._file(file), number, [name], where)
+        return self._column(table, name, int(self.group_rows[group]), where).to_numpy()
+
+    @staticmethod
+    def _table(file: pq.ParquetFile, group: int, columns: list[str], where: str) -> pa.Table:
+        try:
+            return file.read_row_group(group, columns=columns, use_threads=False)
+        except Exception as error:  # as in _open
+            raise UserError(f"{where} is damaged ({_line(error)}); prepare it again") from None
 
     def _labels(
         self, table: pa.Table, rows: np.ndarray, num_rows: int, where: str, first_row: int

@@ -36,6 +36,7 @@ from ssr_rec.data.splits import Lookups, Split
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
 GROUP_COLUMN = "__group_id__"
+TOGETHER_COLUMN = "__together__"
 WEIGHT_COLUMN = "__weight__"
 NOT_OBSERVED = -1
 """Of a binary label that may be missing."""
@@ -94,6 +95,7 @@ class Schema(Settings):
     row_vectors: list[RowVector] = Field(default_factory=list, description="columns of vectors, empty where missing")
     labels: list[Column] = Field(min_length=1)
     group_id: str | None = Field(None, description="raw column behind GROUP_COLUMN, the users of GAUC")
+    together: str | None = Field(None, description="raw column of the groups whose rows lie next to one another")
     weight: str | None = Field(None, description="raw column behind WEIGHT_COLUMN; None: all rows count the same")
     missing_labels: list[Column] = Field(
         default_factory=list, description="labels that are -1 where they are not observed or their task does not ask"
@@ -110,7 +112,8 @@ class Schema(Settings):
     def _consistent(self) -> Schema:
         if self.negatives < 1 and len(self.labels) > 1:
             raise UserError("negatives: below 1 there can be one label alone")
-        _refuse_repeated("names", [*self.feature_names, *self.dense_names, *self.labels, GROUP_COLUMN, WEIGHT_COLUMN])
+        stored = (GROUP_COLUMN, TOGETHER_COLUMN, WEIGHT_COLUMN)
+        _refuse_repeated("names", [*self.feature_names, *self.dense_names, *self.labels, *stored])
         _refuse_repeated("missing_labels", self.missing_labels)
         if not set(self.missing_labels) <= set(self.labels):
             raise UserError("missing_labels names what is no label")
@@ -156,6 +159,13 @@ class Schema(Settings):
     def number(self, label: str) -> NumberLabel | None:
         """Return what is known of a label that is a number; None: it is binary."""
         return next((number for number in self.numbers if number.name == label), None)
+
+    @property
+    def together_column(self) -> str | None:
+        """Return the shards' column of the groups whose rows lie together, None where rows were shuffled singly."""
+        if self.together is None:
+            return None
+        return GROUP_COLUMN if self.together == self.group_id else TOGETHER_COLUMN
 
     @property
     def embedded(self) -> list[Feature]:
@@ -262,12 +272,13 @@ class Schema(Settings):
     def write(self, folder: Path) -> None:
         values = self.model_dump(mode="json")
         added = ("days", "additions", "shard_ids", "sequences", "weight", "missing_labels", "dense", "row_vectors")
-        for key in (*added, "numbers"):
+        for key in (*added, "numbers", "together"):
             if not values[key]:  # so that programs from before there were any read it
                 del values[key]
         for split in values["splits"].values():
-            if not split["counted"]:
-                del split["counted"]
+            for key in ("counted", "groups"):
+                if not split[key]:
+                    del split[key]
         if self.negatives == 1:
             del values["negatives"]
         text = json.dumps({**values, CHECKSUM_KEY: _checksum(values)}, indent=1)

@@ -29,7 +29,15 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import is_local, sink
 from ssr_rec.data.features import Feature
 from ssr_rec.data.item_weights import stored_weights
-from ssr_rec.data.schema import DATASET_ID_KEY, GROUP_COLUMN, SCHEMA_FILE, SHARD_KEY, WEIGHT_COLUMN, Schema
+from ssr_rec.data.schema import (
+    DATASET_ID_KEY,
+    GROUP_COLUMN,
+    SCHEMA_FILE,
+    SHARD_KEY,
+    TOGETHER_COLUMN,
+    WEIGHT_COLUMN,
+    Schema,
+)
 from ssr_rec.data.splits import Lookups, Shard, Split
 
 ROWS_PER_SHARD = 4_194_304
@@ -47,7 +55,7 @@ def row_group_rows(num_rows: int) -> int:
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:
-    """Return the columns of every shard: features, item weights, dense columns, labels, group id, weight."""
+    """Return the columns of every shard: features, item weights, dense columns, labels, group ids, weight."""
     fields = [
         pa.field(f.name, pa.list_(pa.int64()) if f.kind == "list" else pa.int64(), False, _special_ids(f))
         for f in schema.features
@@ -60,6 +68,8 @@ def arrow_schema(schema: Schema) -> pa.Schema:
         fields.append(pa.field(label, pa.float32() if is_number else pa.int8(), nullable=is_number and may_miss))
     if schema.group_id is not None:
         fields.append(pa.field(GROUP_COLUMN, pa.int64(), nullable=False))
+    if schema.together_column == TOGETHER_COLUMN:
+        fields.append(pa.field(TOGETHER_COLUMN, pa.int64(), nullable=False))
     if schema.weight is not None:
         fields.append(pa.field(WEIGHT_COLUMN, pa.float32(), nullable=False))
     return pa.schema(fields, metadata={DATASET_ID_KEY: schema.dataset_id.encode()})

@@ -45,6 +45,7 @@ class Split(Settings):
     )
     shards: list[Shard]
     lookups: dict[str, Lookups] = Field(default_factory=dict, description="per feature; older datasets have none")
+    groups: int | None = Field(None, ge=0, description="groups of ``together`` whose first row is in it")
 
     def written(self, shards: Sequence[Shard]) -> Split:
         """Return the split with its shards, their ``lookups`` summed up."""

@@ -11,8 +11,9 @@ import torch
 
 from ssr_rec.data.batch import Batch, hide_new_ids, row_keys
 from ssr_rec.data.batch_order import Piece
+from ssr_rec.data.blocks import Block, Lists
 from ssr_rec.data.reader import assemble
-from ssr_rec.data.row_groups import Block, Lists, SplitFiles
+from ssr_rec.data.row_groups import SplitFiles
 from ssr_rec.data.schema import Schema
 from ssr_rec.metrics.exact import with_equal_rows_tied
 from ssr_rec.model.ctr_model import CTRModel

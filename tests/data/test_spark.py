@@ -339,3 +339,16 @@ def test_labels_that_are_numbers(tmp_path: Path) -> None:
             for spark in (None, SparkSettings())
         ]
         assert messages[0] == messages[1] and "row 42: column 'rating' is" in messages[0]
+
+
+@pytest.mark.parametrize("kind", ["random", "days"])
+def test_groups_together(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssr_rec.data.shards.ROWS_PER_SHARD", 4_096)
+    rows = [{**row, "request": f"r{row['uid'] // 7 * 13 % 5000}"} for row in make_rows(9_000)]
+    paths = [write_parquet(rows[:4000], tmp_path / "a.parquet"), write_parquet(rows[4000:], tmp_path / "b.parquet")]
+    days = {"type": "days", "column": "day", "fit_days": 3}
+    split = days if kind == "days" else {"type": "random", "ratios": [8, 1, 1]}
+    changes: Row = {"together": "request", "split": split, "ignore": ["request", *["day"] * (kind == "random")]}
+    schema = same(tmp_path, paths, spec_with(**changes))
+    assert all(found.groups for found in schema.splits.values())
+    assert kind == "days" or len(schema.splits["train"].shards) == 2

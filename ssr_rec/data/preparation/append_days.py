@@ -183,7 +183,7 @@ def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> 
         if was_whole and not whole_numbers(log.rows([name]), name):
             raise UserError(f"column {name!r} held whole numbers alone so far; other text would change the old rows")
     rows_before = sum(split.num_rows for split in schema.splits.values())
-    plan = by_days(shuffled(log, schema.preparation["seed"], rows_before), spec, rule, whole)
+    plan = shuffled(by_days(log, spec, rule, whole), schema.preparation["seed"], rows_before)
     moment: Callable[[str], Any] = {True: int, "decimal": float}.get(whole[rule.column], str)
     early = [day for day in plan.splits if moment(day) <= moment(old.names[-1])]
     if early:

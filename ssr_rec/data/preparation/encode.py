@@ -20,7 +20,7 @@ from ssr_rec.data.preparation.item_weight_spec import staged_weights
 from ssr_rec.data.preparation.row_spec import encoded_label
 from ssr_rec.data.preparation.spec import TableSpec
 from ssr_rec.data.preparation.split import ORDER, SPLIT, digits_of
-from ssr_rec.data.schema import GROUP_COLUMN, WEIGHT_COLUMN
+from ssr_rec.data.schema import GROUP_COLUMN, TOGETHER_COLUMN, WEIGHT_COLUMN
 
 POSITION_BITS = 40
 RAW_DIGITS = 15
@@ -174,6 +174,7 @@ def encode(
     if spec.weight is not None:
         columns[WEIGHT_COLUMN] = joined[spec.weight].cast("float32")
     group = [GROUP_COLUMN] if spec.group_id else []
+    group += [TOGETHER_COLUMN] if spec.together not in (None, spec.group_id) else []
     return joined.select(**columns, **{name: joined[name] for name in (*group, SPLIT, ORDER, *kept)})
 
 

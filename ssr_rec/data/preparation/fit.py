@@ -29,15 +29,18 @@ from ssr_rec.data.preparation.row_spec import check_counts, counts_of_labels
 from ssr_rec.data.preparation.sources import Log
 from ssr_rec.data.preparation.spec import DaySplit, TableSpec, TimeSplit
 from ssr_rec.data.preparation.split import (
+    MOST_TOGETHER,
     ORDER,
     SPLIT,
     TIME,
     Numbers,
     distinct_days,
+    first_rows,
     resolved,
     whole_numbers,
     with_day,
     with_order,
+    with_order_of_groups,
     with_split,
     with_time,
     without_some_negatives,
@@ -52,7 +55,7 @@ class SplitPlan:
     """Holds a log and what decides where its rows go."""
 
     log: Log
-    """Staged with ``ORDER``, and ``SPLIT`` where the splits are days."""
+    """Staged, then with ``ORDER``, and ``SPLIT`` where the splits are days."""
     spec: TableSpec
     whole: dict[str, Numbers]
     """Whether the group id and the time column are whole numbers."""
@@ -81,15 +84,14 @@ class SplitPlan:
 def plan_splits(log: Log, spec: TableSpec, seed: int) -> SplitPlan:
     """Draw the shuffle, and settle what only the data says: whether text ids are numbers, what time ratios come to."""
     orders = [history.order for history in spec.histories.values()]
-    names = dict.fromkeys(name for name in (spec.group_id, spec.time_column, *orders) if name)
+    names = dict.fromkeys(name for name in (spec.group_id, spec.together, spec.time_column, *orders) if name)
     whole = {name: whole_numbers(log.rows([name]), name) for name in names}
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})
-    log = shuffled(log, seed)
     if not isinstance(spec.split, DaySplit):
-        return SplitPlan(log, spec, whole)
-    plan = by_days(log, spec, spec.split, whole)
+        return shuffled(SplitPlan(log, spec, whole), seed)
+    plan = shuffled(by_days(log, spec, spec.split, whole), seed)
     if len(plan.splits) <= plan.fitted:
         raise UserError(
             f"column {spec.split.column!r} has {len(plan.splits)} days and the encodings are fitted on {plan.fitted}: "
@@ -98,14 +100,29 @@ def plan_splits(log: Log, spec: TableSpec, seed: int) -> SplitPlan:
     return plan
 
 
-def shuffled(log: Log, seed: int, first_row: int = 0) -> Log:
-    """Return the log with ``ORDER``, kept because the split of every row is asked for again with every column."""
-    table = log.engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed, first_row))
-    return replace(log, table=table)
+def shuffled(plan: SplitPlan, seed: int, first_row: int = 0) -> SplitPlan:
+    """Return the plan with ``ORDER``, kept because the split of every row is asked for again with every column.
+
+    Raises:
+        UserError: too many rows for groups of them.
+    """
+    log, name, engine = plan.log, plan.spec.together, plan.log.engine
+    if name is None:
+        table = engine.with_column(log.table, ORDER, [], lambda rows: with_order(rows, seed, first_row))
+        return replace(plan, log=replace(log, table=table))
+    if first_row + log.count > MOST_TOGETHER:
+        raise UserError(f"together: {name}: {first_row + log.count} rows are more than {MOST_TOGETHER}; leave it out")
+    whole, columns = plan.whole[name], [name, *([SPLIT] if isinstance(plan.spec.split, DaySplit) else [])]
+    firsts = engine.create_table("first_rows", first_rows(log.rows(columns), name, whole))
+
+    def placed(rows: Table) -> Table:
+        return with_order_of_groups(rows, firsts, name, whole, seed, first_row)
+
+    return replace(plan, log=replace(log, table=engine.with_column(log.table, ORDER, columns, placed)))
 
 
 def by_days(log: Log, spec: TableSpec, rule: DaySplit, whole: dict[str, Numbers]) -> SplitPlan:
-    """Return the plan of a shuffled log whose days are splits."""
+    """Return the plan of a log whose days are splits."""
     rows = with_day(log.rows([rule.column]), rule.column, whole[rule.column])
     days = distinct_days(rows, rule.column)
     numbers = log.engine.store("days", days)
@@ -124,6 +141,8 @@ def count_splits(plan: SplitPlan) -> dict[str, dict[str, int]]:
     conditions = [column for task in spec.tasks.values() for column in task.conditions]
     rows = plan.rows([*dict.fromkeys([*spec.labels, *spec.weighted, *conditions])])
     sums = counts_of_labels(rows, spec)
+    if spec.together is not None:
+        sums["groups"] = (rows[ORDER] & (MOST_TOGETHER - 1) == 0).cast("int64").sum().cast("int64")
     found = rows.group_by(SPLIT).agg(rows=lambda t: t.count(), **sums).to_pyarrow().to_pylist()
     by_split = {plan.splits[line[SPLIT]]: line for line in found}
     for split in plan.splits:

@@ -22,7 +22,11 @@ def staged_as(log: Log, spec: TableSpec, whole: dict[str, Numbers]) -> dict[str,
 
     The same value must have the same text in every later row: 007 as text is another value than 7.
     """
-    columns = [*spec.categorical, *spec.list_columns, *(name for name in (spec.group_id, spec.time_column) if name)]
+    columns = [
+        *spec.categorical,
+        *spec.list_columns,
+        *(name for name in (spec.group_id, spec.together, spec.time_column) if name),
+    ]
     types = log.rows(list(dict.fromkeys(columns))).schema()
     return {"kinds": {name: kind_of(types[name]) for name in dict.fromkeys(columns)}, "whole": whole}
 

@@ -40,7 +40,7 @@ from ssr_rec.data.preparation.sequence_spec import vocabulary_of
 from ssr_rec.data.preparation.sources import Log, Read, find_files, read_table
 from ssr_rec.data.preparation.spec import DaySplit, TableSpec
 from ssr_rec.data.preparation.split import ORDER, SPLIT, with_group
-from ssr_rec.data.schema import VALUES, VALUES_KEY, Days, Schema
+from ssr_rec.data.schema import TOGETHER_COLUMN, VALUES, VALUES_KEY, Days, Schema
 from ssr_rec.data.shards import new_dataset
 from ssr_rec.data.splits import Split
 
@@ -106,8 +106,9 @@ def check_values(log: Log, spec: TableSpec) -> None:
         checks[spec.weight] = check_of_weight(rows, spec.weight)
     for name in [*spec.numeric, *spec.dense]:
         checks[name] = rows[name].isinf().fill_null(False), "a number must be finite; empty means missing"
-    if spec.group_id:
-        checks[spec.group_id] = rows[spec.group_id].isnull(), "the group id must not be missing"
+    for group in (spec.group_id, spec.together):
+        if group is not None:
+            checks[group] = rows[group].isnull(), "the group id must not be missing"
     if spec.time_column:
         checks[spec.time_column] = rows[spec.time_column].isnull(), "the time of the split must not be missing"
     for name, history in spec.histories.items():
@@ -161,6 +162,8 @@ def encoded(plan: SplitPlan, lookups: dict[str, Lookup], buckets: dict[str, LogB
     keyed = with_keys(cut_sequences(plan.rows(staged_columns(spec)), spec), spec, plan.whole)
     if spec.group_id:
         keyed = with_group(keyed, spec.group_id, plan.whole[spec.group_id])
+    if spec.together not in (None, spec.group_id):
+        keyed = with_group(keyed, spec.together, plan.whole[spec.together], TOGETHER_COLUMN)
     encoding = partial(encode, spec=spec, lookups=lookups, buckets=buckets, kept=helpers(spec))
     engine = plan.log.engine
     ids = engine.in_parts("encoded", keyed, encoding, progress) if spec.list_columns else encoding(keyed)
@@ -184,7 +187,7 @@ def _schema(
     spec = plan.spec
     preparation = {**preparation, VALUES_KEY: VALUES, **spec.model_dump(mode="json", exclude={"name"})}
     added = ("hash_min_count", "raw_hash", "spread_ids", "vocabularies", "sequences", "negatives", "weight", "tasks")
-    for key in (*added, "dense", "dense_bins", "vectors", "row_vectors"):
+    for key in (*added, "dense", "dense_bins", "vectors", "row_vectors", "together"):
         if preparation[key] == TableSpec.model_fields[key].get_default(call_default_factory=True):
             del preparation[key]  # so that the dataset_id is that of before there was such a key
     for task in preparation.get("tasks", {}).values():
@@ -218,6 +221,7 @@ def _schema(
         row_vectors=[RowVector(name=name, dim=dim) for name, dim in spec.row_vectors.items()],
         labels=spec.labels,
         group_id=spec.group_id,
+        together=spec.together,
         weight=spec.weight,
         missing_labels=missing_labels(spec),
         numbers=numbers,
@@ -239,6 +243,7 @@ def empty_splits(counts: dict[str, dict[str, int]], labels: Sequence[str]) -> di
                 if f"label{i}" in found
             },
             counted={label: found[f"counted{i}"] for i, label in enumerate(labels) if f"counted{i}" in found},
+            groups=found.get("groups"),
             shards=[],
         )
         for split, found in counts.items()

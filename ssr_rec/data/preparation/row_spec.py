@@ -42,11 +42,13 @@ class TaskSpec(Settings):
 
 
 def check_row_spec(spec: TableSpec) -> None:
-    """Refuse tasks and weights that do not fit the spec's columns.
+    """Refuse tasks, weights and groups that do not fit the spec's columns.
 
     Raises:
         UserError: naming the entry and the fix.
     """
+    if spec.together in {*spec.list_columns, *spec.row_vectors}:
+        raise UserError(f"together: {spec.together!r} holds lists; the rows of a group have one value in common")
     for name, task in spec.tasks.items():
         if name not in spec.labels:
             raise UserError(f"tasks: {name!r} is not under labels, which has {', '.join(spec.labels)}")
@@ -177,6 +179,8 @@ def check_negatives(spec: TableSpec, by_days: bool) -> None:
         problem = f"label {number_labels(spec)[0]!r} is a number, of which no row is negative"
     elif len(spec.labels) > 1:
         problem = f"labels {', '.join(spec.labels)}: a row that is negative for one may be kept for another; name one"
+    elif spec.together is not None:
+        problem = f"together: {spec.together} keeps groups whole, and a group without some rows is another one"
     elif by_days:
         problem = "the splits are days, which are evaluated, too; split by time"
     elif spec.histories:

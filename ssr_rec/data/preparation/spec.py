@@ -115,7 +115,7 @@ class DaySplit(Settings):
 class TableSpec(Settings):
     """Every column of the input is named in exactly one role, so that none becomes a feature by accident.
 
-    The column of ``group_id`` and of a split by time or days may be features or ignored besides.
+    The columns of ``group_id``, ``together`` and of a split by time or days may be features or ignored besides.
     """
 
     name: str = Field(min_length=1)
@@ -130,6 +130,9 @@ class TableSpec(Settings):
         default_factory=dict, description="label -> which rows it is learned and evaluated on; all, if not named"
     )
     group_id: str | None = None
+    together: str | None = Field(
+        None, description="column, such as a request id, whose groups of rows are shuffled and split as wholes"
+    )
     split: RandomSplit | TimeSplit | DaySplit = Field(default_factory=RandomSplit, discriminator="type")
     negatives: float = Field(
         1.0, gt=0, le=1, description="share of the training rows without a positive label that is kept"
@@ -241,7 +244,7 @@ class TableSpec(Settings):
     @property
     def used(self) -> list[str]:
         """Return the columns that are read, each once: labels, features, group id, time, what histories go by."""
-        extra = [*weight_columns(self), self.group_id, self.time_column, *self.weighted]
+        extra = [*weight_columns(self), self.group_id, self.together, self.time_column, *self.weighted]
         for task in self.tasks.values():
             extra += task.conditions
         for history in self.histories.values():

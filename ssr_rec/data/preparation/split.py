@@ -17,7 +17,7 @@ from ibis.expr.types import IntegerValue, StringColumn, Table
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.preparation.engine import ROW
 from ssr_rec.data.preparation.spec import DaySplit, TableSpec, TimeSplit
-from ssr_rec.data.schema import GROUP_COLUMN
+from ssr_rec.data.schema import GROUP_COLUMN, TOGETHER_COLUMN
 
 SPLIT = "__split__"
 """0 train, 1 validation, 2 test; or which day, from 0."""
@@ -36,7 +36,13 @@ DECIMAL = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?\z"
 Numbers = bool | Literal["decimal"]
 """Of a column whose values may be numbers in text: True, whole ones throughout; decimal, any; False, it is text."""
 
+FIRST = "__first__"
+"""Of a group of rows, the ``ROW`` of its first one."""
+MOST_TOGETHER = 2**31
+"""Rows of a log whose groups can be kept together: the place in a group takes the low bits of ``ORDER``."""
+
 _DRAW = "__draw__"
+_LOW = "__low__"
 _BITS = 31
 _MASK = 2**_BITS - 1
 # Odd multipliers with well spread bits: those of lowbias32 and murmur3, cut to 31 bits.
@@ -53,14 +59,50 @@ def with_order(rows: Table, seed: int, first_row: int = 0) -> Table:
     Args:
         first_row: how many rows of the dataset come before these.
     """
-    salt = (seed * 0x9E3779B1 + 0x2C1B3C6D) & _MASK
     number = rows[ROW] + first_row
-    rows = rows.mutate(**{ORDER: (number ^ ((number >> _BITS) * _MULTIPLIERS[0] + salt)) & _MASK})
+    return _placed(rows, number, number >> _BITS, seed)
+
+
+def first_rows(rows: Table, name: str, whole: Numbers) -> Table:
+    """Return (``TOGETHER_COLUMN``, ``SPLIT``, ``FIRST``) of every group of rows, ``FIRST`` the first one's ``ROW``.
+
+    Args:
+        rows: they have ``ROW``; where they have ``SPLIT``, of days, the rows of a day are a group of their own, so that
+            a day has the same order whether it is added later or not.
+    """
+    keyed = with_group(rows, name, whole, TOGETHER_COLUMN)
+    keys = [column for column in (TOGETHER_COLUMN, SPLIT) if column in keyed.columns]
+    return keyed.group_by(keys).agg(**{FIRST: keyed[ROW].min()})
+
+
+def with_order_of_groups(rows: Table, firsts: Table, name: str, whole: Numbers, seed: int, first_row: int) -> Table:
+    """Return ``rows`` with ``ORDER``: the bits that ``with_order`` gives the first row of a group, then the row in it.
+
+    So groups are shuffled as rows are, there are no ties, and the rows of a group lie next to one another.
+
+    Args:
+        firsts: of ``first_rows``.
+        name: the column that the groups are of.
+        whole: as for ``with_group``.
+        first_row: as for ``with_order``.
+    """
+    keyed = with_group(rows, name, whole, TOGETHER_COLUMN)
+    there = firsts.rename({f"__{column}__": column for column in firsts.columns})
+    keys = [column for column in firsts.columns if column != FIRST]
+    joined = keyed.join(there, [keyed[column] == there[f"__{column}__"] for column in keys])
+    first = joined[f"__{FIRST}__"]
+    placed = _placed(joined, first + first_row, joined[ROW] - first, seed)
+    return placed.select(*rows.columns, ORDER)
+
+
+def _placed(rows: Table, number: IntegerValue, low: IntegerValue, seed: int) -> Table:
+    """Return ``rows`` with ``ORDER``: 31 bits of ``number``, shuffled by the seed, then ``low``."""
+    salt = (seed * 0x9E3779B1 + 0x2C1B3C6D) & _MASK
+    rows = rows.mutate(**{ORDER: (number ^ ((number >> _BITS) * _MULTIPLIERS[0] + salt)) & _MASK, _LOW: low})
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=True):
         # Each round is a column of its own: as one nested expression the text doubles with every xor.
         rows = rows.mutate(**{ORDER: ((rows[ORDER] ^ (rows[ORDER] >> shift)) * multiplier) & _MASK})
-    high = (rows[ROW] + first_row) >> _BITS
-    return rows.mutate(**{ORDER: (rows[ORDER] ^ (rows[ORDER] >> 16)) * 2**_BITS + high})
+    return rows.mutate(**{ORDER: (rows[ORDER] ^ (rows[ORDER] >> 16)) * 2**_BITS + rows[_LOW]}).drop(_LOW)
 
 
 def with_split(rows: Table, spec: TableSpec) -> Table:
@@ -185,8 +227,8 @@ def digits_of(digest: StringColumn, first: int, count: int) -> IntegerValue:
     return number
 
 
-def with_group(rows: Table, name: str, whole: Numbers) -> Table:
-    """Return ``rows`` with ``GROUP_COLUMN``: the number itself, else the first 60 bits of the md5 of its text."""
+def with_group(rows: Table, name: str, whole: Numbers, stored: str = GROUP_COLUMN) -> Table:
+    """Return ``rows`` with a column ``stored``: the number itself, else the first 60 bits of the md5 of its text."""
     if whole is True:
-        return rows.mutate(**{GROUP_COLUMN: rows[name].cast("int64")})
-    return rows.mutate(**{GROUP_COLUMN: digits_of(rows[name].cast("string").hexdigest("md5"), 0, 15)})
+        return rows.mutate(**{stored: rows[name].cast("int64")})
+    return rows.mutate(**{stored: digits_of(rows[name].cast("string").hexdigest("md5"), 0, 15)})
