@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.common.own_classes import OWN_CLASS
 from ssr_rec.common.settings import Settings
 from ssr_rec.config.losses import NamedLoss
+from ssr_rec.config.ranking import RankingMeasure, is_ranking
 
 LARGER_IS_BETTER = ("auc", "gauc", "xauc")
-"""Of what ``monitor`` may name; the others are errors."""
+"""Of what ``monitor`` may name, with the measures of rankings; the others are errors."""
 OF_NUMBERS = ("rmse", "mae", "xauc")
 """Measures of labels that are numbers alone."""
 
@@ -29,8 +31,13 @@ class TrainConfig(Settings):
     metrics_rows: int = Field(
         2**22, ge=1, description="rows of a fold up to which auto is exact, and that bounded keeps for GAUC"
     )
-    monitor: Literal["auc", "gauc", "logloss", "ne", "rmse", "mae", "xauc"] = Field(
-        "auc", description="validation metric that picks the best; the last three are of labels that are numbers"
+    monitor: Literal["auc", "gauc", "logloss", "ne", "rmse", "mae", "xauc"] | RankingMeasure = Field(
+        "auc",
+        description="validation metric that picks the best; rmse, mae, xauc: of labels that are numbers; also one of "
+        "ranking_metrics",
+    )
+    ranking_metrics: list[RankingMeasure] = Field(
+        [], description="ndcg@K, mrr, hit@K: also measured in the groups of together, else in those of the group id"
     )
     extra_metrics: list[Annotated[str, Field(pattern=OWN_CLASS)]] = Field(
         [], description="MODULE:FUNCTION of (scores, labels, weights, groups) to a number, also measured on each fold"
@@ -69,6 +76,17 @@ class TrainConfig(Settings):
         900.0, gt=0, description="seconds without progress after which a stalled rank ends the job; None: wait"
     )
 
+    @model_validator(mode="after")
+    def _monitored_is_measured(self) -> TrainConfig:
+        if is_ranking(self.monitor) and self.monitor not in self.ranking_metrics:
+            raise UserError(f"monitor: {self.monitor} is not measured; add it to train.ranking_metrics")
+        return self
+
     def measured(self, labels: Sequence[str]) -> list[str]:
         """Return what evaluations measure: the labels, then the products of ``entire_space``, as ``click*pay``."""
         return [*labels, *(f"{before}*{label}" for label, before in self.entire_space.items())]
+
+
+def larger_is_better(measure: str) -> bool:
+    """Return whether a larger figure of what ``monitor`` may name is the better one."""
+    return measure in LARGER_IS_BETTER or is_ranking(measure)

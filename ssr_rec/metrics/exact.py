@@ -56,7 +56,7 @@ def auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = Non
     Raises:
         UserError: shapes differ, a label is neither 0 nor 1, or a weight is negative or not finite.
     """
-    scores, positive, weights = _checked(scores, labels, weights)
+    scores, positive, weights = checked_rows(scores, labels, weights)
     if not len(scores) or np.isnan(scores).any():
         return math.nan
     order = np.argsort(scores)
@@ -98,7 +98,7 @@ def auc_of_groups(
         raise UserError(f"groups have shape {groups.shape}, scores {np.shape(scores)}; give each row its group")
     if weights is not None:
         groups = groups[np.asarray(weights) != 0]
-    scores, positive, weights = _checked(scores, labels, weights)
+    scores, positive, weights = checked_rows(scores, labels, weights)
     if not len(scores) or np.isnan(scores).any():
         return np.empty(0), np.empty(0, np.int64)
     order = np.lexsort((scores, groups))
@@ -151,7 +151,7 @@ def logloss(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None =
     Raises:
         UserError: as in ``auc``.
     """
-    logits, positive, weights = _checked(logits, labels, weights)
+    logits, positive, weights = checked_rows(logits, labels, weights)
     if not len(logits):
         return math.nan
     wrong_way = np.where(positive, -logits.astype(np.float64), logits)
@@ -165,7 +165,7 @@ def ne(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
     He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014. nan when one class is
     missing. Arguments and errors as in ``logloss``; rate and logloss are both weighted.
     """
-    _, positive, kept = _checked(logits, labels, weights)
+    _, positive, kept = checked_rows(logits, labels, weights)
     if kept is None:
         rate = float(positive.mean()) if len(positive) else 0.0
     else:
@@ -180,7 +180,7 @@ def calibration(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | No
 
     Arguments and errors as in ``logloss``; both means are weighted.
     """
-    logits, positive, weights = _checked(logits, labels, weights)
+    logits, positive, weights = checked_rows(logits, labels, weights)
     if not positive.any():
         return math.nan
     # exp(-softplus(-x)) is the sigmoid without overflow at either end.
@@ -190,7 +190,7 @@ def calibration(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | No
     return math.fsum(predicted * weights) / math.fsum(weights[positive])
 
 
-def _checked(
+def checked_rows(
     scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return scores, labels as booleans and weights of the rows that count, once they are known to be rows of a fold.

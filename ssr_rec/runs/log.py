@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.formatting import decimal, short_number
 from ssr_rec.common.logs import send_logs
 from ssr_rec.common.whole_files import write_text
+from ssr_rec.config.ranking import is_ranking
 from ssr_rec.config.run import RunConfig, dump_config
 from ssr_rec.data.day_stream import Course
 from ssr_rec.data.schema import Schema
@@ -113,6 +115,10 @@ class RunLog:
             f"{table_parameters} parameters on {self.world_size} rank(s), trained by {config.embeddings.optimizer}\n"
             f"run folder {self.folder}"
         )
+        if (cut := train.share_cut()) is not None:
+            self.progress.note(
+                f"groups of {schema.together} are together; about {cut:.1%} are cut by the ends of batches and lanes"
+            )
 
     def __call__(self, row: dict[str, Any]) -> None:
         if not self.is_root:
@@ -123,11 +129,18 @@ class RunLog:
         if row["split"] == "train":
             self.progress.show(row)
         else:
-            mains = {task: main_measure(values) for task, values in row["tasks"].items()}
-            figures = "  ".join(f"{task} {title(m)} {decimal(row['tasks'][task].get(m))}" for task, m in mains.items())
+            tasks = row["tasks"].items()
+            mains = {task: main_measure(values) for task, values in tasks}
+            figures = "  ".join(f"{task} {_figures(mains[task], values)}" for task, values in tasks)
             what = f"next day {row['day']}" if "day" in row else row["split"]
             loss = "logloss" if {*mains.values()} == {"auc"} else "loss"
             self.progress.note(f"{what} at step {row['step']}: {loss} {decimal(row['loss'])}  {figures}", row)
+
+
+def _figures(main: str, measures: Mapping[str, float]) -> str:
+    """Return the main measure of a task and those of its rankings."""
+    names = [main, *filter(is_ranking, measures)]
+    return " ".join(f"{title(name)} {decimal(measures.get(name))}" for name in names)
 
 
 def num_embedding_parameters(config: RunConfig, schema: Schema, over_arch: OverArch) -> int:

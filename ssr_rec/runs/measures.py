@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ssr_rec.config.training import LARGER_IS_BETTER
+from ssr_rec.config.ranking import is_ranking
+from ssr_rec.config.training import larger_is_better
 
 TITLES = {
     "auc": "AUC",
@@ -19,7 +20,7 @@ TITLES = {
 }
 MAIN = ("auc", "xauc", "rmse")
 """Of a binary task, of a number, and of one whose evaluations are bounded."""
-BESIDE = ("auc_bound", "gauc_bound", "gauc_share", "gauc_groups", "gauc_rows")
+BESIDE = ("auc_bound", "gauc_bound", "gauc_share", "gauc_groups", "gauc_rows", "ranking_groups", "ranking_share")
 """What says something of another measure."""
 
 
@@ -30,7 +31,7 @@ def main_measure(measures: Mapping[str, Any]) -> str:
 
 def title(name: str) -> str:
     """Return what people call a measure; one of the user's own has its function's name."""
-    return TITLES.get(name, name)
+    return name.upper() if is_ranking(name) and not name.startswith("hit") else TITLES.get(name, name)
 
 
 def shown(tasks: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -41,4 +42,4 @@ def shown(tasks: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def goodness(name: str, value: float) -> float:
     """Return a measure so that larger is better."""
-    return value if name in LARGER_IS_BETTER else -value
+    return value if larger_is_better(name) else -value

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import RunConfig
 from ssr_rec.config.same_run import flat_values
-from ssr_rec.config.training import LARGER_IS_BETTER
+from ssr_rec.config.training import larger_is_better
 from ssr_rec.studies.search_space import FloatRange, IntRange, PrunerSettings, Tuning, choices, point_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class TrialBook:
             f"sqlite:///{(out / STUDY_FILE).resolve()}",
             engine_kwargs={"connect_args": {"timeout": SECONDS_FOR_A_LOCK}},
         )
-        self.maximizes = self.train.monitor in LARGER_IS_BETTER
+        self.maximizes = larger_is_better(self.train.monitor)
         with self._alone():
             self.study = self.optuna.create_study(
                 storage=storage,

@@ -18,7 +18,7 @@ from typing import Any
 from ssr_rec.common.formatting import decimal, duration
 from ssr_rec.common.whole_files import write_text
 from ssr_rec.config.run import RunConfig, dump_config
-from ssr_rec.config.training import LARGER_IS_BETTER, TrainConfig
+from ssr_rec.config.training import TrainConfig, larger_is_better
 from ssr_rec.runs.exit_codes import BAD_INPUT
 from ssr_rec.runs.folder import METRICS_FILE, read_metrics
 from ssr_rec.runs.report import read_report
@@ -199,7 +199,7 @@ def objective(tasks: dict[str, dict[str, Any]], train: TrainConfig) -> float:
     value = monitored(known, train)
     if value == -math.inf:
         return math.nan
-    return value if train.monitor in LARGER_IS_BETTER else -value
+    return value if larger_is_better(train.monitor) else -value
 
 
 def metric_name(train: TrainConfig) -> str:

@@ -53,7 +53,7 @@ def open_reader(
     )
 
 
-COUNTS = ("gauc_groups", "gauc_rows", "gauc_share")
+COUNTS = ("gauc_groups", "gauc_rows", "gauc_share", "ranking_groups", "ranking_share")
 """What evaluations say beside measures, of which a mean over days says nothing; that of bounds bounds the mean."""
 
 Validation = Callable[[int], tuple[Reader, dict[str, Any]] | None]

@@ -16,7 +16,9 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from ssr_rec.data.batch import Batch, row_keys
 from ssr_rec.data.number_labels import NumberLabel
 from ssr_rec.data.reader import Reader
+from ssr_rec.data.schema import Schema
 from ssr_rec.metrics.links import Link
+from ssr_rec.metrics.ranking_fold import RankingMetrics
 from ssr_rec.metrics.split_metrics import Further, fold_metrics
 from ssr_rec.training.own_metrics import own_metrics
 
@@ -30,6 +32,8 @@ class EvaluationConfig(Protocol):
     def metrics_rows(self) -> int: ...
     @property
     def extra_metrics(self) -> Sequence[str]: ...
+    @property
+    def ranking_metrics(self) -> Sequence[str]: ...
     def measured(self, labels: Sequence[str]) -> list[str]: ...
 
 
@@ -52,10 +56,11 @@ def run_steps(
         yield output
 
 
-def _noting_keys(batches: Iterator[Batch], keys: deque[Tensor]) -> Iterator[Batch]:
-    """Pass on the batches, which a pipeline reads some steps ahead, and put the keys of their rows into ``keys``."""
+def _noting_keys(batches: Iterator[Batch], noted: deque[tuple[Tensor, Tensor | None]]) -> Iterator[Batch]:
+    """Pass on the batches, which a pipeline reads some steps ahead, and note the keys and the groups of their rows."""
     for batch in batches:
-        keys.append(row_keys(*batch.inputs))
+        lists = batch.group_ids if batch.together is None else batch.together
+        noted.append((row_keys(*batch.inputs), lists))
         yield batch
 
 
@@ -81,17 +86,24 @@ def evaluate(
     labels = reader.schema.labels
     further = Further(_links(model) if reader.schema.numbers else {}, own_metrics(config.extra_metrics))
     metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, config.measured(labels), further)
+    ranking = _ranking(config, reader.schema, metrics.mode)
     model.eval()
     batches = reader.epoch(0)
-    keys: deque[Tensor] = deque()
+    noted: deque[tuple[Tensor, Tensor | None]] = deque()
     with torch.no_grad():
-        for number, output in enumerate(run_steps(pipeline, _noting_keys(batches, keys))):
+        for number, output in enumerate(run_steps(pipeline, _noting_keys(batches, noted))):
             _, logits, outcomes, weights, groups = output
             beat(f"batch {number} of the evaluation")
-            metrics.update(logits, outcomes, groups, keys.popleft(), weights)
+            keys, lists = noted.popleft()
+            metrics.update(logits, outcomes, groups, keys, weights)
+            if ranking is not None and lists is not None:
+                ranking.update(logits, outcomes, lists, keys, weights)
     batches.close()
     model.train()
     tasks = metrics.compute()
+    for task, measures in ((ranking.compute() if ranking is not None else None) or {}).items():
+        assert tasks is not None
+        tasks[task] |= measures
     found: list[Any] = [None]
     if tasks is not None:
         losses = [_loss(tasks[label], reader.schema.number(label)) for label in labels]
@@ -115,3 +127,12 @@ def _links(model: nn.Module) -> dict[str, Link]:
 def _loss(measures: Mapping[str, float], number: NumberLabel | None) -> float:
     """Return what a task adds to the mean loss of an evaluation."""
     return measures["logloss"] if number is None else (measures["rmse"] / number.std) ** 2
+
+
+def _ranking(config: EvaluationConfig, schema: Schema, mode: str) -> RankingMetrics | None:
+    """Return what measures the rankings that the config asks for, of binary tasks, in the mode of other measures."""
+    if not config.ranking_metrics:
+        return None
+    tasks = enumerate(config.measured(schema.labels))
+    columns = {name: column for column, name in tasks if schema.number(name) is None}
+    return RankingMetrics(config.ranking_metrics, columns, config.metrics_rows if mode == "bounded" else None)

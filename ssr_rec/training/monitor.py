@@ -6,7 +6,7 @@ import logging
 import math
 
 from ssr_rec.checkpointing.progress import Tasks
-from ssr_rec.config.training import LARGER_IS_BETTER, TrainConfig
+from ssr_rec.config.training import TrainConfig, larger_is_better
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def monitored(tasks: Tasks, config: TrainConfig) -> float:
     if not values:  # any figure is better
         return -math.inf
     value = sum(values) / len(values)
-    return value if config.monitor in LARGER_IS_BETTER else -value
+    return value if larger_is_better(config.monitor) else -value
 
 
 def counted(tasks: Tasks, config: TrainConfig) -> list[str]:

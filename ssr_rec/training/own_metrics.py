@@ -14,8 +14,8 @@ from ssr_rec.metrics.number_metrics import OwnMetric, measured
 from ssr_rec.metrics.split_metrics import is_exact
 from ssr_rec.over_archs.contract import require
 
-TAKEN = ("auc", "gauc", "logloss", "ne", "calibration", "rmse", "mae", "xauc", "loss")
-"""Names that a report has already; those that go on with ``gauc_`` or ``auc_`` as well."""
+TAKEN = ("auc", "gauc", "logloss", "ne", "calibration", "rmse", "mae", "xauc", "mrr", "loss")
+"""Names that a report has already; those that go on with ``gauc_``, ``auc_`` or ``ranking_`` as well."""
 
 
 def own_metrics(paths: Sequence[str]) -> dict[str, OwnMetric]:
@@ -27,7 +27,7 @@ def own_metrics(paths: Sequence[str]) -> dict[str, OwnMetric]:
     found: dict[str, OwnMetric] = {}
     for path in paths:
         name = path.rpartition(":")[2]
-        if name in TAKEN or name.startswith(("auc_", "gauc_")) or name in found:
+        if name in TAKEN or name.startswith(("auc_", "gauc_", "ranking_")) or name in found:
             raise UserError(f"train.extra_metrics: {path}: {name} is a measure already; give the function another name")
         found[name] = own_function(path, "train.extra_metrics")
     return found

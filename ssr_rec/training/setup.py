@@ -84,6 +84,7 @@ def check_train_config(config: TrainConfig, schema: Schema) -> None:
             f"train.accumulate={config.accumulate}: dataset {schema.name!r} has weights or missing labels, and a group "
             "of batches would be another mean than one batch of their rows; set it to 1"
         )
+    _check_ranking(config, schema)
 
 
 def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
@@ -139,6 +140,19 @@ def _check_monitor(config: TrainConfig, schema: Schema) -> None:
         )
     if monitor == "gauc" and schema.group_id is None:
         raise UserError(f"train.monitor: gauc needs a group id, which dataset {schema.name!r} does not have; use auc")
+
+
+def _check_ranking(config: TrainConfig, schema: Schema) -> None:
+    """Refuse measures of rankings where there is nothing to rank."""
+    if not config.ranking_metrics:
+        return
+    if schema.together is None and schema.group_id is None:
+        raise UserError(
+            f"train.ranking_metrics: dataset {schema.name!r} has no groups to rank within; prepare the log with "
+            "together or group_id, or remove them"
+        )
+    if not set(schema.labels) - set(schema.number_names):
+        raise UserError("train.ranking_metrics are of binary labels, and there are numbers alone; remove them")
 
 
 def share_cores() -> int:
