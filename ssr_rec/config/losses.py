@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -45,6 +46,26 @@ class LogNormalConfig(LossSettings):
     name: Literal["log_normal"] = "log_normal"
 
 
+class RankingLossSettings(LossSettings):
+    """Defines what the config of every loss within groups has."""
+
+    cross_entropy: float = Field(
+        0.5, ge=0, lt=1, description="share of cross-entropy in the loss; 0: scores that are no probabilities"
+    )
+
+
+class SoftmaxConfig(RankingLossSettings):
+    """Configures the softmax loss within the groups of ``together`` (Bruch et al. 2019)."""
+
+    name: Literal["softmax"] = "softmax"
+
+
+class PairwiseConfig(RankingLossSettings):
+    """Configures the logistic loss of pairs within the groups of ``together`` (Burges et al. 2005)."""
+
+    name: Literal["pairwise"] = "pairwise"
+
+
 class CustomLossConfig(LossSettings):
     """Names a loss from outside this package by its import path."""
 
@@ -61,9 +82,14 @@ def _named(value: Any) -> Any:
 
 
 LossConfig = Annotated[
-    CrossEntropyConfig | FocalConfig | MSEConfig | LogNormalConfig | CustomLossConfig,
+    CrossEntropyConfig | FocalConfig | SoftmaxConfig | PairwiseConfig | MSEConfig | LogNormalConfig | CustomLossConfig,
     Field(discriminator="name"),
 ]
 """Any loss's config; ``name`` says which."""
 NamedLoss = Annotated[LossConfig, BeforeValidator(_named)]
 """The same, or its name alone, or ``MODULE:CLASS``."""
+
+
+def trained_to_rank(losses: Mapping[str, LossSettings]) -> list[str]:
+    """Return the tasks whose loss has no share of cross-entropy, so that their scores are no probabilities."""
+    return [task for task, loss in losses.items() if isinstance(loss, RankingLossSettings) and loss.cross_entropy == 0]

@@ -56,7 +56,7 @@ class TrainTask(nn.Module):
         if self.products is not None:
             logits, labels, weights = self.products(logits, labels, weights)
         sampled = logits + self.shift if self.training and self.shift else logits
-        loss = self.loss(sampled, labels, weights, batch.global_rows, batch.group_ids)
+        loss = self.loss(sampled, labels, weights, batch.global_rows, batch.runs)
         return loss * self.world_size, (loss.detach(), logits.detach(), labels, weights, batch.group_ids)
 
 
@@ -133,7 +133,7 @@ class MeanLoss(nn.Module):
             labels: (B, T).
             weights: (B, T) or None, as ``Batch`` has them.
             global_rows: rows of the global batch.
-            groups: (B,) int64 or None, as ``Batch`` has them.
+            groups: (B,) int64 or None, as ``Batch.runs``.
         """
         if weights is None:
             if self.is_plain:

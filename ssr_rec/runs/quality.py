@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ssr_rec.common.formatting import decimal
@@ -15,19 +15,28 @@ FAR = 0.1
 MOST_REASONS = 3
 
 
-def quality_warnings(schema: Schema, parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def quality_warnings(
+    schema: Schema, parts: Mapping[str, Mapping[str, Mapping[str, Any]]], ranked: Collection[str] = ()
+) -> list[str]:
     """Return a sentence for every measure of a bad model, and one with the likely reason where the data has one.
 
     Args:
         schema: the dataset's.
         parts: ``validation`` and ``test``, of datasets by days the mean of the next days -> task -> measures.
+        ranked: tasks that a loss of rankings alone has trained, whose measures of probabilities mean nothing.
     """
-    found: list[str] = []
+    found = [
+        f"{task}: trained to rank alone, so that its scores are no probabilities, and logloss, NE and calibration say "
+        f"nothing of it; a share of cross-entropy (train.losses.{task}.cross_entropy) makes them such"
+        for task in ranked
+    ]
     splits: list[str] = []
     numbers = set(schema.number_names)
     for part, tasks in parts.items():
         before = len(found)
         for task, measures in tasks.items():
+            if task in ranked:
+                continue
             ne, calibration = measures.get("ne"), measures.get("calibration")
             if ne is not None and ne > 1:
                 found.append(

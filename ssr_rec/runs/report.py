@@ -44,6 +44,7 @@ class DatasetFigures(Figures):
     name: str | None = None
     dataset_id: str | None = None
     num_rows: int | None = Field(None, description="rows of one epoch")
+    cut_groups: float | None = Field(None, description="about what share of the groups of together batches cut")
 
 
 class DayFigures(Figures):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssr_rec.common.formatting import decimal
+from ssr_rec.config.losses import trained_to_rank
 from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.runs.curves import draw_curves
 from ssr_rec.runs.days import days_table, draw_days
@@ -58,12 +59,15 @@ def build_report(
         "stopped_early": fitted.stopped_early,
         "skipped_steps": fitted.skipped,
         "seconds": fitted.seconds,
-        "warnings": quality_warnings(schema, {"validation": fitted.best["tasks"], "test": test}),
+        "warnings": quality_warnings(
+            schema, {"validation": fitted.best["tasks"], "test": test}, trained_to_rank(config.train.losses)
+        ),
         "seed": config.seed,
         "dataset": {
             "name": schema.name,
             "dataset_id": schema.dataset_id,
             "num_rows": trainer.train.num_rows,
+            **({"cut_groups": cut} if (cut := trainer.train.share_cut()) is not None else {}),
         },
         "versions": versions(),
         "git_commit": git_commit(),

@@ -26,8 +26,8 @@ class TaskLoss(nn.Module, ABC):
         kinds: the kinds of labels it is for.
         is_squared: whether it is a squared error, of which uncertainty weighting takes the half.
         within_groups: whether ``forward`` is called with ``(logits, labels, weights, groups)`` instead, for a loss that
-            compares rows of a group: ``weights`` (B,) float32 and ``groups`` (B,) int64 on the logits' device, or None
-            for each that the dataset does not have.
+            compares rows of a group: ``weights`` (B,) float32, or None of a dataset without, and ``groups`` (B,) int64,
+            ``Batch.runs``, which a dataset has that was prepared with ``together``; it refuses others.
 
     Args:
         settings: of ``settings_class``.

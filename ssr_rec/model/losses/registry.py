@@ -17,10 +17,13 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.metrics.links import SIGMOID, Link
 from ssr_rec.model.losses.base import TaskLoss
 from ssr_rec.model.losses.pointwise import MSE, CrossEntropy, Focal, LogNormal
+from ssr_rec.model.losses.within_groups import Pairwise, Softmax
 
 LOSSES: dict[str, type[TaskLoss]] = {
     "cross_entropy": CrossEntropy,
     "focal": Focal,
+    "softmax": Softmax,
+    "pairwise": Pairwise,
     "mse": MSE,
     "log_normal": LogNormal,
 }
@@ -56,16 +59,13 @@ class TaskLosses(nn.Module):
             logits: (B, T).
             labels: (B, T).
             weights: (B, T) or None.
-            groups: (B,) int64 or None, on the CPU.
+            groups: (B,) int64 or None, as ``Batch.runs``.
         """
         columns = []
         for task, loss in enumerate(self.all):
             rows: tuple[Any, ...] = (logits[:, task], labels[:, task])
             if loss.within_groups:
-                rows += (
-                    None if weights is None else weights[:, task],
-                    None if groups is None else groups.to(logits.device),
-                )
+                rows += (None if weights is None else weights[:, task], groups)
             columns.append(loss(*rows))
         return torch.stack(columns, dim=1)
 
@@ -83,8 +83,8 @@ def build_losses(config: TrainConfig, schema: Schema) -> TaskLosses:
     """Make the losses of what evaluations measure: of the labels, and plain ones of the products of labels.
 
     Raises:
-        UserError: a loss for another kind of labels, or a class of one's own that is not there, is no ``TaskLoss``, or
-            does not take these settings; the message has one line.
+        UserError: a loss for another kind of labels, or within groups that the dataset does not have, or a class of
+            one's own that is not there, is no ``TaskLoss``, or does not take these settings; the message has one line.
     """
     return TaskLosses({name: build_loss(name, config, schema) for name in config.measured(schema.labels)})
 
@@ -104,6 +104,11 @@ def build_loss(task: str, config: TrainConfig, schema: Schema) -> TaskLoss:
         fits = ", ".join(name for name, loss in LOSSES.items() if kind in loss.kinds)
         raise UserError(
             f"{where}: {settings.name} is for {' or '.join(found.kinds)} labels, this one is {kind}: {fits}"
+        )
+    if found.within_groups and schema.together is None:
+        raise UserError(
+            f"{where}: {settings.name} compares the rows of a group, which dataset {schema.name!r} has shuffled apart; "
+            "prepare the log with together: COLUMN, such as a request id, or use cross_entropy"
         )
     try:
         loss: TaskLoss = found(own, number)
