@@ -102,6 +102,15 @@ def test_days_added_later_are_those_of_a_whole_log(tmp_path):
         assert schema.splits[day].groups
 
 
+def test_a_log_on_disk_in_several_files_is_the_same(tmp_path, monkeypatch):
+    spec = spec_with(split=SPLITS["random"], together="request", ignore=IGNORE)
+    one, _ = run(tmp_path, [write_parquet(ROWS, tmp_path / "log.parquet")], spec, "one")
+    parts = [write_parquet(ROWS[:1200], tmp_path / "a.parquet"), write_parquet(ROWS[1200:], tmp_path / "b.parquet")]
+    monkeypatch.setattr("ssr_rec.data.preparation.duckdb_engine.STAGED_SHARE", 10**12)
+    two, _ = run(tmp_path, parts, spec, "two")
+    assert one == two
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
