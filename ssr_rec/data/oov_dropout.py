@@ -20,14 +20,18 @@ from ssr_rec.data.schema import Schema
 def oov_shares(wanted: float | Mapping[str, float], schema: Schema) -> dict[str, float]:
     """Return feature -> share of its lookups to drop, of ``data.oov_dropout``.
 
+    A share for all features leaves given vectors alone: a value that is new to a vocabulary has its vector. Named,
+    they become the zeros of a value without one.
+
     Raises:
         UserError: a feature that the dataset lacks, or that has no out-of-vocabulary id.
     """
     having = [feature.name for feature in schema.features if isinstance(feature.encoding, LISTED)]
     if not isinstance(wanted, Mapping):
-        if wanted and not having:
+        learned = [feature.name for feature in schema.embedded if feature.name in having]
+        if wanted and not learned:
             raise UserError(f"data.oov_dropout={wanted}: no feature of dataset {schema.name!r} has a vocabulary")
-        return dict.fromkeys(having, wanted) if wanted else {}
+        return dict.fromkeys(learned, wanted) if wanted else {}
     for name in wanted:
         if name not in having:
             known = "has no out-of-vocabulary id" if name in schema.feature_names else "is not a feature that is used"

@@ -14,6 +14,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.runs.folder import read_metrics
 from ssr_rec.training.datasets import open_reader
 from tests.jobs import refused_job, stopped_job, train_job
+from tests.model.test_given_vectors import write
 from tests.prepare_log import make_rows, run, spec_with, write_csv
 from tests.ranks import run_ranks
 
@@ -86,6 +87,22 @@ def test_what_cannot_be_is_refused(prepared):
     for share in (-0.1, 1.0, {"city": 2.0}):
         with pytest.raises(ValidationError):
             DataConfig(oov_dropout=share)
+
+
+def test_a_value_that_is_unknown_for_once_keeps_its_given_vector_unless_that_is_named(tmp_path):
+    schema = write(tmp_path, min_count=5)
+    assert list(oov_shares(0.5, schema)) == ["user", "item", "shop"]
+    data = (tmp_path / "data", schema)
+    plain, dropped = read(data, {}), read(data, oov_shares(0.5, schema))
+    assert (joined(plain, "item") != joined(dropped, "item")).any()
+    for name in ("text", "map"):
+        assert (joined(plain, name) == joined(dropped, name)).all()
+    named = read(data, oov_shares({"text": 0.5}, schema))
+    changed = joined(named, "text") != joined(plain, "text")
+    assert 0.3 < changed.mean() < 0.6 and set(joined(named, "text")[changed]) == {1}
+    alone = schema.model_copy(update={"features": [f for f in schema.features if f.vectors is not None]})
+    with pytest.raises(ValueError, match=r"oov_dropout=0\.1: no feature of dataset 'content' has a vocabulary"):
+        oov_shares(0.1, alone)
 
 
 def losses(runs: Path) -> list[float]:
