@@ -15,14 +15,13 @@ from ssr_rec.common.settings import Settings, first_problem
 from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.config.run import RunConfig, apply_override
 from ssr_rec.data.schema import Schema
+from ssr_rec.studies.equal_terms import LENGTHS, judging_tasks
 from ssr_rec.studies.study import check_with_data, distinct, is_free, resolve_point
 
 OWN_KEYS = {"name": "--out", "runs": "--out", "data.path": "--data", "resume": "the same --out again, which goes on"}
 """Keys that differ between trials or are the search's own, and what sets them."""
 JUDGES = ("seed", "train.monitor", "train.monitor_task", "data.labels", "data.days")
 """Keys that decide what the objective measures, so that trials must share them."""
-LENGTHS = ("train.max_steps", "train.batch_size", "train.epochs")
-"""Keys that decide which day ``train.max_steps`` ends on."""
 
 
 class FloatRange(Settings):
@@ -165,7 +164,7 @@ def check_tuning(tuning: Tuning, schema: Schema, data: str, where: str | Path) -
     for key, values in tuning.search.items():
         for value in _checked(values):
             config = config_of(tuning, {**first, key: value}, data, where)
-            if judge.train.monitor_task is None and config.train.entire_space != judge.train.entire_space:
+            if judging_tasks(config, schema.labels) != judging_tasks(judge, schema.labels):
                 raise UserError(
                     f"{where}: search: {key} changes over which tasks {judge.train.monitor} is a mean; set "
                     "train.monitor_task for all trials"

@@ -25,6 +25,7 @@ from ssr_rec.config.run import RunConfig, apply_override, resolve
 from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.schema import Schema
 from ssr_rec.runs.report import Measures, Report
+from ssr_rec.studies.equal_terms import check_equal_terms
 from ssr_rec.studies.nested import has, merge, put
 from ssr_rec.training.monitor import counted, monitored
 
@@ -224,7 +225,8 @@ def make_plan(
         for trial in planned[name]:
             check_with_data(place, trial.config, schema)
         systems[name] = system.model_copy(update={"base": _shareable(planned[name][0].config), "search": search})
-    _check_equal_terms(planned, where)
+    configs = {name: [trial.config for trial in trials] for name, trials in planned.items()}
+    check_equal_terms(configs, schema.labels, where)
     return Plan(schema, Study(trials=budget, systems=systems), planned, seeds)
 
 
@@ -335,16 +337,3 @@ def check_with_data(where: str, config: RunConfig, schema: Schema) -> None:
         check_train_config(config.train, schema.select(config.data.features, config.data.labels))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _check_equal_terms(planned: Mapping[str, Sequence[Trial]], where: str | Path) -> None:
-    """Refuse systems that would be judged by different figures."""
-    for key in ("data.labels", "train.monitor", "train.monitor_task"):
-        section, name = key.split(".")
-        judged = {
-            str(getattr(getattr(trial.config, section), name)): system
-            for system, trials in planned.items()
-            for trial in trials
-        }
-        if len(judged) > 1:
-            raise UserError(f"{where}: {key} must be the same in all runs; it is {', '.join(judged)}")

@@ -192,6 +192,21 @@ def test_the_earliest_of_equal_trials_wins():
             {"trials": 9},
             "train.monitor must be the same in all runs",
         ),
+        (
+            {"search": {"train.task_weights": [{}, {"like": 0.0}]}},
+            {"trials": 9},
+            "chosen by auc of click and like, or of click; set train.monitor_task",
+        ),
+        (
+            {"systems": {"A": {}, "B": {"base": {"data": {"days": "all"}}}}},
+            {},
+            "data.days must be the same in all runs; it is None, all",
+        ),
+        (
+            {"base": {"data": {"days": "all"}, "train": {"max_steps": 9}}, "search": {"train.batch_size": [64, 128]}},
+            {"trials": 9},
+            "train.batch_size must be the same in all runs, since train.max_steps then ends on one day; it is 64, 128",
+        ),
         ({"base": {"train": {"monitor_task": "buy"}}}, {}, "system 'Dense MLP': train.monitor_task names 'buy'"),
         ({"base": {"data": {"features": ["zzz"]}}}, {}, "zzz"),
         ({"systems": {"A": {}, "a ": {}}}, {}, "system 'a ' makes no run folder of its own"),

@@ -272,12 +272,13 @@ def test_what_no_trial_could_run_is_refused_before_the_first(dataset, search, pr
         check_tuning(tuning, Schema.read(dataset), str(dataset), "space.yaml")
 
 
-def test_a_mean_over_other_tasks_in_every_trial_is_refused(dataset):
-    search = {"train.entire_space": [{}, {"like": "click"}]}
-    tuning = Tuning.model_validate({**SPACE, "search": search, "base": {"over_arch": {"name": "mlp"}}})
-    with pytest.raises(
-        UserError, match=r"entire_space changes over which tasks auc is a mean; set train\.monitor_task"
-    ):
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("train.entire_space", [{}, {"like": "click"}]), ("train.task_weights", [{}, {"like": 0.0}])],
+)
+def test_a_mean_over_other_tasks_in_every_trial_is_refused(dataset, key, values):
+    tuning = Tuning.model_validate({**SPACE, "search": {key: values}, "base": {"over_arch": {"name": "mlp"}}})
+    with pytest.raises(UserError, match=rf"{key} changes over which tasks auc is a mean; set train\.monitor_task"):
         check_tuning(tuning, Schema.read(dataset), str(dataset), "space.yaml")
 
 
