@@ -56,7 +56,7 @@ def labels_of(X: Any, y: Any, names: str | Sequence[str] | None, classes: Any = 
         classes: as ``fit`` found them; None: find them.
 
     Raises:
-        UserError: no labels, both kinds of them, a missing value, or not two classes.
+        UserError: no labels, both kinds of them, a label that is a feature, too, a missing value, or not two classes.
     """
     if y is not None and names is not None:
         raise UserError("y and labels both give the labels; give y, or name the columns of X that hold them")
@@ -70,6 +70,12 @@ def labels_of(X: Any, y: Any, names: str | Sequence[str] | None, classes: Any = 
         row = int(np.argmax(values.isna().any(axis=1).to_numpy()))
         raise UserError(f"row {row}: a label is missing (NaN); leave out such rows")
     check_consistent_length(X, values)
+    if classes is None and y is not None:
+        for name in {*values} & {*getattr(X, "columns", ())}:
+            raise UserError(
+                f"y and the frame both have a column {name!r}; drop it from the frame, or give labels={name!r} in "
+                "place of y"
+            )
     if classes is None:
         classes = [_classes(values[name], name) for name in values]
     elif isinstance(classes, np.ndarray):

@@ -14,6 +14,7 @@ import pytest
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.preparation import frame_columns
 from ssr_rec.data.preparation.frame_columns import spec_of_frame, write_frame
+from ssr_rec.estimator.labels import labels_of
 
 ROWS = 200
 NUMBERS = np.arange(ROWS)
@@ -80,3 +81,12 @@ def test_a_frame_is_written_in_parts_and_read_as_it_was(tmp_path: Path, monkeypa
 def test_a_column_of_several_types_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mixed.*give its values one type"):
         write_frame(pd.DataFrame({"mixed": ["a", 1, [2]]}), tmp_path / "rows.parquet", {})
+
+
+def test_labels_that_the_frame_has_a_column_of_are_refused() -> None:
+    X = pd.DataFrame({"a": [1, 2, 3], "click": [0, 1, 0]})
+    for y in (1 - X["click"], 1 - X[["click"]]):
+        with pytest.raises(UserError, match=r"y and the frame both have a column 'click'; drop it from the frame"):
+            labels_of(X, y, None)
+    assert labels_of(X, 1 - X["click"], None, [np.array([0, 1])]).names == ["click"]
+    assert labels_of(X.drop(columns="click"), X["click"], None).names == ["click"]
