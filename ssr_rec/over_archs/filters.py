@@ -62,7 +62,8 @@ class StaticRandomFilter(Filter):
         if config.view_dim > width:
             raise UserError(
                 f"view_dim={config.view_dim} asks each view of layer {layer} for more dims than its input has: "
-                f"set view_dim to at most {width}, or filter='dynamic'"
+                f"set view_dim to at most {width}, or filter to dynamic (--over_arch.view_dim={width}, or "
+                "--over_arch.filter=dynamic)"
             )
         self.indices: Tensor
         self.register_buffer("indices", random_indices(width, layer, config))

@@ -184,7 +184,10 @@ def _typed_list(column: Column, name: str, settings: ListColumn) -> Column:
     kind = column.type()
     if kind.is_string():
         if settings.separator is None:
-            raise UserError(f"list column {name!r} holds text; give its separator, or name it under categorical")
+            raise UserError(
+                f"list column {name!r} holds text; give its separator, as in lists: {{{name}: {{separator: '|'}}}}, or "
+                "name it under categorical"
+            )
         # Empty text is a list of nothing, not of one empty item.
         column = column.nullif("").split(settings.separator)
     elif not isinstance(kind, dt.Array):
