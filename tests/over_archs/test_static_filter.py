@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.filters import FILTERS
 from ssr_rec.over_archs.ssr import SSR
 from ssr_rec.over_archs.ssr_settings import SSRConfig
@@ -74,3 +75,8 @@ def test_unselected_dims_are_blocked() -> None:
     ssr(x).square().sum().backward()
     touched = set(x.grad.abs().sum(0).nonzero().flatten().tolist())
     assert touched == set(ssr.blocks()[0].filter.indices.flatten().tolist())
+
+
+def test_a_view_wider_than_a_small_log_s_input_is_refused_with_the_keys_to_set() -> None:
+    with pytest.raises(UserError, match=rf"--over_arch\.view_dim={F * D}, or --over_arch\.filter=dynamic"):
+        indices(dim=F * D + 1)
