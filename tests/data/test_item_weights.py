@@ -180,7 +180,7 @@ def test_marks_and_roles_that_cannot_be(tmp_path):
         ({"words": {"max_length": 3, "weights": "|", "separator": "||"}}, "are not apart"),
     ):
         with pytest.raises(UserError, match=words):
-            make_spec({**SPEC, "lists": lists}, "test")
+            make_spec({**SPEC, "lists": lists, "vocabularies": {}}, "test")
 
 
 def test_a_shard_with_wrong_weights_is_refused(tmp_path):
