@@ -49,8 +49,7 @@ class RankingLoss(TaskLoss):
             raise UserError(f"{self.settings.name}: the rows have no groups; prepare the log with together")
         there = torch.ones_like(labels) if weights is None else weights
         positive, negative = labels * there, (1 - labels) * there
-        # Of rows that count in groups of both classes.
-        both = (_sums(positive, groups) > 0) & (_sums(negative, groups) > 0)
+        both = _sums(negative, groups) > 0  # among positive rows alone there is no order to learn
         ranking = self.ranking(logits, (positive > 0) & both, torch.where(both, there, 0.0), groups)
         share = self.settings.cross_entropy
         if not share:
@@ -59,7 +58,14 @@ class RankingLoss(TaskLoss):
 
     @abstractmethod
     def ranking(self, logits: Tensor, positive: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
-        """Return the ranking loss (B,), 0 of rows that are not ``positive`` (B,); ``weights`` (B,) are 0 elsewhere."""
+        """Return the ranking loss (B,), 0 of rows that are not ``positive``.
+
+        Args:
+            logits: (B,).
+            positive: (B,) the positive rows of groups that have negatives, too.
+            weights: (B,), 0 in groups without a negative.
+            groups: (B,).
+        """
 
 
 class Softmax(RankingLoss):
