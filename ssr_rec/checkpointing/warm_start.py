@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 ROWS_OF_IDS = "._mch_sorted_raw_ids"
 """Name's end of the ids that have a row of a managed table (``ssr_rec/embeddings/evicting_tables.py``)."""
 TABLE = re.compile(r"\.embedding_bags\.([^./]+)\.weight")
+OF_DOMAINS = re.compile(r"\.(per_domain\.[^.]+)\.")
+"""In the name of a tensor whose first dim is the domains: the column's ids, which mean what its table's rows do."""
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -79,6 +81,8 @@ def warm_start(
     folder = latest_checkpoint(source, needs_optimizer=optimizer is not None)
     verify(folder)
     maps = row_maps(folder, here)
+    of_tables = {feature.name: feature.table for feature in here.schema.features}
+    maps |= {f"per_domain.{name}": maps[table] for name, table in of_tables.items() if table in maps}
     tensors = model_tensors(model)
     weights = _match(tensors, folder, maps, MODEL)
     for name in (*weights.names("fresh"), *weights.names("other_size"), *weights.unused):
@@ -221,7 +225,12 @@ class _Match:
 
 
 def feature_of(name: str) -> str | None:
-    """Return the feature, or shared vocabulary, whose table or optimizer's state a tensor is; None: it is none."""
+    """Return the feature, or shared vocabulary, whose table or optimizer's state a tensor is; None: it is none.
+
+    Of a domain's parameters it is ``per_domain.COLUMN``.
+    """
+    if of_domains := OF_DOMAINS.search(name):
+        return of_domains.group(1)
     found = TABLE.search(name)
     return found.group(1).partition("@")[0] if found else None
 

@@ -1,8 +1,8 @@
 """Compare finished runs: ``python tools/show_runs.py RUN [RUN ...] [--plot PATH] [--html PATH]``.
 
-Prints a Markdown table of the runs, best first under the dataset's ceiling, and one sentence per task. Of runs by days
-(data.days), whose test is the mean over the next days, also a table and a picture by day. The page of ``--html`` needs
-nothing beside it.
+Prints a Markdown table of the runs, best first under the dataset's ceiling, and one sentence per task; of runs with a
+domain (or train.metrics_by) also the measures of each of its values. Of runs by days (data.days), whose test is the
+mean over the next days, also a table and a picture by day. The page of ``--html`` needs nothing beside it.
 A folder without a finished run ends it with exit code 2 and a line that says what is missing.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.whole_files import write_text
+from ssr_rec.runs.by_value import by_value_table
 from ssr_rec.runs.report import read_run
 from ssr_rec.runs.table import runs_table, summary
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = [read_run(folder) for folder in chosen.runs]
         print(runs_table(runs), summary(runs), sep="\n\n")
+        for run in runs:
+            if table := by_value_table(run.report):
+                print(f"\n{run.report.name}\n\n{table}")
         by_days = all(run.report.days for run in runs)
         # Imported here: matplotlib takes a second, and the table alone does not need it.
         if by_days:

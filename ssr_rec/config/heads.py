@@ -13,4 +13,7 @@ class HeadsConfig(Settings):
     hidden: Widths = Field(
         [], description="widths of the ReLU layers of every task's own tower; none: shared features to linear heads"
     )
+    per_domain: bool = Field(
+        False, description="add a delta of each value of ``domain`` to the weights of towers and heads, zero at first"
+    )
     dropout: Share = Field(0.0, description="share of activations dropped after each tower layer")

@@ -62,6 +62,11 @@ class RunConfig(Settings):
     dense: DenseConfig = DenseConfig()
     over_arch: OverArchConfig = SSRConfig()
     heads: HeadsConfig = HeadsConfig()
+    domain: str | None = Field(
+        None,
+        description="categorical feature of few values, by each of which metrics are given; heads.per_domain and "
+        "over_arch.domain_views give each its own part of the model",
+    )
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
@@ -78,6 +83,19 @@ class RunConfig(Settings):
     warm_start_optimizer: bool = Field(
         False, description="begin with its optimizer's state as well; of a run folder, take the latest checkpoint"
     )
+
+    @model_validator(mode="after")
+    def _parts_of_a_domain(self) -> RunConfig:
+        views = getattr(self.over_arch, "domain_views", 0)
+        for key, wanted in (("heads.per_domain", self.heads.per_domain), ("over_arch.domain_views", views)):
+            if wanted and self.domain is None:
+                raise UserError(f"{key}={str(wanted).lower()} needs domain, the column whose values it is for")
+        return self
+
+    @property
+    def metrics_by(self) -> str | None:
+        """Return the column by whose values evaluations are given; None: they are not."""
+        return self.train.metrics_by or self.domain
 
     @model_validator(mode="after")
     def _optimizer_of_something(self) -> RunConfig:

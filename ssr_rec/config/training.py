@@ -31,6 +31,9 @@ class TrainConfig(Settings):
     metrics_rows: int = Field(
         2**22, ge=1, description="rows of a fold up to which auto is exact, and that bounded keeps for GAUC"
     )
+    metrics_by: str | None = Field(
+        None, description="feature with one value a row, by each of which evaluations give metrics too; None: domain"
+    )
     monitor: Literal["auc", "gauc", "logloss", "ne", "rmse", "mae", "xauc"] | RankingMeasure = Field(
         "auc",
         description="validation metric that picks the best; rmse, mae, xauc: of labels that are numbers; also one of "

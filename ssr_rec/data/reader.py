@@ -26,6 +26,7 @@ from ssr_rec.data.features import Feature
 from ssr_rec.data.oov_dropout import OovDropout
 from ssr_rec.data.row_groups import SplitFiles
 from ssr_rec.data.schema import Schema
+from ssr_rec.data.value_columns import ValueColumn
 
 
 class Reader:
@@ -59,6 +60,7 @@ class Reader:
         self.schema, self.batch_size, self.seed, self.prefetch = schema, batch_size, seed, 4
         self.new_from: dict[str, int] = {}
         self.oov_dropout: OovDropout | None = None
+        self.by: ValueColumn | None = None
         self.num_lanes = max(num_lanes, world_size)
         if batch_size < self.num_lanes:
             raise UserError(
@@ -70,15 +72,22 @@ class Reader:
         self.num_rows = schema.splits[split].num_rows
         self.steps_per_epoch = -(-self.num_rows // batch_size)
 
-    def reading(self, prefetch: int = 4, hide_new: bool = False, oov_dropout: OovDropout | None = None) -> Reader:
+    def reading(
+        self,
+        prefetch: int = 4,
+        hide_new: bool = False,
+        oov_dropout: OovDropout | None = None,
+        by: ValueColumn | None = None,
+    ) -> Reader:
         """Set how batches are read, and return the reader.
 
         Args:
             prefetch: batches decoded ahead in a background thread.
             hide_new: take ids that the rows of this day themselves gave to values as out of vocabulary.
             oov_dropout: of training; None: every id as it is stored.
+            by: for whose values evaluations give metrics as well.
         """
-        self.prefetch, self.oov_dropout = prefetch, oov_dropout
+        self.prefetch, self.oov_dropout, self.by = prefetch, oov_dropout, by
         self.new_from = self.schema.new_from(self.split) if hide_new else {}
         return self
 

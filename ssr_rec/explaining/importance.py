@@ -137,18 +137,27 @@ class Scored:
         self.model, self.rows = model, rows
         dense = model.dense
         seen: list[tuple[Tensor, ...]] = []
-        handle = dense.over_arch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        domains: list[tuple[Tensor, ...]] = []
+        handles = [
+            dense.over_arch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs)),
+            dense.heads.register_forward_pre_hook(lambda _, inputs: domains.append(inputs[1:])),
+        ]
         try:
             self.logits = rows.logits(model)
         finally:
-            handle.remove()
-        self._inputs = [torch.cat(parts) for parts in zip(*seen, strict=True)]
+            for handle in handles:
+                handle.remove()
+        kept = len(dense.over_arch.extra_tables) + 1  # a domain may come behind
+        self._inputs = [torch.cat(parts) for parts in list(zip(*seen, strict=True))[:kept]]
+        self._domain = torch.cat([ids for (ids,) in domains]) if dense.domain is not None else None
         dims = [dense.over_arch.field_dims, *dense.over_arch.extra_tables.values()]
         ends = [np.cumsum([0, *of_fields]).tolist() for of_fields in dims]
         pairs = dense.histories.pairs() if dense.histories is not None else []
         encoded = {feature.name for history, _ in pairs for feature in (*history.columns, *history.targets)}
         if dense.vectors is not None:
             encoded |= {*dense.vectors.names}  # an over-arch's further inputs mix the fields that are made
+        if dense.domain is not None:
+            encoded |= {dense.domain.name}
         self._fields = {
             name: [slice(end[place], end[place + 1]) for end in ends]
             for place, name in enumerate(dense.field_names)
@@ -166,7 +175,8 @@ class Scored:
                 for column in columns:
                     for x, whole, field in zip(inputs, self._inputs, self._fields[column], strict=True):
                         x[:, field] = whole[taken[start : start + BATCH_ROWS], field]
-                logits.append(logits_of(inputs, dense.over_arch, dense.heads, dense.bf16))
+                domain = None if self._domain is None else self._domain[start : start + BATCH_ROWS]
+                logits.append(logits_of(inputs, dense.over_arch, dense.heads, dense.bf16, domain))
         return torch.cat(logits).numpy()
 
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import source
-from ssr_rec.data.features import LISTED, Feature, LogBuckets
 from ssr_rec.data.schema import GROUP_COLUMN, Schema
+from ssr_rec.data.value_columns import value_names
 
 
 class Column(NamedTuple):
@@ -60,25 +60,3 @@ def read_column(folder: Path, schema: Schema, split: str, name: str, rows: int) 
     ids, codes = np.unique(values, return_inverse=True)
     names = value_names(feature, folder, ids) if feature is not None else [f"{value:g}" for value in ids.tolist()]
     return Column(name, codes, names)
-
-
-def value_names(feature: Feature, folder: Path, ids: np.ndarray) -> list[str]:
-    """Return what each id of a feature stands for.
-
-    Args:
-        feature: how its ids were made.
-        folder: the prepared dataset, for the vocabulary.
-        ids: ``(n,)``.
-    """
-    encoding = feature.encoding
-    special = {getattr(encoding, "missing_id", None): "(missing)", getattr(encoding, "oov_id", None): "(unknown)"}
-    if isinstance(encoding, LogBuckets):
-        return [special.get(i) or f"about {encoding.middle(i):.4g}" for i in ids.tolist()]
-    if isinstance(encoding, LISTED):
-        table = pq.read_table(source(folder / encoding.file), columns=["value", "id"])
-        known = table.column("id").to_numpy()
-        # A hash may give several values one id; the first named is one of them.
-        places = dict(zip(known[::-1].tolist(), range(len(known) - 1, -1, -1), strict=True))
-        column = table.column("value")
-        return [special.get(i) or (column[places[i]].as_py() if i in places else f"id {i}") for i in ids.tolist()]
-    return [special.get(i) or f"id {i}" for i in ids.tolist()]

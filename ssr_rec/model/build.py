@@ -12,6 +12,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.config.dense import DenseConfig
 from ssr_rec.config.run import RunConfig
 from ssr_rec.data.schema import Schema
+from ssr_rec.data.value_columns import domain_feature
 from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
@@ -23,7 +24,7 @@ from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.model.loss import TrainTask
 from ssr_rec.model.losses.registry import build_losses
 from ssr_rec.model.vector_fields import VectorFields, fill_vectors
-from ssr_rec.over_archs.base import OverArch
+from ssr_rec.over_archs.base import Domain, OverArch
 from ssr_rec.over_archs.choice import OverArchConfig
 from ssr_rec.over_archs.registry import build_over_arch
 
@@ -32,9 +33,10 @@ def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
     """Return over-arch, heads, encoders of sequences and what makes fields of numbers, of a run.
 
     Raises:
-        UserError: sizes that do not fit, a sequence that the schema does not have, or settings of dense columns where
-            it has none.
+        UserError: sizes that do not fit, a sequence or domain that the schema does not have, or settings of dense
+            columns where it has none.
     """
+    domain = domain_of(config, schema)
     if not schema.dense and config.dense != DenseConfig():
         raise UserError(
             f"dense: {schema.name!r} has no dense columns; name them under dense in its spec and prepare the log again"
@@ -49,9 +51,25 @@ def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
     of_rows = RowVectorFields(schema.row_vectors, config.embeddings.dim) if schema.row_vectors else None
     made = Given(numbers, of_rows, vectors)
     dims += [dim for part in made if part is not None for dim in part.dims]
-    over_arch = build_over_arch(len(dims), dims, len(schema.labels), config.over_arch)
-    tasks = len(schema.labels)
-    return DenseArch(reading.fields, over_arch, tasks, config.heads, config.train.bf16, histories, made)
+    over_arch = build_over_arch(len(dims), dims, len(schema.labels), config.over_arch, domain)
+    return DenseArch(reading.fields, over_arch, config.heads, config.train.bf16, histories, made, domain)
+
+
+def domain_of(config: RunConfig, schema: Schema) -> Domain | None:
+    """Return the column that ``domain`` names; None: there is none.
+
+    Raises:
+        UserError: it cannot be a domain.
+    """
+    if config.domain is None:
+        return None
+    feature = domain_feature(schema, config.domain)
+    if feature.table in config.embeddings.managed:
+        raise UserError(
+            f"domain: {config.domain!r} is in embeddings.managed, so that its ids stand for other values in time; "
+            "leave it out of that"
+        )
+    return Domain(feature.name, feature.num_embeddings)
 
 
 def build_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -13,21 +13,29 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ssr_rec.config.heads import HeadsConfig
 from ssr_rec.data.features import Feature
+from ssr_rec.data.value_columns import ids_of
 from ssr_rec.embeddings.evicting_tables import ManagedIds
 from ssr_rec.embeddings.histories import EventIds
 from ssr_rec.embeddings.tables import ConcatFields, Tables
 from ssr_rec.embeddings.weighted_ids import WeightedIds
 from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
+from ssr_rec.model.domain_heads import DomainDeltas
 from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.model.vector_fields import VectorFields
-from ssr_rec.over_archs.base import OverArch
+from ssr_rec.over_archs.base import Domain, OverArch
 from ssr_rec.over_archs.layers import Dropout, ViewLinear
 
 
 class Heads(nn.Module):
-    """Gives each task a tower and a linear head: features (B, H), shared, or (B, T, H), its own, to logits (B, T)."""
+    """Gives each task a tower and a linear head: features (B, H), shared, or (B, T, H), its own, to logits (B, T).
 
-    def __init__(self, out_features: int, num_tasks: int, config: HeadsConfig | None = None) -> None:
+    With ``per_domain``, the weights of a row are the shared ones and the delta of the row's domain, whose parameters
+    have the column in their names, so that a warm start can tell what their first dim stands for.
+    """
+
+    def __init__(
+        self, out_features: int, num_tasks: int, config: HeadsConfig | None = None, domain: Domain | None = None
+    ) -> None:
         super().__init__()
         config = config or HeadsConfig()
         widths = [out_features, *config.hidden]
@@ -38,17 +46,42 @@ class Heads(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_tasks, widths[-1]))
         self.bias = nn.Parameter(torch.zeros(num_tasks))
         nn.init.xavier_uniform_(self.weight)
+        self.per_domain: nn.ModuleDict | None = None
+        if config.per_domain:
+            assert domain is not None, "heads of each domain need one"
+            self.per_domain = nn.ModuleDict({domain.name: DomainDeltas(domain, num_tasks, widths)})
 
-    def forward(self, features: Tensor) -> Tensor:
+    @property
+    def deltas(self) -> DomainDeltas | None:
+        """Return what each domain adds; None: nothing."""
+        return None if self.per_domain is None else cast(DomainDeltas, next(iter(self.per_domain.values())))
+
+    def forward(self, features: Tensor, domain: Tensor | None = None) -> Tensor:
+        """Return the logits (B, T); ``domain``: the ids (B,) of the rows' domains, where these have deltas."""
+        deltas, rows = self.deltas, None
+        if deltas is not None:
+            assert domain is not None, "heads of each domain need the rows' domains"
+            rows = deltas.rows_of(domain)
         if self.towers:
             tasks = len(self.bias)
             by_task = features.expand(tasks, *features.shape) if features.dim() == 2 else features.transpose(0, 1)
-            for tower in self.towers:
-                by_task = self.dropout(torch.relu(tower(by_task)))
+            for layer, tower in enumerate(self.towers):
+                z = tower(by_task)
+                if deltas is not None and rows is not None:
+                    z = z + deltas.of_tower(layer, by_task, rows)
+                by_task = self.dropout(torch.relu(z))
             features = by_task.transpose(0, 1)
         if features.dim() == 2:
-            return features @ self.weight.t() + self.bias
-        return (features * self.weight).sum(dim=-1) + self.bias
+            logits = features @ self.weight.t() + self.bias
+        else:
+            logits = (features * self.weight).sum(dim=-1) + self.bias
+        return logits if deltas is None or rows is None else logits + deltas.logits(features, rows)
+
+    def matmul_flops(self) -> int:
+        """Return the operations of its products in one forward pass of one row."""
+        towers = sum(tower.flops().matmul for tower in self.towers if isinstance(tower, ViewLinear))
+        deltas = self.deltas
+        return towers + 2 * self.weight.numel() + (deltas.matmul_flops() if deltas is not None else 0)
 
 
 class Given(NamedTuple):
@@ -75,17 +108,18 @@ class DenseArch(nn.Module):
         bf16: run the over-arch and heads in bfloat16 by autocast; parameters, tables and logits stay float32.
         histories: the fields that are read un-pooled; those of encoders come behind the others in the input vector.
         given: the fields of what is given, which come behind those.
+        domain: the column whose id is a row's domain; None: nothing depends on one.
     """
 
     def __init__(
         self,
         fields: Sequence[Feature],
         over_arch: OverArch,
-        num_tasks: int,
         heads: HeadsConfig | None = None,
         bf16: bool = False,
         histories: HistoryFields | None = None,
         given: Given = GIVEN_NOTHING,
+        domain: Domain | None = None,
     ) -> None:
         super().__init__()
         self.concat = ConcatFields(fields, over_arch.extra_tables, histories.own if histories else ())
@@ -101,8 +135,10 @@ class DenseArch(nn.Module):
             for dims in over_arch.extra_tables.values():
                 self.extra_of_histories.append(nn.Linear(sum(added), sum(dims[-len(added) :]), bias=False))
         self.over_arch = over_arch
-        self.heads = Heads(over_arch.out_features, num_tasks, heads)
+        self.heads = Heads(over_arch.out_features, over_arch.num_tasks, heads, domain)
         self.bf16 = bf16
+        self.domain = domain if over_arch.domain is not None or self.heads.deltas is not None else None
+        self.reads_ids = self.vectors is not None or self.domain is not None
 
     def forward(
         self,
@@ -116,7 +152,7 @@ class DenseArch(nn.Module):
 
         Args:
             looked_up: un-pooled embeddings of sequences.
-            sparse: the ids of sequences and of given vectors.
+            sparse: the ids of sequences, of given vectors and of the domain.
             dense: (B, C) numbers.
             weighted: pooled embeddings of the tables that weighted lists read.
         """
@@ -131,17 +167,25 @@ class DenseArch(nn.Module):
         if self.vectors is not None:
             made.append(self.vectors.of_batch(sparse))
         inputs = joined(self.concat(embeddings, unpooled, weighted), made, self.extra_of_histories)
-        return logits_of(inputs, self.over_arch, self.heads, self.bf16)
+        domain = ids_of(sparse, self.domain.name) if self.domain is not None and sparse is not None else None
+        return logits_of(inputs, self.over_arch, self.heads, self.bf16, domain)
 
 
-def logits_of(inputs: Sequence[Tensor], over_arch: OverArch, heads: Heads, bf16: bool) -> Tensor:
-    """Return logits (B, T) float32 of an over-arch's inputs, in bfloat16 by autocast where ``bf16`` says so."""
+def logits_of(
+    inputs: Sequence[Tensor], over_arch: OverArch, heads: Heads, bf16: bool, domain: Tensor | None = None
+) -> Tensor:
+    """Return logits (B, T) float32 of an over-arch's inputs, in bfloat16 by autocast where ``bf16`` says so.
+
+    Args:
+        domain: the ids (B,) of the rows' domains, where something depends on them.
+    """
+    of_domain = () if domain is None else (domain,)
     with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16, enabled=bf16):
-        features = over_arch(*inputs)
+        features = over_arch(*inputs, *(of_domain if over_arch.domain is not None else ()))
         if isinstance(features, Tensor):
-            return heads(features).float()
+            return heads(features, *of_domain).float()
         features, logits = features
-        return heads(features).float() + logits.float()
+        return heads(features, *of_domain).float() + logits.float()
 
 
 def joined(inputs: Sequence[Tensor], made: Sequence[Tensor], extra: nn.ModuleList) -> list[Tensor]:
@@ -187,7 +231,7 @@ class CTRModel(nn.Module):
         if self.weighted_tables is not None and self.weighted_ids is not None:
             weighted = self.weighted_tables(self.weighted_ids(sparse, item_weights))
         if self.event_ids is None or self.event_tables is None:
-            ids = sparse if self.dense.vectors is not None else None
+            ids = sparse if self.dense.reads_ids else None
             return self.dense(self.tables(sparse), None, ids, dense, weighted)
         return self.dense(self.tables(sparse), self.event_tables(self.event_ids(sparse)), sparse, dense, weighted)
 

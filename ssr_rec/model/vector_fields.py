@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.features import Feature
 from ssr_rec.data.schema import Schema
+from ssr_rec.data.value_columns import ids_of
 from ssr_rec.over_archs.base import dense_flops
 from ssr_rec.over_archs.layers import init_dense_
 
@@ -54,9 +55,7 @@ class VectorFields(nn.Module):
 
     def of_batch(self, sparse: KeyedJaggedTensor) -> Tensor:
         """Return the fields (B, sum of D) of a batch."""
-        ends, values = sparse.offset_per_key(), sparse.values()
-        places = [sparse.keys().index(name) for name in self.names]
-        return self([values[ends[place] : ends[place + 1]] for place in places])
+        return self([ids_of(sparse, name) for name in self.names])
 
     def forward(self, ids: Sequence[Tensor], tables: Sequence[Tensor] | None = None) -> Tensor:
         """Return the fields of ids, (B,) of each feature; ``tables``: other vectors than its own."""

@@ -45,7 +45,7 @@ def count_at(step: int, config: SSRConfig) -> int:
 
 
 @torch.enable_grad()
-def first_products(ssr: SSR, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def first_products(ssr: SSR, x: Tensor, grad: Tensor, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return what the first layer sees (B, F*D), and the gradient of its first product before GELU (V, B, d).
 
     The forward pass is done again, without dropout; running statistics and random states stay as they were.
@@ -53,6 +53,7 @@ def first_products(ssr: SSR, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: (B, F*D) the over-arch's input.
         grad: (B, H) the gradient of its output.
+        domain: (B,) the rows' domains, where it has views of theirs.
     """
     norm = ssr.input_norm
     if isinstance(norm, InputNorm):
@@ -64,8 +65,10 @@ def first_products(ssr: SSR, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     first, *rest = ssr.blocks()
     with evaluating(ssr):
         product, views = first.fusion.plain(seen, first.filter.get_buffer("indices"))
+        rows = ssr.rows_of(domain)
+        views = first.with_domain_views(views, seen, rows[0] if rows else None)
         for layer in rest:
-            views = layer(views.flatten(1))
+            views = layer(views.flatten(1), *rows)
         features = ssr.output(views)
     (of_product,) = torch.autograd.grad(features, product, grad.to(features.dtype))
     return seen, of_product
@@ -120,14 +123,15 @@ def forget(weight: Tensor, states: Mapping[str, Tensor], changed: Tensor) -> Non
 
 
 @torch.no_grad()
-def add_would_be(ssr: SSR, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
+def add_would_be(ssr: SSR, x: Tensor, grad: Tensor, ranks: Ranks, domain: Tensor | None = None) -> None:
     """Add a batch's would-be gradients to those the next exchange looks at. Collective.
 
     Args:
         x: (B, F*D) the over-arch's input.
         grad: (B, H) the gradient of its output.
+        domain: (B,) the rows' domains, where it has views of theirs.
     """
-    seen, of_product = first_products(ssr, x, grad)
+    seen, of_product = first_products(ssr, x, grad, domain)
     sums = torch.cat([torch.einsum("bw,vbd->vwd", seen, of_product).flatten(), seen.square().sum(0)])
     ranks.add(sums)
     looked_at = ssr.blocks()[0].filter

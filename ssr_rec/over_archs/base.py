@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel
 from torch import Tensor, nn
@@ -52,6 +52,13 @@ def dense_flops(fan_in: int, fan_out: int, bias: bool = True) -> Flops:
     return Flops(matmul=2 * fan_in * fan_out, elementwise=fan_out if bias else 0)
 
 
+class Domain(NamedTuple):
+    """Names the column whose id is a row's domain, and says how many ids it has, from 0 on."""
+
+    name: str
+    size: int
+
+
 class OverArch(nn.Module, ABC):
     """Turns the concatenated embeddings of a batch into features for the task heads.
 
@@ -60,8 +67,12 @@ class OverArch(nn.Module, ABC):
     of DeepFM) returns ``(features, logits (B, T))``; the logits are added to those of the heads. Heads, losses and
     tables live elsewhere, so an over-arch works in any PyTorch model.
 
+    One whose class says ``takes_domain`` is built with a further keyword ``domain``, and may keep it. If it does,
+    ``forward``, ``look`` and ``statistics`` get the ids (B,) of the rows' domains as their last argument.
+
     Attributes:
         out_features: H.
+        domain: what its weights depend on besides x; None: on nothing.
         settings_class: the pydantic model of its settings; of a class of one's own, which a config names by its path.
         extra_tables: further tables that every field has for this over-arch alone: name -> a dim per field. Their
             embeddings (B, sum of those dims) arrive as ``extra``, in this order, fields one after another.
@@ -75,6 +86,7 @@ class OverArch(nn.Module, ABC):
 
     out_features: int
     settings_class: ClassVar[type[BaseModel]]
+    takes_domain: ClassVar[bool] = False
     forward: Callable[..., Tensor | tuple[Tensor, Tensor]]
 
     def __init__(self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int) -> None:
@@ -84,6 +96,7 @@ class OverArch(nn.Module, ABC):
         if num_tasks < 1:
             raise UserError(f"num_tasks={num_tasks}: an over-arch serves at least one task")
         self.num_tasks = num_tasks
+        self.domain: Domain | None = None
         self.extra_tables: dict[str, tuple[int, ...]] = {}
         self.optimizers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {}
         self.register_forward_pre_hook(_check_width)

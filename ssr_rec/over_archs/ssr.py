@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssr_rec.common.errors import UserError
 from ssr_rec.kernels import view_fusion
 from ssr_rec.kernels.reference import gather_views
 from ssr_rec.over_archs.adaptive import Adapts, Ranks, States, add_would_be, move_dims
-from ssr_rec.over_archs.base import GELU_FLOPS, Flops, OverArch
+from ssr_rec.over_archs.base import GELU_FLOPS, Domain, Flops, OverArch
+from ssr_rec.over_archs.domain_layers import DomainRows, domain_rows
+from ssr_rec.over_archs.domain_views import DomainViews
 from ssr_rec.over_archs.filters import FILTERS, IcsFilter, StaticRandomFilter, TopKFilter
 from ssr_rec.over_archs.layers import DenseStack, Dropout, ViewLayerNorm, ViewLinear, evaluating, make_input_norm
 from ssr_rec.over_archs.ssr_settings import SSRConfig
@@ -71,38 +74,66 @@ class ViewFusion(nn.Module):
 
 
 class SSRLayer(nn.Module):
-    """Filter, then fuse: (B, width) -> (B, V, d)."""
+    """Filter, then fuse: (B, width) -> (B, V, d), where a domain has views of its own those last.
 
-    def __init__(self, width: int, layer: int, config: SSRConfig) -> None:
+    The parts of a domain are named by its column, so that a warm start can tell what their first dim stands for.
+    """
+
+    def __init__(self, width: int, layer: int, config: SSRConfig, domain: Domain | None = None) -> None:
         super().__init__()
         self.filter = FILTERS[config.filter](width, layer, config)
         self.fusion = ViewFusion(self.filter.out_dim, config)
+        self.per_domain: nn.ModuleDict | None = None
+        if domain is not None:
+            self.per_domain = nn.ModuleDict({domain.name: DomainViews(width, layer, config, domain.size)})
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: DomainRows | None = None) -> Tensor:
         if isinstance(self.filter, StaticRandomFilter):
-            return self.fusion(x, self.filter.indices)
-        return self.fusion(self.filter(x))
+            views = self.fusion(x, self.filter.indices)
+        else:
+            views = self.fusion(self.filter(x))
+        return self.with_domain_views(views, x, rows)
+
+    def with_domain_views(self, views: Tensor, x: Tensor, rows: DomainRows | None) -> Tensor:
+        """Return the shared views (B, V, d) of the layer's input x with those of the rows' domains."""
+        for of_domain in self.per_domain.values() if self.per_domain is not None else ():
+            views = torch.cat([views, of_domain(x, rows)], 1)
+        return views
 
     def flops(self) -> Flops:
-        return self.filter.flops() + self.fusion.flops()
+        total = self.filter.flops() + self.fusion.flops()
+        for of_domain in self.per_domain.values() if self.per_domain is not None else ():
+            total += cast(DomainViews, of_domain).flops()
+        return total
 
 
 class SSR(OverArch):
     """Computes SSR-S and SSR-D: one block, two filters (paper, section 2); and SSR-A, SSR-S whose dims move at first.
 
-    (B, F*D) -> (B, V*d); (B, d) with ``output='mean'``; (B, output_mlp[-1]) with an output MLP.
+    (B, F*D) -> (B, V*d); (B, d) with ``output='mean'``; (B, output_mlp[-1]) with an output MLP. With ``domain_views``
+    it takes the rows' domains (B,) as well, and V are the shared views and those of one domain.
     """
 
+    takes_domain: ClassVar[bool] = True
+
     def __init__(
-        self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: SSRConfig | None = None
+        self,
+        num_fields: int,
+        embedding_dim: int | Sequence[int],
+        num_tasks: int,
+        config: SSRConfig | None = None,
+        domain: Domain | None = None,
     ) -> None:
         super().__init__(num_fields, embedding_dim, num_tasks)
         self.config = config = config or SSRConfig()
-        wide = config.num_views * config.view_dim
+        if config.domain_views and domain is None:
+            raise UserError(f"domain_views={config.domain_views} needs a domain, the column whose values they are of")
+        self.domain = domain if config.domain_views else None
+        wide = (config.num_views + config.domain_views) * config.view_dim
         self.input_norm = make_input_norm(config.input_norm, self.field_dims)
         self.input_dropout = Dropout(config.input_dropout)
         self.layers = nn.ModuleList(
-            SSRLayer(self.in_features if i == 0 else wide, i, config) for i in range(config.num_layers)
+            SSRLayer(self.in_features if i == 0 else wide, i, config, self.domain) for i in range(config.num_layers)
         )
         self.out_features = wide if config.output == "concat" else config.view_dim
         self.output_mlp = DenseStack(self.out_features, config.output_mlp, config.initializer)
@@ -118,11 +149,16 @@ class SSR(OverArch):
         x = self.input_norm(x)
         return self.input_dropout(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rows_of(self, domain: Tensor | None) -> list[DomainRows]:
+        """Return what every layer takes besides x: the domains (B,) of the rows, or nothing."""
+        return [domain_rows(domain, self.domain.size)] if self.domain is not None and domain is not None else []
+
+    def forward(self, x: Tensor, domain: Tensor | None = None) -> Tensor:
+        rows = self.rows_of(domain)
         x = self.prepare(x)
         for layer in self.layers[:-1]:
-            x = layer(x).flatten(1)
-        return self.output(self.layers[-1](x))
+            x = layer(x, *rows).flatten(1)
+        return self.output(self.layers[-1](x, *rows))
 
     def output(self, views: Tensor) -> Tensor:
         """Return the features of the last layer's views: (B, V, d) -> (B, H)."""
@@ -134,8 +170,8 @@ class SSR(OverArch):
             return None
         return Adapts(config.adapt_every, config.adapt_until, config.adapt_batches)
 
-    def look(self, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
-        add_would_be(self, x, grad, ranks)
+    def look(self, x: Tensor, grad: Tensor, ranks: Ranks, domain: Tensor | None = None) -> None:
+        add_would_be(self, x, grad, ranks, domain)
 
     def adapt(self, step: int, states: States, ranks: Ranks) -> None:
         move_dims(self, step, states, ranks)
@@ -148,21 +184,23 @@ class SSR(OverArch):
     def sparse_filters(self) -> list[nn.Module]:
         return [layer.filter for layer in self.blocks() if isinstance(layer.filter, IcsFilter | TopKFilter)]
 
-    def statistics(self, x: Tensor, field_names: Sequence[str]) -> dict[str, Any]:
-        return {"filters": ssr_statistics(self, x)}
+    def statistics(self, x: Tensor, field_names: Sequence[str], domain: Tensor | None = None) -> dict[str, Any]:
+        return {"filters": ssr_statistics(self, x, domain)}
 
     def flops(self) -> Flops:
         total = self.input_norm.flops()
         for layer in self.blocks():
             total += layer.flops()
         if self.config.output == "mean":
-            total += Flops(elementwise=self.config.num_views * self.config.view_dim)
+            total += Flops(elementwise=(self.config.num_views + self.config.domain_views) * self.config.view_dim)
         return total + self.output_mlp.flops()
 
 
 @torch.no_grad()
-def ssr_statistics(ssr: SSR, x: Tensor) -> dict[str, Any]:
+def ssr_statistics(ssr: SSR, x: Tensor, domain: Tensor | None = None) -> dict[str, Any]:
     """Return what each layer's filter does on the batch x (B, F*D), as JSON values; the model is left as it was.
+
+    It is of the views that all rows share; ``domain`` (B,) is for a model that has others, too.
 
     SSR-D: the share of exact zeros after ICS, overall and per view, and the (V, T) alphas with the
     number of negative ones. SSR-S: the share of the layer's input dims that any view sees.
@@ -171,5 +209,5 @@ def ssr_statistics(ssr: SSR, x: Tensor) -> dict[str, Any]:
         layers, x = [], ssr.prepare(x)
         for layer in ssr.blocks():
             layers.append(layer.filter.statistics(x))
-            x = layer(x).flatten(1)
+            x = layer(x, *ssr.rows_of(domain)).flatten(1)
     return {"filter": ssr.config.filter, "layers": layers}

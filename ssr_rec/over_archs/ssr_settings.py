@@ -37,6 +37,9 @@ class SSRConfig(OverArchSettings):
     )
     num_views: int = Field(default=8, ge=1, description="views per layer (b in the paper)")
     view_dim: int = Field(default=128, ge=1, description="dims per view (d_v); a layer's output has views * dims")
+    domain_views: int = Field(
+        default=0, ge=0, description="further views per layer that each value of ``domain`` has of its own, as wide"
+    )
     num_layers: int = Field(default=2, ge=1, description="layers (L), each fed with the output of the one before")
 
     index_seed: int = Field(
@@ -98,6 +101,11 @@ class SSRConfig(OverArchSettings):
                     raise UserError(
                         f"{key}={value} has no effect with filter={self.filter!r}: remove it, or set filter={other!r}"
                     )
+        if self.domain_views and self.filter not in ("static", "adaptive", "dynamic"):
+            raise UserError(
+                f"domain_views={self.domain_views} are for the filters static, adaptive and dynamic, not for "
+                f"{self.filter!r}: remove one of the two"
+            )
         if self.filter == "topk" and self.top_k > self.view_dim:
             raise UserError(f"top_k={self.top_k} is more than a view has: set it to at most view_dim={self.view_dim}")
         if self.filter == "adaptive" and self.adapt_every > self.adapt_until:
@@ -139,4 +147,5 @@ class SSRConfig(OverArchSettings):
             "dropout": f"SSR dropout {self.filter_dropout:g}",
         }
         dims = f"{self.filter_dim}-{self.view_dim}" if self.filter_dim is not None else str(self.view_dim)
-        return f"{kinds[self.filter]} {self.num_views}x{dims}x{self.num_layers}"
+        views = f"{self.num_views}+{self.domain_views}" if self.domain_views else str(self.num_views)
+        return f"{kinds[self.filter]} {views}x{dims}x{self.num_layers}"

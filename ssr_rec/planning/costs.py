@@ -16,7 +16,7 @@ from torchrec.distributed.planner.types import CollectiveType, GeneralizedCommsB
 from ssr_rec.embeddings.histories import History
 from ssr_rec.embeddings.tables import ExtraTables, Tables
 from ssr_rec.model.build import build_dense
-from ssr_rec.model.ctr_model import DenseArch
+from ssr_rec.model.ctr_model import DenseArch, logits_of
 from ssr_rec.model.history_fields import HistoryFields
 from ssr_rec.planning.cases import Case
 from ssr_rec.planning.hardware import Hardware, Precision
@@ -75,13 +75,12 @@ def dense_cost(case: Case) -> DenseCost:
         many = _kept_bytes(dense, PROBE_ROWS[1], case.config.train.bf16)
         few, many = (kept + sum(cost.kept[at] for cost in encoders) for at, kept in enumerate((few, many)))
         made = [part for part in (dense.numbers, dense.row_vectors, dense.vectors) if part is not None]
-        heads = sum(2 * p.numel() for p in dense.heads.parameters() if p.dim() > 1)
         per_row = (many - few) / (PROBE_ROWS[1] - PROBE_ROWS[0])
         return DenseCost(
             parameters=sum(p.numel() for p in dense.parameters() if p.requires_grad),
             buffer_bytes=sum(b.nbytes for b in dense.buffers()),
             matmul_flops=dense.over_arch.flops().matmul
-            + heads
+            + dense.heads.matmul_flops()
             + sum(cost.matmul_flops for cost in encoders)
             + sum(part.matmul_flops() for part in made),
             activation_bytes=per_row,
@@ -102,9 +101,9 @@ def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
     if dense.vectors is not None:
         with kept:
             dense.vectors([torch.zeros(rows, dtype=torch.int64)] * len(dense.vectors.names))
-    with kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        features = over_arch(*inputs)
-        dense.heads(features if isinstance(features, Tensor) else features[0])
+    with kept:
+        domain = None if dense.domain is None else torch.zeros(rows, dtype=torch.int64)
+        logits_of(inputs, over_arch, dense.heads, bf16, domain)
     return kept.bytes
 
 

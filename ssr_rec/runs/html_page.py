@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ssr_rec.common.formatting import decimal, duration, short_number
+from ssr_rec.runs.by_value import by_value_header, by_value_lines
 from ssr_rec.runs.curves import draw_comparison, draw_curves
 from ssr_rec.runs.folder import CONFIG_FILE, CURVES_FILE
 from ssr_rec.runs.measures import main_measure, shown, title
@@ -60,6 +61,8 @@ def _of_run(folder: Path, run: Run, pictures: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*.png")):
         if path.name != CURVES_FILE:
             yield f"<h3>{escape(path.stem.replace('_', ' '))}</h3>" + _picture(path, path.stem)
+    if lines := by_value_lines(report):
+        yield "<h3>Measures by value</h3>" + _table(by_value_header(report), lines)
     yield _evaluations(run)
     yield "<h3>Cost</h3>" + _table(["", ""], [[name, value] for name, value in _facts(report) if value is not None])
     if report.sequences:

@@ -47,12 +47,25 @@ class DatasetFigures(Figures):
     cut_groups: float | None = Field(None, description="about what share of the groups of together batches cut")
 
 
+ByValue = dict[str, list[dict[str, Any]]]
+"""Task -> of each value its ``value``, ``rows``, ``positives`` and measures."""
+
+
+class ValueFigures(Figures):
+    """Holds the measures for each value of a column, such as the domain; of the splits at the best step."""
+
+    column: str
+    validation: ByValue = {}
+    test: ByValue = Field({}, description="a run by days has none: those of its days are theirs")
+
+
 class DayFigures(Figures):
     """Holds the evaluation of a day before the run trained on it."""
 
     day: str
     tasks: Measures
     deciles: Deciles = Field({}, description="of the day's rows, as those of a test")
+    by_value: ByValue | None = None
 
 
 class Report(Figures):
@@ -88,6 +101,7 @@ class Report(Figures):
     deciles: Deciles = Field(
         {}, description="task -> of each tenth of the test rows by rising prediction: rows, predicted and observed rate"
     )
+    by_value: ValueFigures | None = Field(None, description="of a run with ``domain`` or ``train.metrics_by``")
     days: list[DayFigures] = Field([], description="of a run by days")
     warm_start: dict[str, Any] | None = Field(None, description="what was taken over")
     following: dict[str, Any] | None = Field(None, description="of a search: the over-arch to train next")

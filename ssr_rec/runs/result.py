@@ -34,6 +34,7 @@ def build_report(
     """
     config, following = trainer.run_config, trainer.over_arch.following_config()
     dense = trainer.dense
+    of_domain = (ended["domain"],) if ended["domain"] is not None else ()
     over_arch, schema, fitted, test = trainer.over_arch, trainer.schema, trainer.fitted, ended["test"]
     found = {
         "name": log.folder.name,
@@ -42,7 +43,7 @@ def build_report(
             "kind": config.over_arch.label,
             "num_parameters": over_arch.num_parameters,
             "flops_per_sample": over_arch.flops_per_sample,
-            **over_arch.statistics(ended["inputs"], dense.field_names),
+            **over_arch.statistics(ended["inputs"], dense.field_names, *of_domain),
         },
         **({"sequences": _encoders(dense.histories, ended["event_shares"])} if dense.histories is not None else {}),
         "num_head_parameters": sum(p.numel() for p in dense.heads.parameters()),
@@ -74,10 +75,19 @@ def build_report(
         "hardware": hardware(),
         "failed_checkpoints": trainer.checkpoints.failures,
         **{key: ended[key] for key in ("metrics", "deciles", "days") if key in ended},
+        **_by_value(config.metrics_by, fitted.best, ended),
         "warm_start": warm_start,
         "following": following and following.model_dump(mode="json"),
     }
     return Report.model_validate(plain(found))
+
+
+def _by_value(column: str | None, best: Mapping[str, Any], ended: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measures by the values of a column, where there is one."""
+    if column is None:
+        return {}
+    splits = {"validation": best.get("by_value"), "test": ended.get("by_value")}
+    return {"by_value": {"column": column} | {split: found for split, found in splits.items() if found}}
 
 
 def finish_report(log: RunLog, report: Report) -> None:

@@ -147,6 +147,7 @@ class ServingModel(nn.Module):
         # The vectors themselves are among the tables.
         self.vectors = dense.vectors.without_tables() if dense.vectors is not None else None
         self.extra_of_histories = dense.extra_of_histories
+        self.domain = dense.domain
         for number, stacks in enumerate(layout.sets):
             for place, stack in enumerate(stacks):
                 rows = [row for i, row in zip(stack.features, stack.first_rows, strict=True) if i in layout.singles]
@@ -178,10 +179,14 @@ class ServingModel(nn.Module):
         if self.row_vectors is not None:
             made.append(self.row_vectors(dense))
         if self.vectors is not None:
-            places = [self.layout.singles.index(self.layout.names.index(name)) for name in self.vectors.names]
-            made.append(self.vectors([ids[place] for place in places], left))
+            made.append(self.vectors([ids[self._place(name)] for name in self.vectors.names], left))
         inputs = joined(inputs, made, self.extra_of_histories)
-        return logits_of(inputs, self.over_arch, self.heads, self.bf16)
+        domain = None if self.domain is None else ids[self._place(self.domain.name)]
+        return logits_of(inputs, self.over_arch, self.heads, self.bf16, domain)
+
+    def _place(self, name: str) -> int:
+        """Return which row of the ids is that of a single-valued feature."""
+        return self.layout.singles.index(self.layout.names.index(name))
 
     def _embed(
         self, number: int, stacks: list[Stack], ids: Tensor, lists: list[Tensor], tables: list[Tensor]
@@ -274,7 +279,8 @@ def for_scoring(over_arch: OverArch, bf16: bool) -> OverArch:
     if isinstance(copied, SSR):
         for place, layer in enumerate(copied.blocks()):
             chosen, fusion = layer.filter, layer.fusion
-            if isinstance(chosen, StaticRandomFilter) and fusion.dense2 is None:
+            # Those of a domain have no such form, and a layer of them stays as it was trained.
+            if isinstance(chosen, StaticRandomFilter) and fusion.dense2 is None and layer.per_domain is None:
                 copied.layers[place] = ScoringLayer(chosen.indices, fusion, bf16, place == len(copied.layers) - 1)
     return copied
 

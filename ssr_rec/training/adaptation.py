@@ -28,6 +28,7 @@ class Adaptation:
         self._over_arch, self._optimizer = over_arch, optimizer
         self._x: Tensor | None = None
         self._grad: Tensor | None = None
+        self._domain: tuple[Tensor, ...] = ()
         self._hook: RemovableHandle | None = None
         self._times, self._group = over_arch.adapts(), group
         self.every = self._times.every if self._times else None
@@ -39,6 +40,7 @@ class Adaptation:
         self._x = self._grad = None
         if module.training and output.requires_grad:
             self._x = inputs[0].detach()
+            self._domain = inputs[-1:] if self._over_arch.domain is not None else ()
             output.register_hook(self._keep_gradient)
 
     def _keep_gradient(self, grad: Tensor) -> None:
@@ -54,7 +56,7 @@ class Adaptation:
             return
         every, until, batches = self._times
         if step <= until and -step % every < batches and self._x is not None and self._grad is not None:
-            self._over_arch.look(self._x, self._grad, self)
+            self._over_arch.look(self._x, self._grad, self, *self._domain)
         if step % self._group:
             return
         # Also the last one waits for the update, which may be after ``until``.

@@ -83,6 +83,8 @@ class Captured:
 
     def __init__(self, dense: DenseArch) -> None:
         self.inputs: Tensor | None = None
+        self.domain: Tensor | None = None
+        self._has_domain = dense.over_arch.domain is not None
         pairs = dense.histories.pairs() if dense.histories is not None else []
         without = SequenceEncoder.weights  # an encoder that has not its own has none
         self.events = {h.name: EventShares(e) for h, e in pairs if type(e).weights is not without}
@@ -90,10 +92,12 @@ class Captured:
     def keep(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
         if self.inputs is None:
             self.inputs = inputs[0][:INPUT_ROWS].detach().clone()
+            self.domain = inputs[-1][:INPUT_ROWS].clone() if self._has_domain else None
 
     def found(self) -> dict[str, Any]:
-        """Return ``inputs`` and ``event_shares`` (sequence -> what ``EventShares.compute`` returns). Collective."""
-        return {"inputs": self.inputs, "event_shares": {name: one.compute() for name, one in self.events.items()}}
+        """Return ``inputs``, their ``domain`` and ``event_shares`` (of ``EventShares.compute``). Collective."""
+        shares = {name: one.compute() for name, one in self.events.items()}
+        return {"inputs": self.inputs, "domain": self.domain, "event_shares": shares}
 
 
 @contextmanager

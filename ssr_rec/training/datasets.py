@@ -17,6 +17,7 @@ from ssr_rec.data.oov_dropout import OovDropout, oov_shares
 from ssr_rec.data.reader import Reader, check_rows
 from ssr_rec.data.schema import SPLITS, Schema
 from ssr_rec.data.synthetic.write import ensure_synthetic
+from ssr_rec.data.value_columns import value_column
 
 
 def draw_synthetic(config: RunConfig, progress: Callable[[int, int], None]) -> Path:
@@ -38,6 +39,7 @@ def open_reader(
     """Return a split for this rank, shuffled ``to_train`` or in order to evaluate; None: as its name says."""
     is_train = split == "train" if to_train is None else to_train
     shares = oov_shares(config.data.oov_dropout, schema) if is_train else {}
+    by = value_column(schema, config.metrics_by, folder) if config.metrics_by and not is_train else None
     return Reader(
         folder,
         schema,
@@ -50,6 +52,7 @@ def open_reader(
         prefetch=config.data.prefetch,
         hide_new=not is_train,
         oov_dropout=OovDropout(shares, schema, split, config.seed) if shares else None,
+        by=by,
     )
 
 
@@ -160,6 +163,6 @@ def report_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return of validation rows by days: ``test``, their mean, ``metrics``, exact if all are, and ``days``."""
     mode = "exact" if all(row["metrics"] == "exact" for row in rows) else "bounded"
     # Days that were judged before there were deciles have none.
-    kept = ("day", "step", "samples", "loss", "tasks", "metrics", "deciles")
+    kept = ("day", "step", "samples", "loss", "tasks", "metrics", "deciles", "by_value")
     days = [{key: row[key] for key in kept if key in row} for row in rows]
     return {"test": mean_of_days(rows), "metrics": mode, "days": days}

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from ssr_rec.data.batch import Batch, row_keys
 from ssr_rec.data.number_labels import NumberLabel
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
+from ssr_rec.data.value_columns import ValueColumn, ids_of
+from ssr_rec.metrics.by_value import MetricsByValue
 from ssr_rec.metrics.links import Link
 from ssr_rec.metrics.ranking_fold import RankingMetrics
 from ssr_rec.metrics.split_metrics import Further, fold_metrics
@@ -56,11 +58,20 @@ def run_steps(
         yield output
 
 
-def _noting_keys(batches: Iterator[Batch], noted: deque[tuple[Tensor, Tensor | None]]) -> Iterator[Batch]:
-    """Pass on the batches, which a pipeline reads some steps ahead, and note the keys and the groups of their rows."""
+class _Noted(NamedTuple):
+    """Holds what measures of a batch need besides the pipeline's output: keys, groups and values of its rows (B,)."""
+
+    keys: Tensor
+    groups: Tensor | None
+    values: Tensor | None
+
+
+def _noting(batches: Iterator[Batch], noted: deque[_Noted], by: ValueColumn | None) -> Iterator[Batch]:
+    """Pass on the batches, which a pipeline reads some steps ahead, and note their rows."""
     for batch in batches:
-        lists = batch.group_ids if batch.together is None else batch.together
-        noted.append((row_keys(*batch.inputs), lists))
+        groups = batch.group_ids if batch.together is None else batch.together
+        values = None if by is None else ids_of(batch.sparse, by.name).clone()
+        noted.append(_Noted(row_keys(*batch.inputs), groups, values))
         yield batch
 
 
@@ -81,26 +92,33 @@ def evaluate(
     Returns:
         ``loss`` (mean over labels of logloss, nats per row, and of numbers of the squared error over their variance in
         training), ``tasks`` (label -> metric -> value) and ``metrics`` (exact or bounded); with ``deciles`` also these,
-        label -> what ``metrics.reliability.deciles`` returns.
+        label -> what ``metrics.reliability.deciles`` returns. Of a reader ``by`` a column, ``by_value``: binary label
+        -> what ``metrics.by_value.measures_by_value`` returns.
     """
-    labels = reader.schema.labels
+    labels, by = reader.schema.labels, reader.by
     further = Further(_links(model) if reader.schema.numbers else {}, own_metrics(config.extra_metrics))
     metrics = fold_metrics(config.metrics, config.metrics_rows, reader.num_rows, config.measured(labels), further)
     ranking = _ranking(config, reader.schema, metrics.mode)
+    binary = _binary(config, reader.schema)
+    by_value = MetricsByValue(metrics.mode, list(binary), by.names) if by is not None else None
     model.eval()
     batches = reader.epoch(0)
-    noted: deque[tuple[Tensor, Tensor | None]] = deque()
+    noted: deque[_Noted] = deque()
     with torch.no_grad():
-        for number, output in enumerate(run_steps(pipeline, _noting_keys(batches, noted))):
+        for number, output in enumerate(run_steps(pipeline, _noting(batches, noted, by))):
             _, logits, outcomes, weights, groups = output
             beat(f"batch {number} of the evaluation")
-            keys, lists = noted.popleft()
+            keys, lists, values = noted.popleft()
             metrics.update(logits, outcomes, groups, keys, weights)
             if ranking is not None and lists is not None:
                 ranking.update(logits, outcomes, lists, keys, weights)
+            if by_value is not None and values is not None:
+                columns = list(binary.values())
+                of_tasks = None if weights is None else weights[:, columns]
+                by_value.update(logits[:, columns], outcomes[:, columns], values, keys, of_tasks)
     batches.close()
     model.train()
-    tasks = metrics.compute()
+    tasks, of_values = metrics.compute(), by_value.compute() if by_value is not None else None
     for task, measures in ((ranking.compute() if ranking is not None else None) or {}).items():
         assert tasks is not None
         tasks[task] |= measures
@@ -113,6 +131,8 @@ def evaluate(
         found = [{"loss": loss, "tasks": tasks, "metrics": metrics.mode}]
         if deciles:
             found[0]["deciles"] = metrics.deciles()
+        if of_values is not None:
+            found[0]["by_value"] = of_values
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -133,6 +153,12 @@ def _ranking(config: EvaluationConfig, schema: Schema, mode: str) -> RankingMetr
     """Return what measures the rankings that the config asks for, of binary tasks, in the mode of other measures."""
     if not config.ranking_metrics:
         return None
+    return RankingMetrics(
+        config.ranking_metrics, _binary(config, schema), config.metrics_rows if mode == "bounded" else None
+    )
+
+
+def _binary(config: EvaluationConfig, schema: Schema) -> dict[str, int]:
+    """Return the binary tasks that are measured, each with its column among all."""
     tasks = enumerate(config.measured(schema.labels))
-    columns = {name: column for column, name in tasks if schema.number(name) is None}
-    return RankingMetrics(config.ranking_metrics, columns, config.metrics_rows if mode == "bounded" else None)
+    return {name: column for column, name in tasks if schema.number(name) is None}

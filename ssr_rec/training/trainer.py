@@ -205,7 +205,7 @@ class Trainer:
             load_weights(self.model, self.checkpoints.best_folder)
         with capture(self.dense) as captured, nullcontext() if of_the_best else averaged_weights(self.optimizer):
             found = self.evaluate(rows.test, deciles=True)
-        ended = {"test": found["tasks"], "metrics": found["metrics"], "deciles": found.pop("deciles")}
+        ended = {"test": found["tasks"], "deciles": found.pop("deciles"), **found}
         as_of = {key: fitted.best[key] for key in ("step", "samples", "seconds")} if of_the_best else {}
         row = self.row("test", fitted.best["epoch"], **found) | as_of
         return {**ended, "row": row, **captured.found()}

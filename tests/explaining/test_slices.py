@@ -11,8 +11,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.explaining.drift import BINS, drift, psi
-from ssr_rec.explaining.slices import auc_error, slices, worst_first
+from ssr_rec.explaining.slices import slices, worst_first
 from ssr_rec.explaining.values import Column, read_column
+from ssr_rec.metrics.by_value import auc_error
 from ssr_rec.metrics.exact import auc
 from tests.prepare_log import make_rows, read_split, spec_with, write_parquet
 

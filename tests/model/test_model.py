@@ -73,7 +73,7 @@ def test_logits_of_the_over_arch_are_added_and_narrow_dims_are_means_of_columns(
         "b@b": torch.randn(B, 8),
         "a@a@first_order": torch.randn(B, 4),
     }
-    dense = DenseArch(fields_of("a", "b"), Adds(), 1)
+    dense = DenseArch(fields_of("a", "b"), Adds())
     first = torch.stack([parts["a@a@first_order"].mean(1), parts["b@b@first_order"].mean(1)], 1)
     x = torch.cat([parts["a@a"], parts["b@b"]], 1)
     inputs = dense.concat(keyed(parts))
