@@ -88,8 +88,8 @@ def test_kinds_that_are_binary_leave_the_dataset_as_it_was(tmp_path: Path) -> No
 
 BAD = {
     "nan": (
-        {"rating": math.nan},
-        r"log\.parquet: row 42: column 'rating' is nan; a label of kind number must be finite",
+        {"click": 1, "watch_s": math.nan},
+        r"log\.parquet: row 42: column 'watch_s' is (nan|missing); .* at most 3.4e.38 where click = 1",
     ),
     "infinite": ({"rating": math.inf}, "row 42: column 'rating' is inf; a label of kind number must be finite"),
     "large": ({"rating": -1e39}, r"row 42: column 'rating' is -1e\+39; a label of kind number must be finite"),
@@ -105,6 +105,16 @@ def test_odd_numbers_are_refused_by_row(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match=message):
         run(tmp_path, [write_parquet(rows, tmp_path / "log.parquet")], spec_with(**SPEC))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_nan_was_not_observed_as_a_null(tmp_path: Path) -> None:
+    rows = watched(200)
+    nans = [row | {"rating": math.nan if row["rating"] is None else row["rating"]} for row in rows]
+    found = [
+        run(tmp_path, [write_parquet(log, tmp_path / f"{name}.parquet")], spec_with(**SPEC), name)[1]
+        for name, log in (("null", rows), ("nan", nans))
+    ]
+    assert found[0] == found[1] and None in [row["rating"] for row in found[1]["train"]]
 
 
 def test_text_is_refused(tmp_path: Path) -> None:
