@@ -83,15 +83,19 @@ def restore_model(run: str | Path, data: str | Path | None = None) -> Restored:
 def trained_links(config: RunConfig, schema: Schema, checkpoint: Path) -> Links:
     """Return how the logits of tasks whose labels are numbers become predictions, by the losses that were trained.
 
+    Of a training checkpoint by their averages, where the run keeps such, as ``load_plain_weights``.
+
     Raises:
         UserError: what ``build_losses`` refuses, or a checkpoint without a loss's tensors.
     """
     if not schema.numbers:
         return {}
     losses = build_losses(config.train, schema)
-    state = losses.state_dict()
+    state, stored = losses.state_dict(), stored_tensors(checkpoint)
+    averages = {name: f"{OPTIMIZER}dense.loss.losses.{name}/{AVERAGE}" for name in state}
+    places = {name: there if there in stored else LOSSES + name for name, there in averages.items()}
     if state:
-        read_checkpoint({LOSSES + name: value for name, value in state.items()}, checkpoint)
+        read_checkpoint({places[name]: value for name, value in state.items()}, checkpoint)
         losses.load_state_dict(state)
     return losses.links()
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from ssr_rec.checkpointing.format import read_checkpoint, stored_tensors
+from ssr_rec.checkpointing.manager import TRAINING
 from ssr_rec.common.errors import UserError
 from ssr_rec.data.number_labels import NumberLabel
 from ssr_rec.data.reader import Reader
@@ -36,6 +38,7 @@ RUN = [
     *("--over_arch={name: mlp, hidden: [16]}", "--embeddings.dim=4", "--embeddings.learning_rate=0.05"),
     *("--optimizer.learning_rate=0.01", "--train.batch_size=64", "--train.eval_every=10", "--train.epochs=2"),
     *("--train.log_every=5", "--name=run", "--checkpoint.every_minutes=null"),
+    "--checkpoint.every_steps=30",
 ]
 BOTH = [
     "--train.losses={click: focal, watch_s: log_normal}",
@@ -232,3 +235,17 @@ def test_a_run_of_a_number_alone_is_chosen_by_its_error(seconds: Path, tmp_path:
     found = read_run(tmp_path / "run")
     assert "watch_s RMSE" in summary([found, found])
     assert curves_figure(found.rows, found.report).axes[1].get_title(loc="left") == "Validation RMSE"
+
+
+def test_a_training_checkpoint_predicts_by_the_average_as_its_evaluation(trained: tuple[Path, dict[str, Any]]) -> None:
+    last = max((trained[0] / "checkpoints").glob(f"{TRAINING}*"))
+    names = [name for name in stored_tensors(last) if name.endswith("of_watch_s.log_variance/average")]
+    assert len(names) == 1
+    read_checkpoint({names[0]: (average := torch.zeros(1))}, last)
+    number = restore_model(trained[0]).schema.numbers[0]
+    assert number.log_mean is not None and number.log_std is not None
+    middle = number.log_mean + number.log_std**2 * math.exp(10 * average.item()) / 2
+    assert restore_model(last).links["watch_s"].inner_shift == pytest.approx(middle, rel=1e-6)
+    raw = torch.zeros(1)
+    read_checkpoint({"model/loss.losses.of_tasks.of_watch_s.log_variance": raw}, last)
+    assert not torch.equal(raw, average)
