@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 ROWS_OF_IDS = "._mch_sorted_raw_ids"
 """Name's end of the ids that have a row of a managed table (``ssr_rec/embeddings/evicting_tables.py``)."""
-TABLE = re.compile(r"\.embedding_bags\.([^./]+)\.weight")
+TABLE = re.compile(r"\.embedding_bags\.([^.]+)\.weight")
 OF_DOMAINS = re.compile(r"\.(per_domain\.[^.]+)\.")
 """In the name of a tensor whose first dim is the domains: the column's ids, which mean what its table's rows do."""
 

@@ -76,6 +76,7 @@ def test_more_values_of_the_same_dataset_keep_the_rows_they_had(dataset, tmp_pat
         ("model/model.dense.heads.per_domain.tab.weight", "per_domain.tab"),
         ("optimizer/model.dense.over_arch.layers.0.per_domain.a/b.dense.weight/exp_avg", "per_domain.a/b"),
         ("model/model.dense.over_arch.layers.0.fusion.dense.weight", None),
+        ("model/model.tables.embedding_bags.a/b.weight", "a/b"),
     ],
 )
 def test_a_name_says_whose_rows_a_tensor_has(name: str, feature: str | None) -> None:
