@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import RunConfig
-from ssr_rec.training.monitor import counted
+from ssr_rec.training.monitor import choosing
 
 LENGTHS = ("train.max_steps", "train.batch_size", "train.epochs")
 """Keys that decide which day ``train.max_steps`` ends on."""
@@ -15,8 +15,7 @@ LENGTHS = ("train.max_steps", "train.batch_size", "train.epochs")
 
 def judging_tasks(config: RunConfig, labels: Sequence[str]) -> list[str]:
     """Return the tasks whose figures choose among runs, of a dataset of these labels."""
-    wanted = config.train.measured(config.data.labels or labels)
-    return counted({task: {} for task in wanted}, config.train)
+    return choosing(config.train.measured(config.data.labels or labels), config.train)
 
 
 def check_equal_terms(planned: Mapping[str, Sequence[RunConfig]], labels: Sequence[str], where: str | Path) -> None:

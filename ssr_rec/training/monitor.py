@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 from ssr_rec.checkpointing.progress import Tasks
 from ssr_rec.config.training import TrainConfig, larger_is_better
@@ -26,13 +27,20 @@ def monitored(tasks: Tasks, config: TrainConfig) -> float:
 
 
 def counted(tasks: Tasks, config: TrainConfig) -> list[str]:
-    """Return the tasks whose figures choose the best: ``monitor_task``, else all of a weight above 0 that have such."""
+    """Return the tasks whose figures choose the best: those of ``choosing`` that have the figure."""
+    if config.monitor_task is not None:
+        return [config.monitor_task]
+    return [name for name in choosing(list(tasks), config) if config.monitor in tasks[name]]
+
+
+def choosing(tasks: Sequence[str], config: TrainConfig) -> list[str]:
+    """Return the tasks that may choose the best: ``monitor_task``, else all of a weight above 0."""
     if config.monitor_task is not None:
         return [config.monitor_task]
     weights = config.task_weights | {
         f"{before}*{label}": config.task_weights.get(label, 1.0) for label, before in config.entire_space.items()
     }
-    return [name for name in tasks if weights.get(name, 1.0) > 0 and config.monitor in tasks[name]]
+    return [name for name in tasks if weights.get(name, 1.0) > 0]
 
 
 def say_what_cannot_choose(tasks: Tasks, config: TrainConfig) -> None:

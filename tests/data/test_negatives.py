@@ -112,12 +112,12 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
 
-    def forward(self, sparse: Any, dense: Any) -> torch.Tensor:
+    def forward(self, sparse: Any, dense: Any, item_weights: Any) -> torch.Tensor:
         return self.logits
 
 
 class FixedBatch:
-    sparse = group_ids = weights = dense = None
+    sparse = group_ids = weights = dense = item_weights = runs = None
     labels = torch.tensor([[1.0], [0.0], [0.0]])
     global_rows = 3
 

@@ -139,7 +139,7 @@ def fold(rank: int, ranks: int, max_rows: int | None) -> dict | None:
 def both() -> tuple:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    return fold(rank, ranks, None), fold(rank, ranks, 1000)
+    return fold(rank, ranks, None), fold(rank, ranks, 1300)
 
 
 def test_a_fold_over_ranks_is_that_of_one_process():

@@ -25,6 +25,7 @@ import uvicorn
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.serving import server
+from ssr_rec.serving.artifact import Manifest
 from ssr_rec.serving.export import export_run
 from ssr_rec.serving.raw_rows import Encoder
 from ssr_rec.serving.scorer import Scorer, load
@@ -44,13 +45,16 @@ class SlowScorer(Scorer):
     def __init__(self, encoder: Encoder, schema: Any, bias: float = 0.0) -> None:
         self.encoder, self.schema, self.labels = encoder, schema, ["click", "buy"]
         self.values = ValueShares(schema.features, {})
+        self.manifest = Manifest.model_construct(links={})
         self.bias = bias
         self.calls: list[int] = []
         self.begun = 0
         self.gate = threading.Event()
         self.gate.set()
 
-    def score_arrays(self, ids: np.ndarray, lists: Any, of_rows: Any = None, dense: Any = None) -> torch.Tensor:
+    def score_arrays(
+        self, ids: np.ndarray, lists: Any, of_rows: Any = None, dense: Any = None, weights: Any = None
+    ) -> torch.Tensor:
         self.begun += 1
         self.gate.wait(20)
         self.calls.append(ids.shape[1])
