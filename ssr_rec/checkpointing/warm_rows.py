@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,6 +227,19 @@ def _table(encoding: Vocabulary, folder: Path) -> pa.Table:
 def _values(encoding: Vocabulary, folder: Path) -> pa.ChunkedArray:
     """Return the values of a vocabulary in the order of their ids."""
     return _table(encoding, folder).sort_by("id")["value"]
+
+
+COLLECTION = re.compile(r"\.(weighted_)?tables(?=\.embedding_bags\.)")
+
+
+def names_there(names: Iterable[str], stored: Collection[str]) -> dict[str, str]:
+    """Return the name in a checkpoint of each tensor here.
+
+    It is the same but for a table whose list has got weights since, or has them no longer: that is in another
+    collection now, and means the same values.
+    """
+    of_tables = {COLLECTION.sub(".tables", name): name for name in stored}
+    return {name: name if name in stored else of_tables.get(COLLECTION.sub(".tables", name), name) for name in names}
 
 
 def taken(value: Tensor, old: Tensor, rows: Tensor, offsets: tuple[int, ...]) -> Tensor:

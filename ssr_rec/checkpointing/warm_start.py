@@ -26,7 +26,7 @@ from ssr_rec.checkpointing.train_state import (
     model_tensors,
     optimizer_tensors,
 )
-from ssr_rec.checkpointing.warm_rows import Here, RowMap, row_maps, taken
+from ssr_rec.checkpointing.warm_rows import Here, RowMap, names_there, row_maps, taken
 from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.base import OverArch
 
@@ -188,7 +188,8 @@ class _Match:
         tensors: those here.
         kinds: of each, ``loaded``, ``grown``, ``mapped``, ``fresh`` or ``other_size``.
         maps: of the mapped ones, the old row of each row.
-        stored: size and dtype there, of all of this prefix.
+        stored: size and dtype there, of all of this prefix, by the name here where there is one.
+        there: of those here, the name there.
     """
 
     prefix: str
@@ -196,6 +197,7 @@ class _Match:
     kinds: dict[str, str]
     maps: dict[str, Tensor]
     stored: dict[str, tuple[torch.Size, torch.dtype]]
+    there: dict[str, str]
 
     def of(self, kind: str) -> list[str]:
         return [name for name, found in self.kinds.items() if found == kind]
@@ -239,6 +241,8 @@ def _match(
     tensors: Mapping[str, Tensor | ShardedTensor], folder: Path, maps: Mapping[str, RowMap], prefix: str
 ) -> _Match:
     stored = {name: found for name, found in stored_tensors(folder).items() if name.startswith(prefix)}
+    names = names_there(tensors, stored)
+    stored |= {name: stored.pop(old) for name, old in names.items() if old in stored}
     kinds: dict[str, str] = {}
     used: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -258,7 +262,7 @@ def _match(
             kinds[name] = "grown"
         else:
             kinds[name] = "other_size"
-    return _Match(prefix, tensors, kinds, used, stored)
+    return _Match(prefix, tensors, kinds, used, stored, names)
 
 
 def _take(match: _Match, folder: Path) -> list[str]:
@@ -273,13 +277,13 @@ def _take(match: _Match, folder: Path) -> list[str]:
     dtypes = {name: match.stored[name][1] for name in match.kinds if name in match.stored}
     others = [name for name, value in wanted.items() if dtypes[name] != value.dtype]
     read = {name: with_dtype(value, dtypes[name]) if name in others else value for name, value in wanted.items()}
-    read_checkpoint(read, folder)
+    read_checkpoint({match.there[name]: value for name, value in read.items()}, folder)
     too_large = [name for name in others if not round_into(wanted[name], read[name])]
     # One whole old table after the other: whose rows this rank needs is known only by value.
     for name in match.of("mapped"):
         size, dtype = match.stored[name]
         old = torch.empty(size, dtype=dtype)
-        read_checkpoint({name: old}, folder, alone=True)
+        read_checkpoint({match.there[name]: old}, folder, alone=True)
         value, rows = match.tensors[name], match.maps[name]
         if isinstance(value, ShardedTensor):
             parts = [(s.tensor, (*s.metadata.shard_offsets, 0)) for s in value.local_shards()]
