@@ -288,6 +288,12 @@ def test_what_does_not_fit_is_refused(train: dict, said: str) -> None:
         build_losses(config, SCHEMA)
 
 
+def test_labels_of_any_names_have_losses() -> None:
+    labels = ["is.click", "is%2Eclick", "keys", "is/click"]
+    losses = build_losses(TrainConfig(), Schema(name="x", dataset_id="x", features=[FEATURE], labels=labels, splits={}))
+    assert losses.names == labels and len(losses.all) == 4
+
+
 def test_log_normal_needs_labels_from_0_on() -> None:
     schema = Schema(name="x", dataset_id="x", features=[FEATURE], labels=["degrees"], numbers=[DEGREES], splits={})
     config = TrainConfig.model_validate({"losses": {"degrees": "log_normal"}})

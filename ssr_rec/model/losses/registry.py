@@ -39,8 +39,7 @@ class TaskLosses(nn.Module):
     def __init__(self, losses: Mapping[str, TaskLoss]) -> None:
         super().__init__()
         self.names = list(losses)
-        # With a prefix, as some names, such as "keys", are a ModuleDict's own.
-        self.of_tasks = nn.ModuleDict({f"of_{name}": loss for name, loss in losses.items()})
+        self.of_tasks = nn.ModuleDict({_key(name): loss for name, loss in losses.items()})
 
     @property
     def all(self) -> list[TaskLoss]:
@@ -77,6 +76,11 @@ class TaskLosses(nn.Module):
         """Return task -> how its logits become predictions now, of the tasks whose labels are numbers."""
         pairs = zip(self.names, self.all, strict=True)
         return {name: loss.link() for name, loss in pairs if loss.number is not None}
+
+
+def _key(task: str) -> str:
+    """Return a task's name in a ModuleDict, which has names such as "keys" itself and takes none with a dot."""
+    return "of_" + task.replace("%", "%25").replace(".", "%2E")
 
 
 def build_losses(config: TrainConfig, schema: Schema) -> TaskLosses:
