@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import place, source
 from ssr_rec.data.features import AdmittedHashing, Drawn, Encoding, Feature, Hashing, LogBuckets, RawHash, Vocabulary
 from ssr_rec.data.schema import Schema
+
+logger = logging.getLogger(__name__)
 
 
 class Origin(NamedTuple):
@@ -140,6 +143,8 @@ def _check_order(start: str, origin: Origin, there: Schema, here: Schema) -> Non
 def _check_numbers(start: str, there: Here, here: Here) -> None:
     """Refuse numbers that mean something else now, behind which every weight would still fit.
 
+    Of labels it only warns: their predictions are off until the heads have learned the new scale.
+
     Raises:
         UserError: names the dense column, or the vectors and a value.
     """
@@ -150,6 +155,15 @@ def _check_numbers(start: str, there: Here, here: Here) -> None:
             raise UserError(
                 f"{start}: dense column {column.name!r} is scaled by {column.scale} here and was by {before}; "
                 f"prepare the log with that scale, {instead}"
+            )
+    of_labels = {label.name: label for label in there.schema.numbers}
+    for label in here.schema.numbers:
+        older = of_labels.get(label.name, label)
+        pairs = [(getattr(older, key), getattr(label, key)) for key in ("mean", "std", "log_mean", "log_std")]
+        if any(before != now for before, now in pairs):
+            logger.warning(
+                f"{start}: the weights predict {label.name!r} in units of mean {older.mean:g} and deviation "
+                f"{older.std:g}, this dataset has {label.mean:g} and {label.std:g}: predictions are off at first"
             )
     features = {feature.name: feature for feature in there.schema.features}
     for feature in here.schema.features:
