@@ -164,7 +164,7 @@ def check_tuning(tuning: Tuning, schema: Schema, data: str, where: str | Path) -
     for key, values in tuning.search.items():
         for value in _checked(values):
             config = config_of(tuning, {**first, key: value}, data, where)
-            if judging_tasks(config, schema.labels) != judging_tasks(judge, schema.labels):
+            if judging_tasks(config, schema) != judging_tasks(judge, schema):
                 raise UserError(
                     f"{where}: search: {key} changes over which tasks {judge.train.monitor} is a mean; set "
                     "train.monitor_task for all trials"

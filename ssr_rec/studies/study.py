@@ -226,7 +226,7 @@ def make_plan(
             check_with_data(place, trial.config, schema)
         systems[name] = system.model_copy(update={"base": _shareable(planned[name][0].config), "search": search})
     configs = {name: [trial.config for trial in trials] for name, trials in planned.items()}
-    check_equal_terms(configs, schema.labels, where)
+    check_equal_terms(configs, schema, where)
     return Plan(schema, Study(trials=budget, systems=systems), planned, seeds)
 
 

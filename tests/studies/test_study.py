@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ssr_rec.config.run import RunConfig
 from ssr_rec.config.training import TrainConfig
+from ssr_rec.data.number_labels import NumberLabel
 from ssr_rec.data.schema import Schema
 from ssr_rec.runs.report import Report
+from ssr_rec.studies.equal_terms import judging_tasks
 from ssr_rec.studies.study import Job, Study, best_trial, choose, draw_trials, make_plan, read_study
 
 STUDY = {
@@ -273,3 +276,10 @@ def test_the_systems_of_the_paper_are_one_study(dataset):
     plan = make_plan(study, Schema.read(dataset), str(dataset), 3)
     assert {len(trials) for trials in plan.trials.values()} == {study.trials}
     assert {name.startswith("SSR") for name, system in study.systems.items() if not system.baseline} == {True}
+
+
+@pytest.mark.parametrize(("monitor", "tasks"), [("auc", ["click"]), ("rmse", ["like"]), ("logloss", ["click"])])
+def test_a_number_judges_by_its_own_measures_alone(dataset, monitor, tasks):
+    number = NumberLabel(name="like", mean=0.0, std=1.0, low=0.0, high=1.0)
+    schema = Schema.read(dataset).model_copy(update={"numbers": [number]})
+    assert judging_tasks(RunConfig(train={"monitor": monitor}), schema) == tasks
