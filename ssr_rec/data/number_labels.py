@@ -19,7 +19,7 @@ class NumberLabel(Settings):
     name: Annotated[str, Field(max_length=1000)]
     mean: float
     std: float = Field(gt=0)
-    log_mean: float | None = Field(None, description="None where a label is below 0")
+    log_mean: float | None = Field(None, description="None where a label is below 0, but on a day added later")
     log_std: float | None = Field(None, gt=0)
     low: float = Field(description="the least of all rows, whatever their split")
     high: float = Field(description="the greatest of all rows")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.heap import keep_freed_memory
-from ssr_rec.config.losses import CrossEntropyConfig
+from ssr_rec.config.losses import CrossEntropyConfig, LogNormalConfig
 from ssr_rec.config.training import OF_NUMBERS, TrainConfig
 from ssr_rec.data.schema import Schema
 from ssr_rec.training.own_metrics import check_own_metrics
@@ -119,8 +119,14 @@ def _check_entire_space(config: TrainConfig, schema: Schema) -> None:
 
 
 def _check_losses(config: TrainConfig, schema: Schema) -> None:
-    """Refuse losses that one shift of the logits does not correct for the negative rows left out."""
+    """Refuse losses that do not fit the rows: the negative ones left out, or numbers below 0 on days added later."""
     for label, loss in config.losses.items():
+        number = schema.number(label)
+        if isinstance(loss, LogNormalConfig) and number is not None and number.low < 0:
+            raise UserError(
+                f"train.losses.{label}: log_normal: it is for labels from 0 on, and {label!r} goes down to "
+                f"{number.low:g}; use mse"
+            )
         if schema.negatives < 1 and loss != CrossEntropyConfig():
             raise UserError(
                 f"train.losses.{label}: dataset {schema.name!r} has {schema.negatives:g} of its negative rows, which "

@@ -15,8 +15,10 @@ import torch
 from ssr_rec.checkpointing.format import read_checkpoint, stored_tensors
 from ssr_rec.checkpointing.manager import TRAINING
 from ssr_rec.common.errors import UserError
+from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.number_labels import NumberLabel
 from ssr_rec.data.reader import Reader
+from ssr_rec.data.schema import Schema
 from ssr_rec.estimator.classifier import CTRClassifier
 from ssr_rec.explaining.explanation import Question, explain_run
 from ssr_rec.metrics.exact import auc
@@ -29,6 +31,7 @@ from ssr_rec.runs.table import runs_table, summary
 from ssr_rec.serving import load
 from ssr_rec.serving.export import export_run
 from ssr_rec.serving.trained_model import restore_model
+from ssr_rec.training.setup import check_train_config
 from tests.conftest import draw_rows
 from tests.jobs import refused_jobs, stopped_job, train_job
 from tests.ranks import run_ranks
@@ -70,6 +73,14 @@ def seconds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("seconds") / "data"
     return write(folder, parts, labels=["click", "watch_s"], missing_labels=["watch_s"], numbers=[number])
+
+
+def test_a_day_added_with_numbers_below_0_is_refused_for_log_normal(seconds: Path) -> None:
+    config, schema = TrainConfig(losses={"watch_s": "log_normal"}), Schema.read(seconds)
+    check_train_config(config, schema)
+    grown = schema.model_copy(update={"numbers": [schema.numbers[0].widened(-3.0, None)]})
+    with pytest.raises(UserError, match=r"watch_s: log_normal: .* 'watch_s' goes down to -3; use mse"):
+        check_train_config(config, grown)
 
 
 def options(seconds: Path, runs: Path, *more: str) -> list[str]:
