@@ -134,10 +134,11 @@ def row_keys(
 
 
 def _of_lists(items: Tensor, counts: Tensor) -> Tensor:
-    """Return a hash (B,) of the lists of ``counts`` (B,) items, which depends on their order."""
+    """Return a hash (B,) of the lists of ``counts`` (B,) items, which depends on their order; of one item, the item."""
     rows = torch.repeat_interleave(counts)
     places = torch.arange(len(items)) - (torch.cumsum(counts, 0) - counts)[rows]
-    return torch.zeros(len(counts), dtype=torch.int64).index_add_(0, rows, _mixed(items + places))
+    placed = torch.where(places > 0, _mixed(items + places), items)
+    return torch.zeros(len(counts), dtype=torch.int64).index_add_(0, rows, placed)
 
 
 def _mixed(x: Tensor) -> Tensor:

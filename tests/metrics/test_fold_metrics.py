@@ -60,6 +60,12 @@ def test_keys_of_rows_are_equal_where_all_ids_are() -> None:
         by_content.setdefault(tuple(tuple(feature[row]) for feature in lists), set()).add(keys[row])
     assert all(len(found) == 1 for found in by_content.values())
     assert len(set.union(*by_content.values())) == len(by_content) > 50
+    # Also where lists of one item are alone in a batch, as in the last one of a rank.
+    single = next(row for row in range(rows) if len(lists[1][row]) == len(lists[3][row]) == 1)
+    alone = torch.tensor([feature[single][0] for feature in lists])
+    assert row_keys(KeyedJaggedTensor.from_lengths_sync(features, alone, torch.ones(4).long())).tolist() == [
+        keys[single]
+    ]
     none = KeyedJaggedTensor.from_lengths_sync(features, values[:0], lengths[:0])
     assert row_keys(none).shape == (0,)
 
