@@ -55,17 +55,23 @@ def split_of(labels: Labels, validation: Any, spec: Mapping[str, Any], seed: int
     """Return 0 for each of ``fit``'s rows that is trained on, 1 to validate, 2 to test, (B,); None: the spec splits.
 
     Raises:
-        UserError: a share that is none, too few rows, or two rules.
+        UserError: a share that is none, too few rows, two rules, or one that divides groups that are kept together.
     """
     rows = len(labels.values)
     if rows < 3:
         raise UserError(f"n_samples={rows}: at least 3 rows are needed, to train, to validate and to test")
+    together = spec.get("together")
     if validation is None:
-        if "split" in spec or rows >= SPLIT_ROWS:
+        if "split" in spec or rows >= SPLIT_ROWS or together is not None:
             return None
         validation = HELD_OUT
     elif "split" in spec:
         raise UserError("validation and split both say which rows are not trained on; give one")
+    elif together is not None and not (isinstance(validation, (tuple, list)) and len(validation) == 2):
+        raise UserError(
+            f"validation would divide the groups of together={together!r} row by row; give two frames, to validate and "
+            "to test, or split={'type': 'random', 'ratios': [8, 1, 1]}, which keeps them whole"
+        )
     if not isinstance(validation, float):
         return np.zeros(rows, dtype=np.int64)
     if not 0 < validation < 1:

@@ -15,6 +15,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.data.preparation import frame_columns
 from ssr_rec.data.preparation.frame_columns import spec_of_frame, write_frame
 from ssr_rec.estimator.labels import labels_of
+from ssr_rec.estimator.rows import split_of
 
 ROWS = 200
 NUMBERS = np.arange(ROWS)
@@ -64,6 +65,17 @@ def test_what_is_named_is_not_guessed() -> None:
 
 
 R = {"ratios": [8, 1, 1]}
+
+
+def test_rows_of_a_group_are_not_divided_between_training_and_validation() -> None:
+    frame = pd.DataFrame({name: GUESSED[name][0] for name in ("request", "age", "price")})
+    labels, spec = labels_of(frame, pd.Series(NUMBERS % 2, name="click"), None), {"together": "request"}
+    assert split_of(labels, None, spec, 0) is None and split_of(labels, None, {}, 0) is not None
+    assert not split_of(labels, (frame, frame), spec, 0).any()
+    for validation in (0.2, frame, [frame]):
+        with pytest.raises(UserError, match="divide the groups of together='request' row by row; give two frames"):
+            split_of(labels, validation, spec, 0)
+    assert "request" not in spec_of_frame(frame, {"labels": ["click"], **spec}).reasons
 
 
 def test_a_frame_is_written_in_parts_and_read_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def _roles(entries: Mapping[str, Any]) -> tuple[set[Any], set[Any]]:
     lists = entries.get("lists")
     for one in lists.values() if isinstance(lists, Mapping) else ():
         named |= {*names(one, "weights")}
-    helpers = {*names(entries, "group_id"), *names(entries.get("split"), "column")}
+    helpers = {*names(entries, "group_id", "together"), *names(entries.get("split"), "column")}
     sequences = entries.get("sequences")
     for sequence in sequences.values() if isinstance(sequences, Mapping) else ():
         named |= {*names(sequence, "columns", "numeric", "age")}
