@@ -106,6 +106,7 @@ def _joined(blocks: Sequence[Block]) -> Block:
     groups = [block.group_ids for block in blocks if block.group_ids is not None]
     weights = [block.weights for block in blocks if block.weights is not None]
     dense = [block.dense for block in blocks if block.dense is not None]
+    together = [block.together for block in blocks if block.together is not None]
     return Block(
         np.concatenate([block.scalars for block in blocks], axis=1),
         lists,
@@ -113,4 +114,5 @@ def _joined(blocks: Sequence[Block]) -> Block:
         np.concatenate(groups) if groups else None,
         np.concatenate(weights) if weights else None,
         np.concatenate(dense) if dense else None,
+        np.concatenate(together) if together else None,
     )

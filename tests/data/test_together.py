@@ -18,6 +18,7 @@ from ssr_rec.data.preparation.append_days import add
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
+from ssr_rec.explaining.rows import SplitRows
 from tests.data.test_negatives import place
 from tests.prepare_log import make_rows, md5_id, read_split, run, spec_with, write_parquet
 
@@ -67,6 +68,8 @@ def test_groups_lie_together_as_the_definition_says(split, tmp_path):
     assert schema.together_column == "__together__"
     # The ids are those of group ids: 60 bits of the md5 of text.
     assert len({row["__together__"] for name in found for row in found[name]}) == len(first)
+    (batch,) = SplitRows.read(tmp_path / "out", schema, "test").batches()
+    assert batch.together is not None and batch.together.tolist() == [row["__together__"] for row in found["test"]]
 
 
 def test_without_groups_a_dataset_is_what_it_was(tmp_path):
