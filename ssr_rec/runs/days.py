@@ -39,8 +39,13 @@ def _task_table(runs: Sequence[Run], task: str) -> str:
     lines = [[day, *(decimal(values[column][at]) for column in columns)] for at, day in enumerate(days)]
     lines.append(["mean", *(decimal(runs[run].report.test[task].get(name)) for name, run in columns)])
     table = markdown_table(header, lines)
-    main = main_measure(runs[0].report.test[task])
-    return table if len(runs) != 2 else f"{table}\n\n{_lead(runs, values, main)}"
+    # A number's measures differ where one of the runs is bounded.
+    both = {name: 0 for name in MEASURES if all((name, run) in values for run in range(len(runs)))}
+    return (
+        table
+        if len(runs) != 2 or (main := main_measure(both)) not in both
+        else f"{table}\n\n{_lead(runs, values, main)}"
+    )
 
 
 def _lead(runs: Sequence[Run], values: dict[tuple[str, int], np.ndarray], main: str) -> str:

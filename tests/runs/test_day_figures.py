@@ -58,6 +58,17 @@ def test_two_runs_are_compared_on_the_days_both_have():
     assert "SSR-S and Dense MLP have 0 days in common." in apart
 
 
+def test_runs_are_compared_by_what_both_have():
+    """An exact run of a number and a bounded one, which has no XAUC; and runs without any measure in common."""
+    exact, bounded = report("SSR-S", [0.7, 0.7, 0.7]), report("Dense MLP", [0.7, 0.7, 0.7])
+    for values, measures in ((exact, {"xauc": 0.6, "rmse": 4.0}), (bounded, {"rmse": 5.0})):
+        values["test"] = {"click": measures}
+        values["days"] = [{"day": day, "tasks": {"click": measures}} for day in DAYS]
+    table = days_table([run(exact), run(bounded)])
+    assert "SSR-S is ahead of Dense MLP by RMSE on 3 of 3 days, by 1.0000 +- .0000" in table
+    assert "ahead" not in days_table([run(report("SSR-S", [0.7, 0.7, 0.7])), run(bounded)])
+
+
 def test_days_that_are_numbers_are_in_their_order():
     one = run(report("SSR-S", [0.7, 0.7, 0.7], ["9", "10", "11"]))
     assert [line[0] for line in cells(days_table([one]))[2:]] == ["9", "10", "11", "mean"]
