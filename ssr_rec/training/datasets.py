@@ -148,12 +148,19 @@ def choose_days(wanted: str, days: Sequence[str]) -> list[str]:
 
 
 def mean_of_days(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return label -> measure -> mean over the days where it is defined, all days alike; nan where it never is."""
+    """Return label -> measure -> mean over the days where it is defined, all days alike; nan where it never is.
+
+    Days of many rows may be bounded and others exact: a bound is 0 of the latter, and what only some days have, such as
+    XAUC, is left out.
+    """
     means: dict[str, dict[str, float]] = {}
-    for task, measures in rows[0]["tasks"].items():
-        means[task] = {}
-        for name in (name for name in measures if name not in COUNTS):
-            values = [row["tasks"][task].get(name) for row in rows]
+    for task in rows[0]["tasks"]:
+        means[task], of_days = {}, [row["tasks"][task] for row in rows]
+        for name in dict.fromkeys(name for measures in of_days for name in measures if name not in COUNTS):
+            is_bound = name.endswith("_bound")
+            if not is_bound and not all(name in measures for measures in of_days):
+                continue
+            values = [measures.get(name, 0.0 if is_bound else None) for measures in of_days]
             known = [value for value in values if value is not None and not math.isnan(value)]
             means[task][name] = sum(known) / len(known) if known else math.nan
     return means

@@ -239,3 +239,10 @@ def test_the_mean_leaves_out_days_without_the_measure():
     rows = [{"tasks": {"a": {"auc": auc, "gauc": math.nan, "gauc_rows": 3}}} for auc in (0.5, math.nan, 0.75, None)]
     means = mean_of_days(rows)
     assert means["a"]["auc"] == 0.625 and math.isnan(means["a"]["gauc"]) and set(means["a"]) == {"auc", "gauc"}
+
+
+def test_the_mean_of_exact_and_bounded_days_has_what_all_have_and_the_bounds():
+    exact, bounded = {"auc": 0.5, "rmse": 2.0, "xauc": 0.6}, {"auc": 0.6, "auc_bound": 0.25, "rmse": 4.0}
+    for days in ([exact, bounded], [bounded, exact]):
+        means = mean_of_days([{"tasks": {"a": measures}} for measures in days])["a"]
+        assert means == pytest.approx({"auc": 0.55, "auc_bound": 0.125, "rmse": 3.0})
