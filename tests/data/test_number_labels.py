@@ -117,6 +117,14 @@ def test_a_nan_was_not_observed_as_a_null(tmp_path: Path) -> None:
     assert found[0] == found[1] and None in [row["rating"] for row in found[1]["train"]]
 
 
+def test_a_number_that_is_always_the_same_has_deviations_of_1(tmp_path: Path) -> None:
+    rows = [{**row, "rating": 0.8} for row in watched(200)]
+    schema, _ = run(tmp_path, [write_parquet(rows, tmp_path / "log.parquet")], spec_with(**SPEC))
+    logs = np.full(schema.splits["train"].num_rows, np.log1p(np.float64(np.float32(0.8))))
+    rating = schema.numbers[1]
+    assert (rating.std, rating.log_std) == (1, 1) and rating.log_mean == pytest.approx(logs.mean())
+
+
 def test_text_is_refused(tmp_path: Path) -> None:
     rows = [{**row, "rating": "good"} for row in watched(50)]
     with pytest.raises(UserError, match="column 'rating' holds string, not numbers"):

@@ -86,7 +86,8 @@ def fit_numbers(plan: SplitPlan) -> list[NumberLabel]:
                 f"label {name!r} goes from {low:g} to {high:g}, too far for a standard deviation; rescale it"
             )
         log_mean, log_std = _moments(log_or_same(numbers, "log"))
-        logs = {"log_mean": log_mean, "log_std": log_std or 1.0} if low >= 0 else {}
+        # The mean of equal logarithms may be rounded, so that they seem to differ from it.
+        logs = {"log_mean": log_mean, "log_std": (log_std if std else 0.0) or 1.0} if low >= 0 else {}
         found.append(NumberLabel(name=name, mean=mean, std=std or 1.0, low=low, high=high, **logs))
     return found
 
