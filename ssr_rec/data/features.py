@@ -142,18 +142,3 @@ class Feature(Settings):
         if self.num_embeddings > MAX_EMBEDDINGS and not isinstance(self.encoding, RawHash):
             raise UserError(f"feature {self.name!r}: num_embeddings: should be less than or equal to {MAX_EMBEDDINGS}")
         return self
-
-
-class Lookups(Settings):
-    """Counts how many of a feature's values, list items counted singly, have the id of missing or of unknown values."""
-
-    total: int = Field(ge=0)
-    missing: int = Field(ge=0)
-    oov: int = Field(0, ge=0)
-
-    def __add__(self, other: Lookups) -> Lookups:
-        return Lookups(total=self.total + other.total, missing=self.missing + other.missing, oov=self.oov + other.oov)
-
-    def share(self, kind: Literal["missing", "oov"]) -> float:
-        """Return the share of the values that is ``missing`` or ``oov``; 0 of no values."""
-        return getattr(self, kind) / self.total if self.total else 0.0
