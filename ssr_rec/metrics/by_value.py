@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssr_rec.metrics.exact import auc_of_groups, gather_rows, of_task, with_equal_rows_tied
+from ssr_rec.metrics.exact import auc_of_groups, of_task
+from ssr_rec.metrics.gathered import Gathered
 from ssr_rec.metrics.reliability import sigmoid
 from ssr_rec.metrics.split_metrics import Mode
 
@@ -85,13 +86,13 @@ class MetricsByValue:
 
     def __init__(self, mode: Mode, tasks: Sequence[str], names: Sequence[str]) -> None:
         self.mode, self.tasks, self.names = mode, tasks, names
-        self._batches: list[tuple[Tensor | None, ...]] = []
+        self._gathered = Gathered()
         self._sums: Tensor | None = None
 
     def update(self, logits: Tensor, labels: Tensor, codes: Tensor, rows: Tensor, weights: Tensor | None) -> None:
         """Take in a batch of this rank; arguments as in ``FoldMetrics.update``, ``codes (B,)`` into the names."""
         if self.mode == "exact":
-            self._batches.append((logits.float(), labels, codes, rows, weights))
+            self._gathered.update(logits, labels, codes, rows, weights)
             return
         x, positive = logits.detach().double(), labels > 0
         w = torch.ones_like(x) if weights is None else weights.double()
@@ -106,13 +107,10 @@ class MetricsByValue:
     def compute(self) -> ByValue | None:
         """Return task -> entries on rank 0, None elsewhere. Collective; after an update on every rank."""
         if self.mode == "exact":
-            logits, labels, codes, keys, weights = (
-                None if parts[0] is None else gather_rows(torch.cat(parts))
-                for parts in zip(*self._batches, strict=True)
-            )
-            if logits is None or labels is None or codes is None or keys is None:
+            if (gathered := self._gathered.gather()) is None:
                 return None
-            tied = with_equal_rows_tied(logits, keys)
+            tied, labels, codes, weights = gathered
+            assert codes is not None
             return {
                 task: measures_by_value(tied[:, i], labels[:, i], codes, self.names, of_task(weights, i))
                 for i, task in enumerate(self.tasks)

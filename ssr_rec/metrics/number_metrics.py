@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.metrics.exact import evaluate_predictions, gather_rows, of_task, with_equal_rows_tied
+from ssr_rec.metrics.exact import evaluate_predictions, of_task
+from ssr_rec.metrics.gathered import Gathered
 from ssr_rec.metrics.links import SIGMOID, Links
 from ssr_rec.metrics.numbers import calibration_of_numbers, mae, rmse, xauc
 from ssr_rec.metrics.reliability import deciles_of_scores
@@ -78,34 +79,6 @@ def evaluate_tasks(
         else:
             found |= evaluate_predictions(x, y, groups, [name], w)
     return found
-
-
-class Gathered:
-    """Keeps every row of a fold until rank 0 gets them all: the part that exact measures share."""
-
-    def __init__(self) -> None:
-        self._batches: list[tuple[Tensor | None, ...]] = []
-
-    def update(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        groups: Tensor | None,
-        rows: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> None:
-        """Take in a batch; see ``FoldMetrics``."""
-        self._batches.append((logits.float(), labels, groups, rows, weights))
-
-    def gather(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None] | None:
-        """Return logits, equal for equal rows, labels, groups and weights on rank 0, None elsewhere. Collective."""
-        logits, labels, groups, keys, weights = (
-            None if parts[0] is None else gather_rows(torch.cat([part for part in parts if part is not None]))
-            for parts in zip(*self._batches, strict=True)
-        )
-        if logits is None or labels is None:
-            return None
-        return logits if keys is None else with_equal_rows_tied(logits, keys), labels, groups, weights
 
 
 class ExactNumbers(Gathered):

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssr_rec.metrics.exact import gather_rows, of_task, with_equal_rows_tied
+from ssr_rec.metrics.exact import of_task
+from ssr_rec.metrics.gathered import Gathered
 from ssr_rec.metrics.group_sample import GroupSample
 from ssr_rec.metrics.ranking import ranking_measures
 
@@ -30,7 +31,7 @@ class RankingMetrics:
         self.names, self.columns = names, columns
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.sample = None if max_rows is None else GroupSample(max(1, max_rows // ranks))
-        self._batches: list[tuple[Tensor | None, ...]] = []
+        self._all = Gathered()
 
     def update(
         self, logits: Tensor, labels: Tensor, groups: Tensor, rows: Tensor | None = None, weights: Tensor | None = None
@@ -47,7 +48,7 @@ class RankingMetrics:
         if self.sample is not None:
             self.sample.update(logits, labels, groups, weights)
         else:
-            self._batches.append((logits, labels, groups, rows, weights))
+            self._all.update(logits, labels, groups, rows, weights)
 
     def compute(self) -> dict[str, dict[str, float]] | None:
         """Return task -> measure -> value on rank 0, None elsewhere. Collective; after an update on every rank."""
@@ -69,9 +70,8 @@ class RankingMetrics:
             if sampled is None:
                 return None
             return sampled[0], sampled[1], sampled[2], sampled[3] if len(sampled) > 3 else None
-        logits, labels, groups, rows, weights = (
-            None if parts[0] is None else gather_rows(torch.cat(parts)) for parts in zip(*self._batches, strict=True)
-        )
-        if logits is None or labels is None or groups is None:
+        if (gathered := self._all.gather()) is None:
             return None
-        return logits if rows is None else with_equal_rows_tied(logits, rows), labels, groups, weights
+        logits, labels, groups, weights = gathered
+        assert groups is not None
+        return logits, labels, groups, weights

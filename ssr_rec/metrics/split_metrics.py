@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.metrics.exact import evaluate_predictions, gather_rows, of_task, with_equal_rows_tied
+from ssr_rec.metrics.exact import evaluate_predictions, of_task
+from ssr_rec.metrics.gathered import Gathered
 from ssr_rec.metrics.group_sample import GroupSample, sampled_gauc
 from ssr_rec.metrics.links import Links
 from ssr_rec.metrics.number_metrics import BoundedNumbers, ExactNumbers, Joined, Mode, OwnMetric, OwnMetrics, Tasks
@@ -94,33 +95,20 @@ def fold_metrics(
     return parts[0][1] if len(parts) == 1 else Joined(label_names, parts)
 
 
-class ExactMetrics:
+class ExactMetrics(Gathered):
     """Keeps every prediction; rank 0 gets them all (``metrics``)."""
 
     mode: Mode = "exact"
 
     def __init__(self, label_names: Sequence[str]) -> None:
+        super().__init__()
         self.label_names = label_names
-        self._batches: list[tuple[Tensor | None, ...]] = []
         self._ranked: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
 
-    def update(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        groups: Tensor | None,
-        rows: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> None:
-        self._batches.append((logits.float(), labels, groups, rows, weights))
-
     def compute(self) -> Tasks | None:
-        logits, labels, groups, keys, weights = (
-            None if parts[0] is None else gather_rows(torch.cat(parts)) for parts in zip(*self._batches, strict=True)
-        )
-        if logits is None or labels is None:
+        if (found := self.gather()) is None:
             return None
-        ranked = logits if keys is None else with_equal_rows_tied(logits, keys)
+        ranked, labels, groups, weights = found
         self._ranked = ranked, labels, weights
         return evaluate_predictions(ranked, labels, groups, self.label_names, weights)
 
