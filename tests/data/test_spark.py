@@ -331,14 +331,22 @@ def test_labels_that_are_numbers(tmp_path: Path) -> None:
     rows = watched(900)
     schema = same(tmp_path, [write_csv(rows, tmp_path / "log.csv")], spec_with(**NUMBER_SPEC))
     assert schema.number_names == ["watch_s", "rating"]
-    for name, bad in {"nan": math.nan, "large": 1e39, "infinite": -math.inf}.items():
-        rows[41]["rating"] = bad
-        path = write_parquet(rows, tmp_path / f"{name}.parquet")
+    (tmp_path / "nan").mkdir()
+    nans = [row | {"rating": math.nan if row["rating"] is None else row["rating"]} for row in rows]
+    nan = same(tmp_path / "nan", [write_parquet(nans, tmp_path / "nan" / "log.parquet")], spec_with(**NUMBER_SPEC))
+    assert [split.counted for split in nan.splits.values()] == [split.counted for split in schema.splits.values()]
+    clicked = next(at for at, row in enumerate(rows) if row["click"])
+    for at, column, bad in [
+        (clicked, "watch_s", math.nan), (41, "rating", 1e39), (41, "rating", -math.inf),
+    ]:  # fmt: skip
+        path = write_parquet(
+            [row | ({column: bad} if n == at else {}) for n, row in enumerate(rows)], tmp_path / "bad.parquet"
+        )
         messages = [
             refusal([path], tmp_path / "out", spec_with(**NUMBER_SPEC), settings=EngineSettings(spark=spark))
             for spark in (None, SparkSettings())
         ]
-        assert messages[0] == messages[1] and "row 42: column 'rating' is" in messages[0]
+        assert messages[0] == messages[1] and f"row {at + 1}: column {column!r} is" in messages[0]
 
 
 @pytest.mark.parametrize("kind", ["random", "days"])
