@@ -61,13 +61,14 @@ def losses(runs: Path) -> np.ndarray:
 def test_world_size_does_not_change_the_losses(dataset, tmp_path, optimizer, more):
     more = [f"--embeddings.optimizer={optimizer}", "--train.epochs=4", *more]
     reports = {}
-    for world_size in (1, 2, 4):
+    others = (2,) if optimizer == "sgd" else (2, 4)
+    for world_size in (1, *others):
         options = overrides(dataset, tmp_path / str(world_size), *more)
         options = [o for o in options if "mlp" not in " ".join(more) or "view" not in o]
         reports[world_size] = run_ranks(train_job, world_size, options)[0]
     alone = losses(tmp_path / "1")
     assert len(alone) == 64 and alone[-8:].mean() < alone[:8].mean() - 0.01, "the model must have learnt something"
-    for world_size in (2, 4):
+    for world_size in others:
         assert np.abs(losses(tmp_path / str(world_size)) - alone)[:50].max() < 1e-5
         for task in ("click", "like"):
             for metric in ("auc", "gauc", "logloss"):
@@ -75,6 +76,7 @@ def test_world_size_does_not_change_the_losses(dataset, tmp_path, optimizer, mor
                 assert mine == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_world_size_does_not_change_the_losses_of_ssr_d(dataset, tmp_path):
     """ICS's thresholds amplify rounding from step to step (docs/architecture.md), hence fewer steps."""
     for world_size in (1, 2):
@@ -151,6 +153,7 @@ def test_warmup_scales_both_learning_rates(dataset, tmp_path):
     assert rates == pytest.approx([0.00025, 0.0005, 0.00075, 0.001, 0.001, 0.001])
 
 
+@pytest.mark.slow
 def test_bf16_trains_close_to_fp32(dataset, tmp_path):
     for flag in ("false", "true"):
         run_ranks(train_job, 1, overrides(dataset, tmp_path / flag, "--train.max_steps=12", f"--train.bf16={flag}"))

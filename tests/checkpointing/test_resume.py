@@ -167,6 +167,7 @@ def test_more_ranks_than_lanes_would_mean_other_rows(dataset, tmp_path):
     assert "num_lanes=1, this run has 2" in run_ranks(refused_job, 2, options(dataset, tmp_path, *more))[0]
 
 
+@pytest.mark.slow
 def test_stopping_between_a_step_and_its_evaluation_loses_no_evaluation(dataset, tmp_path):
     run_ranks(train_job, 1, options(dataset, tmp_path / "whole"))
     run_ranks(stopped_job, 1, options(dataset, tmp_path / "parts"), 20)
@@ -187,6 +188,7 @@ def test_early_stopping_counts_on(dataset, tmp_path):
         assert resumed[key] == whole[key]
 
 
+@pytest.mark.slow
 def test_keeps_the_last_and_the_best(dataset, tmp_path):
     more = ["--checkpoint.every_steps=6", "--checkpoint.keep=3", "--embeddings.learning_rate=1.0"]
     report = run_ranks(train_job, 2, options(dataset, tmp_path, *more))[0]
@@ -198,6 +200,7 @@ def test_keeps_the_last_and_the_best(dataset, tmp_path):
     assert bests == named | {report["best_step"]}
 
 
+@pytest.mark.slow
 def test_checkpoints_can_be_off(dataset, tmp_path):
     report = run_ranks(train_job, 1, options(dataset, tmp_path, "--checkpoint.every_minutes=null"))[0]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"best-{report['best_step']:09d}"]

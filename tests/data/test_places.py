@@ -52,7 +52,14 @@ def logs(tmp_path: Path) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("inputs", [["logs/a.csv", "logs/b.csv.gz", "logs/c.csv"], ["logs"], ["l*/?.c*"]])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        ["l*/?.c*"],
+        pytest.param(["logs/a.csv", "logs/b.csv.gz", "logs/c.csv"], marks=pytest.mark.slow),
+        pytest.param(["logs"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_dataset_is_the_same_wherever_it_and_its_log_are(tmp_path: Path, store: Any, inputs: list[str]) -> None:
     files = logs(tmp_path)
     for path in files:

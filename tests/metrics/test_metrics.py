@@ -1,10 +1,7 @@
 """Metrics against scikit-learn and plain loops, and the gather against one process."""
 
 import math
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from ssr_rec.metrics import exact as metrics
 from ssr_rec.metrics.exact import auc, calibration, evaluate_predictions, gather_predictions, gauc, logloss, ne
 from ssr_rec.metrics.running import RunningAUC
+from tests.ranks import run_ranks
 
 
 def fold(rows: int, seed: int = 0, levels: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,33 +165,27 @@ def rank_rows(case: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return logits, (logits > 0.1).to(torch.uint8), torch.randint(0, 3, (rows,), generator=generator)
 
 
-def gather_on(rank: int, folder: str) -> None:
-    """Body of one of two gloo processes; leaves what it got as case-rank.npz."""
-    # Small enough that the longest rank takes several rounds.
+def gather_job() -> list[list[np.ndarray] | None]:
+    """What this rank gets in each case; in rounds, as the longest rank has more rows than one takes."""
     metrics.ROWS_PER_GATHER = 4
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    got = []
     for case in range(len(ROWS_OF_RANKS)):
-        gathered = gather_predictions(*rank_rows(case, rank))
-        without_groups = gather_predictions(*rank_rows(case, rank)[:2], None)
-        if gathered is not None and without_groups is not None:
-            assert without_groups[2] is None
-            np.savez(f"{folder}/{case}-{rank}.npz", *gathered)
-    dist.destroy_process_group()
+        rows = rank_rows(case, dist.get_rank())
+        gathered, without_groups = gather_predictions(*rows), gather_predictions(*rows[:2], None)
+        assert (gathered is None) == (without_groups is None)
+        assert without_groups is None or without_groups[2] is None
+        got.append(None if gathered is None else list(gathered))
+    return got
 
 
-def test_gather_brings_uneven_and_empty_ranks_to_rank_0(tmp_path: Path):
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
-    try:
-        assert [process.wait(120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    for case in range(len(ROWS_OF_RANKS)):
-        assert not (tmp_path / f"{case}-1.npz").exists()
-        with np.load(tmp_path / f"{case}-0.npz") as saved:
-            gathered = [saved[name] for name in saved.files]
-        of_ranks = zip(rank_rows(case, 0), rank_rows(case, 1), strict=True)
-        alone = gather_predictions(*(torch.cat(parts) for parts in of_ranks))
+def test_gather_brings_uneven_and_empty_ranks_to_rank_0():
+    first, second = run_ranks(gather_job, 2)
+    assert second == [None] * len(ROWS_OF_RANKS)
+    for case, gathered in enumerate(first):
+        alone = gather_predictions(
+            *(torch.cat(parts) for parts in zip(rank_rows(case, 0), rank_rows(case, 1), strict=True))
+        )
         assert alone is not None
         for got, wanted in zip(gathered, alone, strict=True):
             assert wanted is not None and got.dtype == wanted.dtype
@@ -231,7 +223,3 @@ def test_running_auc_keeps_its_own_copy():
     assert running.compute() == {"click": 1.0}
     with pytest.raises(ValueError, match="window is 0"):
         RunningAUC(["click"], window=0)
-
-
-if __name__ == "__main__":
-    gather_on(int(sys.argv[1]), sys.argv[2])

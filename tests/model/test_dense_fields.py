@@ -130,6 +130,7 @@ def test_an_artifact_scores_raw_rows_as_prepared_ones_to_the_bit(data, tmp_path,
         scorer.score_arrays(np.zeros((1, 1), np.int64), [(np.zeros(0, np.int64), np.zeros(2, np.int64))])
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_floats_on_two_ranks_as_on_one(data, tmp_path):
     losses = {}
     options = [*DEEPFM, *WAYS["linear"], f"--data.path={data}", f"--runs={tmp_path}", "--train.batch_size=64"]

@@ -323,6 +323,7 @@ def test_bfloat16_autocast(case: str) -> None:
         assert (rough.float() - exact).abs().mean() < 0.02 + 0.02 * exact.abs().mean()
 
 
+@pytest.mark.slow
 def test_importing_an_over_arch_does_not_import_torchrec_and_builds_nothing(tmp_path: Path) -> None:
     code = "import sys; from ssr_rec.over_archs import SSR, SSRConfig; sys.exit('torchrec' in sys.modules)"
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}

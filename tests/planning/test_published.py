@@ -21,6 +21,7 @@ def runs() -> list[PlannedRun]:
     return plan_runs(read_runs())
 
 
+@pytest.mark.slow
 def test_held_out_runs_are_within_the_range_that_reports_give(runs: list[PlannedRun]) -> None:
     off = {}
     for run, ratio in zip(runs, held_out(runs), strict=True):
@@ -33,17 +34,20 @@ def test_held_out_runs_are_within_the_range_that_reports_give(runs: list[Planned
     assert math.exp(sum(map(math.log, off.values())) / len(off)) < 1.15
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table_of_these_runs(runs: list[PlannedRun]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
     for line in markdown(compare(runs)).splitlines():
         assert line in page
 
 
+@pytest.mark.slow
 def test_the_constants_of_hardware_are_those_fitted_to_the_runs(runs: list[PlannedRun]) -> None:
     found = fitted(fit([run for run in runs if run.run.calibrates]))
     assert fitted(Assumptions()) == pytest.approx(found, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_wrong_fit_would_show(runs: list[PlannedRun]) -> None:
     """A host that takes no time was the old model's error: small batches then look several times as fast."""
     free = Assumptions(host_step_ms=0, host_way_ms=0, host_operator_us=0, host_table_us=0)

@@ -78,7 +78,7 @@ def test_curves_skip_what_is_null_or_missing(tmp_path):
     assert len(_series(rows, "validation", "auc", "click")[0]) == 3
 
 
-@pytest.mark.parametrize("count, height", [(1, 864), (12, 1200)])
+@pytest.mark.parametrize("count, height", [pytest.param(1, 864, marks=pytest.mark.slow), (12, 1200)])
 def test_comparison_grows_with_runs_and_tasks(tmp_path, count, height):
     runs = [Run(report(str(i), 0.7 + i / 1000), history(20)) for i in range(count)]
     draw_comparison(runs, tmp_path / "runs.png")

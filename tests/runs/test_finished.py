@@ -64,7 +64,8 @@ def test_a_finished_run_is_no_answer_to_another_command(dataset, finished):
         assert "is not empty; choose another name" in said, said
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_second_process_is_kept_out_of_a_run_folder(dataset, tmp_path, world_size):
     runs = tmp_path / "runs"
     run_ranks(train_job, 1, options(dataset, runs, *SHORT))

@@ -237,6 +237,7 @@ def test_every_run_has_a_row_with_its_settings_and_metrics(plan, reports):
     assert not runs.loc["ssr_s-t1-s2", "finished"] and runs["finished"].sum() == 11
 
 
+@pytest.mark.slow
 def test_picture(plan, reports, tmp_path):
     """Several panels, a curve, a system without runs, and points on top of each other."""
     for job in list(reports):

@@ -119,6 +119,7 @@ def test_every_trial_is_a_run_and_the_best_ones_config_trains_it_again(opened, f
     assert len(started(book.out)) == 5
 
 
+@pytest.mark.slow
 def test_a_null_among_a_list_s_numbers_stays_one_and_they_stay_whole(opened, tmp_path):
     book = opened(search={"train.max_steps": [None, 20000, 30000]}, trials=6)
     while (taken := book.take()) is not None:
@@ -144,6 +145,7 @@ def test_results_hold_each_trial_and_the_best_first(opened, fake, dataset, tmp_p
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_killed_worker_s_trial_is_taken_over_as_it_is_and_no_trial_is_lost(opened, fake, dataset, monkeypatch):
     monkeypatch.setenv("MODE", "hang")
     book = opened()

@@ -126,6 +126,7 @@ def test_criteo_is_repeated_and_gets_names(bench, tmp_path, monkeypatch):
     assert set(frames[0].columns) == {*made["categorical"], *made["numeric"], made["label"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -70,6 +70,7 @@ def test_two_systems_two_trials_two_seeds(compare, arguments, tmp_path, capsys):
     assert "train.max_steps=2, not 3; choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_failing_runs_end_with_exit_code_1_and_a_table_of_the_others(compare, arguments, tmp_path, capsys):
     fake = tmp_path / "fake.py"
     fake.write_text(

@@ -54,6 +54,7 @@ def test_what_is_shown_of_a_run_has_its_values(run_on, capsys, tmp_path) -> None
     assert "<td>id 7</td>" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit(dataset, tmp_path, run_on) -> None:
     whole = run_on[1][0]
     assert run_ranks(stopped_job, 1, options(dataset, tmp_path, *SHORT), 5) == ["preempted"]

@@ -146,6 +146,7 @@ def test_two_ranks_are_one_process(seconds: Path, trained: tuple[Path, dict[str,
         assert two["test"][task] == pytest.approx(measures, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_whole_one_to_the_bit(
     seconds: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
