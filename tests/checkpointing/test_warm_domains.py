@@ -42,7 +42,7 @@ def warm_job(old: str, new: str, folder: str, more: list[str]) -> tuple[dict, di
     return report, of_domains(before), fresh, of_domains(model)
 
 
-@pytest.mark.parametrize("column", ["item", "kind"])
+@pytest.mark.parametrize("column", [pytest.param("item", marks=pytest.mark.slow), "kind"])
 def test_weights_of_a_domain_follow_its_value(datasets, tmp_path, column: str) -> None:
     """Items have other ids there, and one kind is new here."""
     old, new = datasets

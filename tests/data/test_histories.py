@@ -105,10 +105,7 @@ MOMENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.slow if kind in ("dates", "before 1970", "text") else ())
-        for kind in MOMENTS
-    ],
+    [pytest.param(kind, marks=pytest.mark.slow if kind != "parts of seconds" else ()) for kind in MOMENTS],
 )
 def test_times_of_every_kind_have_their_order_and_ages(tmp_path: Path, kind: str) -> None:
     log = random_log(7)

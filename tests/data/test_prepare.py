@@ -214,7 +214,7 @@ def test_memory_below_the_data_spills_and_leaves_nothing(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("kind", ["random", "time", "days"])
+@pytest.mark.parametrize("kind", ["days", *[pytest.param(kind, marks=pytest.mark.slow) for kind in ("random", "time")]])
 def test_a_log_staged_on_disk_is_prepared_to_the_same_bytes(tmp_path: Path, monkeypatch, kind: str) -> None:
     rules = {"random": {"type": "random"}, "time": {"type": "time", "column": "day", "ratios": [8, 1, 1]}}
     spec = spec_with(split=rules.get(kind, {"type": "days", "column": "day", "fit_days": 2}))

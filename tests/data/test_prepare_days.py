@@ -32,7 +32,9 @@ def as_moment(text: str) -> datetime.datetime:
 KINDS = {"text": str, "dates": as_date, "moments": as_moment, "numbers": lambda text: int(text[-2:])}
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "kind", ["moments", *[pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "moments"]]
+)
 def test_every_day_is_a_split_in_order_of_time(tmp_path, kind):
     rows = make_rows(1000)
     day_of = {md5_id(row["uid"], 2**30): row["day"] for row in rows}

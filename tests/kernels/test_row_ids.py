@@ -61,8 +61,15 @@ def batches_of(values: list[Any], rows: int) -> list[pa.RecordBatch]:
     return made
 
 
-@pytest.mark.parametrize("is_canonical", [True, False])
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("is_canonical", "listed"),
+    [
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+        pytest.param(False, False, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_have_the_ids_of_single_values(tmp_path: Path, is_canonical: bool, listed: bool) -> None:
     features = encodings(tmp_path)
     draw = random.Random(5)

@@ -204,6 +204,7 @@ def test_auto_is_exact_up_to_the_rows_that_fit():
     assert fold_metrics("bounded", 100, 1, LABELS).mode == "bounded"
 
 
+@pytest.mark.slow
 def test_a_run_says_how_it_measured_and_how_far_off_it_may_be(dataset, tmp_path):
     options = [f"--data.path={dataset}", "--over_arch.num_views=2", "--over_arch.view_dim=8", "--train.batch_size=64"]
     options += ["--train.eval_batch_size=50", f"--runs={tmp_path}"]

@@ -170,6 +170,7 @@ def test_a_killed_worker_s_trial_is_taken_over_as_it_is_and_no_trial_is_lost(ope
     assert book.trials()[0].params == drawn and book.trials()[0].intermediate_values.keys() == {10, 20}
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_search_take_different_trials(opened):
     ours, theirs = opened(), opened()
     taken = [ours.take(), theirs.take(), ours.take(), theirs.take(), ours.take()]

@@ -19,6 +19,7 @@ def bench(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_turns_and_shares(bench, dataset, monkeypatch, capsys):
     arguments = ["--data", str(dataset), "--steps", "5", "--turns", "3", "--every", "10"]
     arguments += ["--train.batch_size=64", "--over_arch.num_views=2", "--over_arch.view_dim=8", "--embeddings.dim=8"]

@@ -15,7 +15,12 @@ from tools.show_sparsity import main
     [
         (["--over_arch.name=mlp", "--over_arch.hidden=[16]"], 0, {"near_zero", "mass_dims", "power_dims"}),
         (["--over_arch.filter=dynamic", "--over_arch.num_views=3", "--over_arch.view_dim=8"], 2, {"cosine", "overlap"}),
-        (["--over_arch.filter=static", "--over_arch.num_views=3", "--over_arch.view_dim=8"], 2, {"overlap"}),
+        pytest.param(
+            ["--over_arch.filter=static", "--over_arch.num_views=3", "--over_arch.view_dim=8"],
+            2,
+            {"overlap"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mlp", "dynamic", "static"],
 )

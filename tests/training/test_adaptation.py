@@ -85,9 +85,9 @@ def ends_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[li
 @pytest.mark.parametrize(
     ("more", "steps"),
     [
-        ([], [5, 10, 15]),
+        pytest.param([], [5, 10, 15], marks=pytest.mark.slow),
         (["--optimizer.ema_decay=0.9", "--optimizer.clip_norm=1.0", "--train.bf16=true"], [5, 10, 15]),
-        (["--train.accumulate=3"], [6, 12, 15]),
+        pytest.param(["--train.accumulate=3"], [6, 12, 15], marks=pytest.mark.slow),
         pytest.param(["--train.accumulate=4"], [8, 12, 16], marks=pytest.mark.slow),
     ],
     ids=["plain", "averages, clipping, bf16", "accumulate", "accumulate beyond the last"],

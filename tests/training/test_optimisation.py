@@ -166,8 +166,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", ["all", pytest.param("unfused", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", ["all", "unfused"])
 def test_a_resumed_run_goes_on_bit_for_bit(case, world_size, dataset, tmp_path):
     def options(runs: Path) -> list[str]:
         return [*BASE, f"--data.path={dataset}", f"--runs={runs}", "--name=run", *CASES[case]]
