@@ -16,7 +16,7 @@ from ssr_rec.common.errors import UserError
 
 VARIABLE = "SSR_REC_PROGRESS"
 MODES = {
-    "auto": "a line rewritten in place on a terminal, else plain lines",
+    "auto": "a bar and a line that change in place on a terminal, else plain lines",
     "plain": "plain lines, also on a terminal",
     "json": "one JSON object a line",
     "quiet": "nothing but warnings and errors",

@@ -93,6 +93,7 @@ class RunLog:
             error = sys.exc_info()[0]
             stopped = error is not None and issubclass(error, (Preempted, KeyboardInterrupt))
             self.trackers.close("stopped" if stopped else "failed")
+        self.progress.close()
         send_logs(None)
         if self._lock is not None:
             os.close(self._lock)

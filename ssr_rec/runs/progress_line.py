@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ssr_rec.common.formatting import decimal, duration, short_number
 from ssr_rec.common.saying import progress_mode, say
+
+if TYPE_CHECKING:
+    from ssr_rec.common.status_line import StatusLine
 
 
 def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_s: float | None = None) -> str:
@@ -43,7 +46,7 @@ def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_
 
 
 class Progress:
-    """Prints the progress line on rank 0: rewritten in place on a terminal, else a plain line every so often.
+    """Prints the progress line on rank 0: with a bar and changed in place on a terminal, else plain every so often.
 
     Unless ``SSR_REC_PROGRESS`` asks for something else (``ssr_rec/common/saying.py``).
 
@@ -77,24 +80,26 @@ class Progress:
         self.started = clock()
         self._printed_at = -math.inf
         self._mode = progress_mode()
-        self._in_place = self._mode == "auto" and self.stream.isatty()
-        self._open_line = False
+        self._status: StatusLine | None = None
+        can_rewrite = self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        if self.enabled and self._mode == "auto" and can_rewrite:
+            # rich takes a tenth of a second to load, and most processes write to no terminal.
+            from ssr_rec.common.status_line import StatusLine
+
+            self._status = StatusLine(self.stream)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Show a ``train`` row; the last step is always printed."""
         now = self.clock()
         is_last = row["step"] == self.total_steps
-        too_soon = not self._in_place and not is_last and now - self._printed_at < self.seconds_between_lines
+        too_soon = self._status is None and not is_last and now - self._printed_at < self.seconds_between_lines
         if not self.enabled or too_soon:
             return
         self._printed_at = now
         eta_s = self._eta(row["step"], now)
         line = format_progress(row, self.total_steps, eta_s)
-        if self._in_place:
-            # A wrapped line could not be rewritten in place.
-            self.stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
-            self.stream.flush()
-            self._open_line = True
+        if self._status is not None:
+            self._status.show(line, row["step"], self.total_steps)
         else:
             say(line, {**row, "steps": self.total_steps, "eta_s": eta_s}, self.stream)
 
@@ -104,10 +109,9 @@ class Progress:
         Args:
             row: of metrics.jsonl, which a JSON line holds instead of the text.
         """
-        if self.enabled:
-            if self._open_line:
-                self.stream.write("\r\x1b[K")
-                self._open_line = False
+        if self._status is not None:
+            self._status.say(text)
+        elif self.enabled:
             say(text, row, self.stream)
 
     def warn(self, text: str) -> None:
@@ -118,11 +122,9 @@ class Progress:
             self.note(text)
 
     def close(self) -> None:
-        """End the rewritten line, so that whatever is printed next starts on its own."""
-        if self._open_line:
-            self.stream.write("\n")
-            self.stream.flush()
-            self._open_line = False
+        """End the line that changes, so that whatever is printed next starts below it."""
+        if self._status is not None:
+            self._status.close()
 
     def _eta(self, step: int, now: float) -> float | None:
         done = step - self.first_step

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import re
 
 import pytest
 
@@ -20,6 +21,14 @@ ROW = {
     "loss": 0.51234,
     "tasks": {"click": {"auc": 0.71234}},
 }
+
+
+WITHOUT_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
 
 
 class Terminal(io.StringIO):
@@ -81,20 +90,61 @@ def test_a_log_file_gets_a_line_every_so_often_and_the_last():
     ]
 
 
+def screen(written: str) -> list[str]:
+    """What a terminal shows of it: lines, the cursor's ways left, up and down, and erased lines; colours aside."""
+    lines, row, column = [""], 0, 0
+    for code, up, text in re.findall(
+        r"(\x1b\[(\d*)[A-Za-z]|\x1b\[\?25[hl]|\r|\n)|([^\x1b\r\n]+)", WITHOUT_COLOURS.sub("", written)
+    ):
+        if code == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif code == "\r":
+            column = 0
+        elif code.endswith("A"):
+            row -= int(up or 1)
+        elif code == "\x1b[2K":
+            lines[row] = ""
+        elif not text:
+            assert code in ("\x1b[?25h", "\x1b[?25l"), repr(code)
+        lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :] if text else lines[row]
+        column += len(text)
+    return [line.rstrip() for line in lines]
+
+
 def test_a_terminal_gets_one_line_rewritten_and_notes_that_stay(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal()
-    progress = Progress(None, stream=stream)
+    progress = Progress(1953, stream=stream)
     progress.show({"step": 1})
     progress.show(ROW)
-    progress.note("validation auc .7000")
-    progress.show({"step": 1201})
+    assert len(screen(stream.getvalue())) == 1
+    progress.note("validation [red]auc[/] .7000, " + "a line of any length " * 3)
+    progress.show({"step": 1201, "loss": 0.5})
+    print("from elsewhere")
     progress.close()
     progress.close()
-    start = "\r\x1b[K"
-    assert stream.getvalue() == (
-        f"{start}step 1{start}step 1200  24.1k samples/s  w{start}validation auc .7000\n{start}step 1201\n"
-    )
+    progress.note("done")
+    bar = "━" * 12 + "╺" + "━" * 7
+    assert screen(stream.getvalue()) == [
+        "validation [red]auc[/] .7000, " + "a line of any length " * 2 + "a line of any length",
+        "from elsewhere",
+        f"{bar} step 1201/1953  loss .5000  eta 0s",
+        "done",
+        "",
+    ]
+    assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")
+
+
+def test_a_line_longer_than_the_terminal_stays_one(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    progress = Progress(None, stream=stream)
+    progress.show(ROW)
+    progress.show(ROW)
+    progress.close()
+    (line, rest) = screen(stream.getvalue())
+    assert rest == "" and len(line) <= 40 and line.endswith("…") and "step 1200  24" in line
 
 
 def test_a_resumed_run_counts_its_own_steps_for_the_eta():
@@ -133,7 +183,10 @@ def shown(mode, monkeypatch):
 
 
 def test_each_mode_says_what_it_is_for(monkeypatch):
-    assert shown("auto", monkeypatch).count("\x1b[K") == 2
+    said = [line.lstrip("━╺ ").split("  ")[0] for line in screen(shown("auto", monkeypatch))]
+    assert said == ["validation at step 1200", "by the way", "take care", "step 1200/1953", ""]
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown("auto", monkeypatch) == shown("plain", monkeypatch)
     plain = shown("plain", monkeypatch).splitlines()
     assert plain[0].startswith("step 1200/1953  24.1k") and plain[1:] == [
         *("validation at step 1200", "by the way", "take care")
