@@ -68,6 +68,18 @@ def test_scales_and_bins_are_those_of_the_training_rows(made):
         assert all(abs(share - 0.2) < 0.01 for share in shares), shares
 
 
+@pytest.mark.parametrize("scale", ["standard", "log"])
+def test_a_column_of_one_number_has_a_deviation_of_1_whatever_its_sum_rounds_to(scale):
+    rounded = 0
+    for value in (0.1, 1.1, 123.456, -700000.1):
+        for rows in (3, 40, 99):
+            column = fit_dense._fitted("same", np.full(rows, value), scale, 4)
+            assert (column.std, column.edges) == (1.0, [0.0, 1.0])
+            assert scaled(np.array([value, value + 0.5]), column).tolist()[0] == 0.0
+            rounded += math.fsum([t(value, scale)] * rows) / rows != t(value, scale)
+    assert rounded
+
+
 def test_a_batch_holds_the_scaled_numbers_and_shards_the_raw_ones(made):
     schema = Schema.read(made)
     for split in schema.splits:

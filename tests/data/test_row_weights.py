@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ssr_rec.common.errors import UserError
+from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import NOT_OBSERVED, WEIGHT_COLUMN, Schema
 from tests.conftest import reseal
@@ -81,6 +82,19 @@ def test_a_number_that_is_not_there_fulfils_no_condition(tmp_path: Path) -> None
         )
         made.append((schema.dataset_id, schema.splits["train"].counted))
     assert made[0] == made[1]
+
+
+def test_a_text_that_says_nan_fulfils_no_condition(tmp_path: Path) -> None:
+    counted = []
+    for name, missing in (("null", ""), ("nan", "nan")):
+        lines = [f"{row % 2},{row % 2},{missing if row % 3 else row},{row}" for row in range(60)]
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join(["click,pay,price,item", *lines]) + "\n")
+        spec = {"name": "s", "labels": ["click", "pay"], "categorical": ["item"], "ignore": ["price"], "min_count": 1}
+        spec["split"] = {"type": "random", "ratios": [1, 1, 1]}
+        schema, _ = run(tmp_path, [path], make_spec({**spec, "tasks": {"pay": {"where": "price > 0"}}}, "test"), name)
+        counted.append(sum(split.counted["pay"] for split in schema.splits.values()))
+    assert counted == [19, 19]
 
 
 def test_a_label_that_is_nan_was_not_observed(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def _fitted(name: str, numbers: np.ndarray, scale: Scale, bins: int) -> DenseCol
 
 def _moments(numbers: np.ndarray) -> tuple[float, float]:
     """Return mean and standard deviation of numbers (n,) float64; infinite where they are too far apart."""
+    if (numbers == numbers[0]).all():
+        return float(numbers[0]), 0.0  # their sum over n may be rounded to a neighbour, from which all would differ
     try:
         # Sums that are rounded once have no order.
         mean = math.fsum(numbers) / len(numbers)
@@ -86,8 +88,7 @@ def fit_numbers(plan: SplitPlan) -> list[NumberLabel]:
                 f"label {name!r} goes from {low:g} to {high:g}, too far for a standard deviation; rescale it"
             )
         log_mean, log_std = _moments(log_or_same(numbers, "log"))
-        # The mean of equal logarithms may be rounded, so that they seem to differ from it.
-        logs = {"log_mean": log_mean, "log_std": (log_std if std else 0.0) or 1.0} if low >= 0 else {}
+        logs = {"log_mean": log_mean, "log_std": log_std or 1.0} if low >= 0 else {}
         found.append(NumberLabel(name=name, mean=mean, std=std or 1.0, low=low, high=high, **logs))
     return found
 

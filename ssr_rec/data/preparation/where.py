@@ -92,7 +92,9 @@ def holds(rows: Table, conditions: list[Condition]) -> BooleanValue:
                 )
             column = column if kind.is_string() else column.cast("string")
         elif kind.is_string():
-            column = column.try_cast("float64")
+            number = column.try_cast("float64")
+            # To an engine NaN, which a text may say too, is above every number.
+            column = number.isnan().ifelse(ibis.null("float64"), number)
         elif not (kind.is_numeric() or kind.is_boolean()):
             raise UserError(f"where: column {condition.column!r} holds {kind}, which is compared with no number")
         elif not (kind.is_integer() and isinstance(value, int)):
