@@ -1,4 +1,4 @@
-"""Computes the AUC over the last training rows, for progress rows."""
+"""Computes the AUC over the last training rows, of numbers the XAUC, for progress rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.metrics.exact import auc
+from ssr_rec.metrics.numbers import xauc
 
 
 class RunningAUC:
-    """Computes AUC over the last ``window`` training rows of this rank, for the progress line.
+    """Computes AUC, of numbers XAUC, over the last ``window`` training rows of this rank, for the progress line.
 
     ``update`` only keeps a copy of the batch where it is and never waits for the device; sorting and the transfer
     happen in ``compute``, when a line is printed.
@@ -21,7 +22,7 @@ class RunningAUC:
     Args:
         label_names: the tasks, in the order of the columns.
         window: in rows.
-        numbers: those of them whose labels are numbers, which have no AUC.
+        numbers: those of them whose labels are numbers, of which a larger logit predicts a larger one.
     """
 
     def __init__(self, label_names: Sequence[str], window: int = 65_536, numbers: Collection[str] = ()) -> None:
@@ -47,10 +48,14 @@ class RunningAUC:
             return None
         return tuple(torch.cat(part)[-self.window :] for part in zip(*self._batches, strict=True))
 
-    def compute(self) -> dict[str, float]:
-        """Return label -> AUC of the window; nan before both classes were seen."""
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Return label -> ``auc`` or ``xauc`` of the window; nan before two labels that differ were seen."""
+        names = {name: "xauc" if name in self.numbers else "auc" for name in self.label_names}
         if (rows := self.rows()) is None:
-            return {name: math.nan for name in self.label_names if name not in self.numbers}
+            return {label: {name: math.nan} for label, name in names.items()}
         logits, labels, *weights = (part.float().cpu().numpy() for part in rows)
-        of_tasks = [(task, name) for task, name in enumerate(self.label_names) if name not in self.numbers]
-        return {name: auc(*(part[:, task] for part in (logits, labels, *weights))) for task, name in of_tasks}
+        found = {}
+        for task, (label, name) in enumerate(names.items()):
+            measure = xauc if name == "xauc" else auc
+            found[label] = {name: measure(*(part[:, task] for part in (logits, labels, *weights)))}
+        return found

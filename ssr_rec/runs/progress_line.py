@@ -23,7 +23,7 @@ def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_
 
     Args:
         row: needs ``step``; ``samples_per_s``, ``data_wait`` (share of the time), ``loss`` and
-            ``tasks[label]["auc"]`` are shown when they are there.
+            ``tasks[label]["auc"]``, of a number ``["xauc"]``, are shown when they are there.
         total_steps: steps of the whole run, when known.
         eta_s: seconds left, when known.
     """
@@ -35,11 +35,13 @@ def format_progress(row: Mapping[str, Any], total_steps: int | None = None, eta_
     if row.get("loss") is not None:
         # A loss of nan must be read as such, not as a missing one.
         parts.append(f"loss {'nan' if math.isnan(row['loss']) else decimal(row['loss'])}")
-    aucs = {name: task["auc"] for name, task in (row.get("tasks") or {}).items() if task.get("auc") is not None}
-    if len(aucs) == 1:
-        parts.append(f"auc {decimal(next(iter(aucs.values())))}")
-    elif aucs:
-        parts.append("auc " + ", ".join(f"{name} {decimal(value)}" for name, value in aucs.items()))
+    tasks = row.get("tasks") or {}
+    for measure in ("auc", "xauc"):
+        found = {name: task[measure] for name, task in tasks.items() if task.get(measure) is not None}
+        if len(found) == len(tasks) == 1:
+            parts.append(f"{measure} {decimal(next(iter(found.values())))}")
+        elif found:
+            parts.append(f"{measure} " + ", ".join(f"{name} {decimal(value)}" for name, value in found.items()))
     if eta_s is not None:
         parts.append(f"eta {duration(eta_s)}")
     return "  ".join(parts)

@@ -1,4 +1,4 @@
-"""Draws a comparison: test AUC against parameters and against FLOPs, a row of panels per task."""
+"""Draws a comparison: test AUC, of numbers XAUC, against parameters and against FLOPs, a row of panels per task."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from matplotlib.transforms import Bbox
 
 from ssr_rec.runs.curves import COLORS, DPI, Decimals, lay_grid
+from ssr_rec.runs.measures import title as title_of
 
 COSTS = {"num_parameters": "Params, without embedding tables", "flops_1024": "FLOPs of 1,024 samples"}
 BASELINE_COLOR = "#5a6470"
@@ -41,11 +42,13 @@ def draw_costs(frame: pd.DataFrame, title: str, path: str | Path) -> None:
     styles = _styles(frame)
     panels = figure.subplots(len(tasks), len(COSTS), squeeze=False, sharey="row")
     drawn = []
-    for row, task in zip(panels, tasks, strict=True):
-        known = frame[(frame["task"] == task) & frame["auc_mean"].notna()]
-        for ax, (cost, words) in zip(row, COSTS.items(), strict=True):
+    for panel, task in zip(panels, tasks, strict=True):
+        rows = frame[frame["task"] == task]
+        name = rows["measure"].iloc[0]
+        known = rows.assign(mean=rows[f"{name}_mean"], sd=rows[f"{name}_sd"].fillna(0.0)).dropna(subset=["mean"])
+        for ax, (cost, words) in zip(panel, COSTS.items(), strict=True):
             _draw_panel(ax, known, cost, styles)
-            ax.set_title(f"Test AUC of {task}", fontsize=11, loc="left", fontweight="bold")
+            ax.set_title(f"Test {title_of(name)} of {task}", fontsize=11, loc="left", fontweight="bold")
             ax.set_xlabel(words)
             drawn.append((ax, known, cost))
     _legend(figure, frame)
@@ -88,8 +91,8 @@ def _draw_panel(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, dict
         line = ("--" if rows["baseline"].all() else "-") if len(rows) > 1 else "none"
         ax.errorbar(
             ordered[cost],
-            ordered["auc_mean"],
-            yerr=ordered["auc_sd"].fillna(0.0),
+            ordered["mean"],
+            yerr=ordered["sd"],
             linestyle=line,
             linewidth=1.4,
             elinewidth=1.2,
@@ -110,8 +113,8 @@ def _draw_panel(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, dict
     ax.xaxis.set_major_locator(LogLocator(10, subs=range(1, 10) if is_narrow else (1, 2, 5)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    bottom = (known["auc_mean"] - known["auc_sd"].fillna(0)).min()
-    top = (known["auc_mean"] + known["auc_sd"].fillna(0)).max()
+    bottom = (known["mean"] - known["sd"]).min()
+    top = (known["mean"] + known["sd"]).max()
     room = 0.12 * (top - bottom) + 1e-4
     ax.set_ylim(bottom - room, top + room)
 
@@ -130,7 +133,7 @@ def _place_labels(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, di
     taken = _marks(ax, known, cost, pixels)
     for group, rows in sorted(_groups(known), key=lambda item: -item[1][cost].max()):
         last = rows.loc[rows[cost].idxmax()]
-        point = ax.transData.transform((last[cost], last["auc_mean"]))
+        point = ax.transData.transform((last[cost], last["mean"]))
         weight = "normal" if last["baseline"] else "bold"
         text = ax.text(0, 0, group, fontsize=LABEL_SIZE, color=styles[group]["color"], fontweight=weight, zorder=5)
         size = text.get_window_extent()
@@ -142,7 +145,7 @@ def _place_labels(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, di
             end = ax.transData.inverted().transform(
                 (np.clip(point[0], box.x0, box.x1), np.clip(point[1], box.y0, box.y1))
             )
-            ax.plot([last[cost], end[0]], [last["auc_mean"], end[1]], color="#999999", linewidth=0.7, zorder=1)
+            ax.plot([last[cost], end[0]], [last["mean"], end[1]], color="#999999", linewidth=0.7, zorder=1)
 
 
 def _marks(ax: Axes, known: pd.DataFrame, cost: str, pixels: float) -> list[Bbox]:
@@ -151,8 +154,8 @@ def _marks(ax: Axes, known: pd.DataFrame, cost: str, pixels: float) -> list[Bbox
     marks = []
     for _, rows in _groups(known):
         ordered = rows.sort_values(cost)
-        points = [ax.transData.transform(pair) for pair in zip(ordered[cost], ordered["auc_mean"], strict=True)]
-        for (x, y), mean, sd in zip(points, ordered["auc_mean"], ordered["auc_sd"].fillna(0.0), strict=True):
+        points = [ax.transData.transform(pair) for pair in zip(ordered[cost], ordered["mean"], strict=True)]
+        for (x, y), mean, sd in zip(points, ordered["mean"], ordered["sd"], strict=True):
             half = ax.transData.transform((1, mean + sd))[1] - y
             marks.append(Bbox.from_extents(x - radius, y - radius, x + radius, y + radius))
             marks.append(Bbox.from_extents(x - radius / 2, y - half, x + radius / 2, y + half))

@@ -14,6 +14,7 @@ from scipy import stats
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.formatting import decimal, short_number
+from ssr_rec.runs.measures import goodness, main_measure, title
 from ssr_rec.runs.report import Report
 from ssr_rec.runs.table import markdown_table
 from ssr_rec.studies.study import Job, Plan, Reports
@@ -21,7 +22,8 @@ from ssr_rec.studies.study import Job, Plan, Reports
 FLOPS_BATCH = 1024
 """The paper gives the FLOPs of a batch of so many samples (4.1.2)."""
 SIGNIFICANT = 0.05
-METRICS = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss"}
+OF_BINARY = ("auc", "gauc", "logloss")
+METRICS = (*OF_BINARY, "xauc", "rmse", "mae")
 
 
 def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -38,7 +40,8 @@ def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.Da
     """Return one row per task and system, full precision; what table.csv holds.
 
     ``<metric>_mean`` and ``_sd`` (n - 1) are over the winner's finished seeds, ``<metric>_seed<s>`` are their values.
-    ``best_baseline`` is the baseline with the best mean test AUC of the task; ``p`` is against it.
+    ``measure`` is the metric that systems are ranked by: AUC, of a number XAUC, or RMSE where evaluations are bounded.
+    ``best_baseline`` is the baseline with the best mean of it on the task's test rows; ``p`` is against it.
 
     Raises:
         UserError: no run has finished.
@@ -46,7 +49,9 @@ def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.Da
     if not any(job.seed == 0 for job in reports):
         raise UserError("no run has finished, so there is nothing to tabulate")
     tasks = plan.schema.select(None, _labels(plan)).labels
-    rows = [_row(plan, reports, workers, system, task) for task in tasks for system in plan.trials]
+    there = {name for report in reports.values() for measures in report.test.values() for name in measures}
+    metrics = [name for name in METRICS if name in OF_BINARY or name in there]
+    rows = [_row(plan, reports, workers, system, task, metrics) for task in tasks for system in plan.trials]
     frame = pd.DataFrame(rows)
     for task in tasks:
         _test_significance(frame, frame.index[frame["task"] == task], plan.seeds)
@@ -88,22 +93,24 @@ def comparison_text(plan: Plan, frame: pd.DataFrame) -> str:
 
 def task_sentence(rows: pd.DataFrame) -> str:
     """Say who leads one task, by how much, and the best of the others against the best baseline."""
-    task, known = rows["task"].iloc[0], rows.dropna(subset=["auc_mean"])
+    task, name = rows["task"].iloc[0], rows["measure"].iloc[0]
+    mean = f"{name}_mean"
+    known = rows.dropna(subset=[mean])
     if known.empty:
-        return f"No system has a test AUC for {task}."
-    leader = known.loc[known["auc_mean"].idxmax()]
-    sentence = f"{task}: {leader['system']} leads with {decimal(leader['auc_mean'])} test AUC"
+        return f"No system has a test {title(name)} for {task}."
+    leader = _best(known, name)
+    sentence = f"{task}: {leader['system']} leads with {decimal(leader[mean])} test {title(name)}"
     others, baselines = known[~known["baseline"]], known[known["baseline"]]
     if others.empty or baselines.empty:
         rest = known.drop(leader.name)
         if rest.empty:
             return sentence + "."
-        second = rest.loc[rest["auc_mean"].idxmax()]
-        return f"{sentence}, {_signed(leader['auc_mean'] - second['auc_mean'])} over the next, {second['system']}."
-    ours, theirs = others.loc[others["auc_mean"].idxmax()], baselines.loc[baselines["auc_mean"].idxmax()]
-    lead = ours["auc_mean"] - theirs["auc_mean"]
+        second = _best(rest, name)
+        return f"{sentence}, {_signed(leader[mean] - second[mean])} over the next, {second['system']}."
+    ours, theirs = _best(others, name), _best(baselines, name)
+    lead = ours[mean] - theirs[mean]
     share = ours["num_parameters"] / theirs["num_parameters"]
-    if lead >= 0:
+    if goodness(name, lead) >= 0:
         sentence += f", {_signed(lead)} over the best baseline, {theirs['system']} (p {_p(ours['p'])})"
         return f"{sentence}, with {share:.2g} times its parameters."
     return (
@@ -112,7 +119,14 @@ def task_sentence(rows: pd.DataFrame) -> str:
     )
 
 
-def _row(plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, task: str) -> dict[str, Any]:
+def _best(rows: pd.DataFrame, name: str) -> pd.Series:
+    """Return the row with the best mean of a measure; every one has a mean."""
+    return rows.loc[(rows[f"{name}_mean"] * goodness(name, 1)).idxmax()]
+
+
+def _row(
+    plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, task: str, metrics: Sequence[str]
+) -> dict[str, Any]:
     final = plan.final_jobs(system, reports)
     found = {job.seed: reports[job] for job in final if job in reports}
     first = next(iter(found.values()), None)
@@ -135,8 +149,9 @@ def _row(plan: Plan, reports: Reports, workers: Mapping[str, int], system: str, 
         "winner": final[0].trial if final else None,
         "commits": " ".join(sorted({report.git_commit[:10] for report in used if report.git_commit})),
         "chosen": _chosen(plan, final[0]) if final else "",
+        "measure": main_measure({name: None for report in reports.values() for name in report.test.get(task, {})}),
     }
-    for name in METRICS:
+    for name in metrics:
         values = {seed: report.measure("test", task, name) for seed, report in found.items()}
         known = [value for value in values.values() if value is not None]
         row[f"{name}_mean"] = float(np.mean(known)) if known else math.nan
@@ -154,9 +169,10 @@ def _sparsity(report: Report) -> float:
 
 def _test_significance(frame: pd.DataFrame, rows: pd.Index, seeds: int) -> None:
     """Fill ``best_baseline``, ``p`` and ``significant`` of one task's rows."""
-    columns = [f"auc_seed{seed}" for seed in range(seeds)]
-    baselines = frame.loc[rows][frame.loc[rows, "baseline"]].dropna(subset=["auc_mean"])
-    best = None if baselines.empty else baselines.loc[baselines["auc_mean"].idxmax()]
+    name = frame.loc[rows[0], "measure"]
+    mean, columns = f"{name}_mean", [f"{name}_seed{seed}" for seed in range(seeds)]
+    baselines = frame.loc[rows][frame.loc[rows, "baseline"]].dropna(subset=[mean])
+    best = None if baselines.empty else _best(baselines, name)
     for index in rows:
         ours = frame.loc[index]
         p = math.nan
@@ -164,7 +180,8 @@ def _test_significance(frame: pd.DataFrame, rows: pd.Index, seeds: int) -> None:
             p = welch(*([float(value) for value in row[columns].dropna()] for row in (ours, best)))
         frame.loc[index, "best_baseline"] = None if best is None else best["system"]
         frame.loc[index, "p"] = p
-        frame.loc[index, "significant"] = best is not None and p < SIGNIFICANT and ours["auc_mean"] > best["auc_mean"]
+        leads = best is not None and goodness(name, ours[mean] - best[mean]) > 0
+        frame.loc[index, "significant"] = leads and p < SIGNIFICANT
 
 
 def _caption(plan: Plan, frame: pd.DataFrame) -> str:
@@ -180,10 +197,10 @@ def _caption(plan: Plan, frame: pd.DataFrame) -> str:
 
 
 def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
-    metrics = [name for name in METRICS if rows[f"{name}_mean"].notna().any()]
+    metrics = [name for name in METRICS if f"{name}_mean" in rows and rows[f"{name}_mean"].notna().any()]
     best_baseline = rows["best_baseline"].iloc[0]
-    best = {name: rows[f"{name}_mean"].min() if name == "logloss" else rows[f"{name}_mean"].max() for name in metrics}
-    header = ["system", "Params", "FLOPs", *(METRICS[name] for name in metrics)]
+    best = {name: _best(rows, name)[f"{name}_mean"] for name in metrics}
+    header = ["system", "Params", "FLOPs", *map(title, metrics)]
     header += [f"p against {best_baseline}" if best_baseline else "p"]
     has_sparsity = bool(rows["sparsity"].notna().any())
     header += [*(["sparsity"] if has_sparsity else []), "samples/s", "trials"]
@@ -194,7 +211,7 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
         for name in metrics:
             cell = _mean_sd(row[f"{name}_mean"], row[f"{name}_sd"])
             cell = f"**{cell}**" if row[f"{name}_mean"] == best[name] else cell
-            cells.append(f"{cell} *" if name == "auc" and row["significant"] else cell)
+            cells.append(f"{cell} *" if name == row["measure"] and row["significant"] else cell)
         planned = len(plan.trials[row["system"]])
         trials = str(planned) if row["trials"] == planned else f"{row['trials']} of {planned}"
         cells.append(_p(row["p"]))

@@ -340,7 +340,7 @@ class Trainer:
             samples_per_s=window.samples / seconds,
             data_wait=wait_seconds / seconds,
             lr=self.schedule.rate(fitted.steps - 1),
-            tasks={label: {"auc": value} for label, value in self.running.compute().items()},
+            tasks=self.running.compute(),
             **({"filters": per_layer(filtered, dist.get_world_size())} if filtered else {}),
             **self.model.module.loss.figures(),
         )

@@ -202,15 +202,16 @@ def test_gather_without_a_process_group_is_this_processes_rows():
 @pytest.mark.parametrize("batch", [1, 7, 64, 100, 250])
 def test_running_auc_is_over_the_last_rows_exactly(batch):
     logits, labels, _ = fold(500)
-    running = RunningAUC(["click"], window=100)
-    assert math.isnan(running.compute()["click"])
+    running = RunningAUC(["click", "seconds"], window=100, numbers=["seconds"])
+    assert math.isnan(running.compute()["click"]["auc"]) and math.isnan(running.compute()["seconds"]["xauc"])
     for start in range(0, 500, batch):
-        running.update(
-            torch.tensor(logits[start : start + batch, None]), torch.tensor(labels[start : start + batch, None])
-        )
+        rows = slice(start, start + batch)
+        # Of labels of two values XAUC is AUC.
+        of_tasks = np.stack([labels[rows], 30.5 * labels[rows]], 1)
+        running.update(torch.tensor(np.stack([logits[rows]] * 2, 1)), torch.tensor(of_tasks))
         end = min(500, start + batch)
-        expected = auc(logits[max(0, end - 100) : end], labels[max(0, end - 100) : end])
-        assert running.compute()["click"] == pytest.approx(expected, nan_ok=True)
+        expected = pytest.approx(auc(logits[max(0, end - 100) : end], labels[max(0, end - 100) : end]), nan_ok=True)
+        assert running.compute() == {"click": {"auc": expected}, "seconds": {"xauc": expected}}
     assert running._rows < 100 + batch
 
 
@@ -220,6 +221,6 @@ def test_running_auc_keeps_its_own_copy():
     running.update(logits, torch.tensor([[0.0], [1.0]]))
     with torch.no_grad():
         logits.mul_(-1)
-    assert running.compute() == {"click": 1.0}
+    assert running.compute() == {"click": {"auc": 1.0}}
     with pytest.raises(ValueError, match="window is 0"):
         RunningAUC(["click"], window=0)

@@ -46,6 +46,10 @@ def test_the_line_leaves_out_what_is_not_known_and_names_several_tasks():
     assert format_progress({"step": 3, "loss": math.nan, "tasks": {}}, 9) == "step 3/9  loss nan"
     two = {"step": 3, "tasks": {"click": {"auc": 0.7}, "like": {"auc": math.nan}}}
     assert format_progress(two) == "step 3  auc click .7000, like -"
+    number = {"seconds": {"xauc": 0.6}}
+    assert format_progress({"step": 3, "tasks": number}) == "step 3  xauc .6000"
+    mixed = {"step": 3, "tasks": {"click": {"auc": 0.7}, **number}}
+    assert format_progress(mixed) == "step 3  auc click .7000  xauc seconds .6000"
 
 
 @pytest.mark.parametrize(

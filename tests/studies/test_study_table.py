@@ -157,6 +157,29 @@ def test_table_and_sentence(plan, reports):
     assert "†" not in text
 
 
+@pytest.mark.parametrize(("name", "sign"), [("xauc", 1), ("rmse", -1)])
+def test_a_number_is_ranked_by_its_own_measure(plan, reports, tmp_path, name, sign):
+    """By XAUC, or where evaluations are bounded by RMSE, of which less is better."""
+    for job, one in reports.items():
+        value = sign * one.test["click"]["auc"] + 10 * (sign < 0)
+        seconds = {name: value, "rmse": 10 - one.test["click"]["auc"], "calibration": 1.0}
+        reports[job] = one.model_copy(update={"test": {"click": one.test["click"], "like": seconds}})
+    frame = summarise(plan, reports, {})
+    click, like = (frame[frame["task"] == task].set_index("system") for task in ("click", "like"))
+    assert set(click["measure"]) == {"auc"} and set(like["measure"]) == {name}
+    for key in ("best_baseline", "significant"):
+        assert like[key].to_dict() == click[key].to_dict()
+    assert like["p"].to_dict() == pytest.approx(click["p"].to_dict(), nan_ok=True)
+    assert like.loc[SSR, f"{name}_mean"] == pytest.approx(0.78 if sign > 0 else 9.22)
+    text = comparison_text(plan, frame).split("### like")[1]
+    header, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert ("XAUC" in header) == (name == "xauc") and "RMSE" in header and " AUC" not in header
+    assert next(line for line in lines if "**" in line).startswith(f"| {SSR}")
+    lead = ".7800 test XAUC, +.0600" if sign > 0 else "9.2200 test RMSE, -.0600"
+    assert f"like: SSR-S leads with {lead} over the best baseline, RankMixer" in text
+    draw_costs(frame, "tiny", tmp_path / "costs.png")
+
+
 def test_one_seed_has_no_deviation_and_no_p(dataset, plan, reports):
     alone = make_plan(plan.study, plan.schema, str(dataset), seeds=1)
     text = comparison_text(alone, summarise(alone, {job: r for job, r in reports.items() if job.seed == 0}, {}))
@@ -269,6 +292,7 @@ def test_labels_cover_neither_points_nor_each_other(tmp_path, monkeypatch):
             "flops_1024": 500e6 * np.exp(0.3 * rng.standard_normal(11)),
             "auc_mean": 0.74 + 0.002 * rng.standard_normal(11),
             "auc_sd": 0.0003,
+            "measure": "auc",
         }
     )
     drawn = SimpleNamespace(figure=None)

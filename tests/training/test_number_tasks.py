@@ -126,7 +126,8 @@ def test_the_report_has_the_measures_of_each_kind(trained: tuple[Path, dict[str,
     assert not any("watch_s" in warning for warning in report["warnings"])
     rows = read_metrics(run / "metrics.jsonl")
     progress = [row for row in rows if row["split"] == "train"]
-    assert all(set(row["tasks"]) == {"click"} for row in progress)
+    assert all([*map(list, row["tasks"].values())] == [["auc"], ["xauc"]] for row in progress)
+    assert progress[-1]["tasks"]["watch_s"]["xauc"] > 0.5
     weights = [row["task_weights"] for row in progress]
     assert weights[0] != weights[-1] and set(weights[0]) == {"click", "watch_s"}
     evaluated = next(row for row in rows if row["split"] == "test")
@@ -147,12 +148,19 @@ def test_two_ranks_are_one_process(seconds: Path, trained: tuple[Path, dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_is_the_whole_one_to_the_bit(
-    seconds: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+    seconds: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path, ranks: int
 ) -> None:
+    """With the variance of a log-normal loss and the uncertainties of both tasks."""
     run, report = trained
-    assert run_ranks(stopped_job, 1, options(seconds, tmp_path, *BOTH), 16) == ["preempted"]
-    resumed = run_ranks(train_job, 1, options(seconds, tmp_path, *BOTH))[0]
+    if ranks > 1:
+        run, report = (
+            tmp_path / "whole",
+            run_ranks(train_job, ranks, options(seconds, tmp_path, *BOTH, "--name=whole"))[0],
+        )
+    assert run_ranks(stopped_job, ranks, options(seconds, tmp_path, *BOTH), 16) == ["preempted"] * ranks
+    resumed = run_ranks(train_job, ranks, options(seconds, tmp_path, *BOTH))[0]
     assert resumed["test"] == report["test"]
     mine, theirs = (
         {row["step"]: (row["loss"], row["task_weights"]) for row in read_metrics(at / "metrics.jsonl") if "lr" in row}
