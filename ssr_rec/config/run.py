@@ -86,11 +86,20 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _parts_of_a_domain(self) -> RunConfig:
-        views = getattr(self.over_arch, "domain_views", 0)
-        for key, wanted in (("heads.per_domain", self.heads.per_domain), ("over_arch.domain_views", views)):
-            if wanted and self.domain is None:
+        for key, wanted in self._domain_parts().items():
+            if self.domain is None:
                 raise UserError(f"{key}={str(wanted).lower()} needs domain, the column whose values it is for")
         return self
+
+    def _domain_parts(self) -> dict[str, bool | int]:
+        parts = {"heads.per_domain": self.heads.per_domain}
+        parts["over_arch.domain_views"] = getattr(self.over_arch, "domain_views", 0)
+        return {key: wanted for key, wanted in parts.items() if wanted}
+
+    @property
+    def domain_of_parts(self) -> str | None:
+        """Return the domain whose values have parts of the model; None: there is none, or it is for metrics alone."""
+        return self.domain if self._domain_parts() else None
 
     @property
     def metrics_by(self) -> str | None:

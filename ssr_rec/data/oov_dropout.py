@@ -17,20 +17,31 @@ from ssr_rec.data.features import LISTED, Feature
 from ssr_rec.data.schema import Schema
 
 
-def oov_shares(wanted: float | Mapping[str, float], schema: Schema) -> dict[str, float]:
+def oov_shares(wanted: float | Mapping[str, float], schema: Schema, domain: str | None = None) -> dict[str, float]:
     """Return feature -> share of its lookups to drop, of ``data.oov_dropout``.
 
     A share for all features leaves given vectors alone: a value that is new to a vocabulary has its vector. Named,
     they become the zeros of a value without one.
 
+    Args:
+        domain: the feature whose ids choose parts of the model; None: there are no such parts.
+
     Raises:
-        UserError: a feature that the dataset lacks, or that has no out-of-vocabulary id.
+        UserError: a feature that the dataset lacks, or that has no out-of-vocabulary id; or a share for all features
+            where a domain would lose rows by it.
     """
     having = [feature.name for feature in schema.features if isinstance(feature.encoding, LISTED)]
     if not isinstance(wanted, Mapping):
         learned = [feature.name for feature in schema.embedded if feature.name in having]
         if wanted and not learned:
             raise UserError(f"data.oov_dropout={wanted}: no feature of dataset {schema.name!r} has a vocabulary")
+        if wanted and domain in learned:
+            named = ", ".join(f"{name}: {wanted:g}" for name in learned if name != domain)
+            raise UserError(
+                f"data.oov_dropout={wanted:g} of all features would train the parts of unknown values on that share of "
+                f"the rows of every domain {domain!r}; name the features, as in {{{named}}}, and {domain!r} only if it "
+                "should"
+            )
         return dict.fromkeys(learned, wanted) if wanted else {}
     for name in wanted:
         if name not in having:

@@ -73,13 +73,8 @@ def table_dims(
         UserError: ``dims`` or ``dtypes`` name an unknown table, a dim is not a multiple of 4, or a feature has a
             name that no PyTorch module can have.
     """
+    check_names(schema)
     names = list(dict.fromkeys(feature.table for feature in schema.embedded))
-    for name in dict.fromkeys([*schema.feature_names, *names]):
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise UserError(
-                f"feature {name!r} of {schema.name!r}: PyTorch takes no table of that name; rename the column and "
-                "prepare the log again, or leave it out by data.features"
-            )
     named: dict[str, Mapping[str, object]] = {"dims": config.dims, "dtypes": config.dtypes, "managed": config.managed}
     for key, entries in named.items():
         unknown = sorted(set(entries) - set(names))
@@ -107,6 +102,23 @@ def table_dims(
         for feature, dim in zip(reading.fields if reading else schema.embedded, dims, strict=False):
             tables.setdefault(f"{feature.table}@{set_name}", (feature, dim * columns))
     return tables
+
+
+def check_names(schema: Schema) -> None:
+    """Refuse names after which no part of a model can be named: of features, tables, and sequences.
+
+    Raises:
+        UserError: names one.
+    """
+    kinds = {"sequence": [sequence.name for sequence in schema.sequences]}
+    kinds["feature"] = [*schema.feature_names, *(feature.table for feature in schema.embedded)]
+    for kind, names in kinds.items():
+        for name in dict.fromkeys(names):
+            if not name or "." in name or hasattr(nn.ModuleDict(), name):
+                raise UserError(
+                    f"{kind} {name!r} of {schema.name!r}: PyTorch takes no table of that name; rename it and prepare "
+                    "the log again, or leave it out by data.features"
+                )
 
 
 def _check_raw_hashes(schema: Schema, config: EmbeddingsConfig) -> None:

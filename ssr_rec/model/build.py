@@ -16,7 +16,7 @@ from ssr_rec.data.value_columns import domain_feature
 from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
-from ssr_rec.embeddings.tables import build_tables, initialise_tables
+from ssr_rec.embeddings.tables import build_tables, check_names, initialise_tables
 from ssr_rec.embeddings.weighted_ids import WeightedIds
 from ssr_rec.model.ctr_model import CTRModel, DenseArch, Given
 from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
@@ -33,9 +33,10 @@ def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
     """Return over-arch, heads, encoders of sequences and what makes fields of numbers, of a run.
 
     Raises:
-        UserError: sizes that do not fit, a sequence or domain that the schema does not have, or settings of dense
-            columns where it has none.
+        UserError: sizes that do not fit, a name that no part of a model can have, a sequence or domain that the schema
+            does not have, or settings of dense columns where it has none.
     """
+    check_names(schema)
     domain = domain_of(config, schema)
     if not schema.dense and config.dense != DenseConfig():
         raise UserError(

@@ -38,7 +38,7 @@ def open_reader(
 ) -> Reader:
     """Return a split for this rank, shuffled ``to_train`` or in order to evaluate; None: as its name says."""
     is_train = split == "train" if to_train is None else to_train
-    shares = oov_shares(config.data.oov_dropout, schema) if is_train else {}
+    shares = oov_shares(config.data.oov_dropout, schema, config.domain_of_parts) if is_train else {}
     by = value_column(schema, config.metrics_by, folder) if config.metrics_by and not is_train else None
     return Reader(
         folder,

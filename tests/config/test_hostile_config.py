@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from ssr_rec.config.embeddings import EmbeddingsConfig
-from ssr_rec.config.run import load_config, resolve
+from ssr_rec.config.heads import HeadsConfig
+from ssr_rec.config.run import RunConfig, load_config, resolve
 from ssr_rec.data.features import Drawn, Feature
 from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.tables import build_tables
+from ssr_rec.model.build import build_dense
 from tests.jobs import refused_job
 from tests.ranks import run_ranks
 
@@ -77,6 +79,8 @@ def test_names_that_no_table_can_have(name):
     schema = Schema(name="tiny", dataset_id="x", features=[feature], labels=["click"], splits={})
     with pytest.raises(ValueError, match=rf"feature '{name}' of 'tiny': PyTorch takes no table of that name"):
         build_tables(schema, EmbeddingsConfig(), "cpu")
+    with pytest.raises(ValueError, match=rf"feature '{name}' of 'tiny': PyTorch takes no table of that name"):
+        build_dense(RunConfig(domain=name, heads=HeadsConfig(per_domain=True)), schema)
 
 
 def test_an_endless_name_is_not_repeated_whole() -> None:

@@ -84,6 +84,15 @@ def test_what_cannot_be_is_refused(prepared):
         oov_shares({"price": 0.1}, schema)
     with pytest.raises(ValueError, match="names 'nope', which is not a feature that is used"):
         oov_shares({"nope": 0.1}, schema)
+    assert oov_shares({"city": 0.2}, schema, "city") == {"city": 0.2} and oov_shares(0.0, schema, "city") == {}
+    with pytest.raises(ValueError, match=r"domain 'city'; name the features, as in {user: 0.1, tags: 0.1}"):
+        oov_shares(0.1, schema, "city")
+    assert load_config(None, ["--domain=city"]).domain_of_parts is None
+    for part in ("--heads.per_domain=true", "--over_arch.domain_views=1"):
+        config = load_config(None, ["--data.oov_dropout=0.1", "--domain=city", part])
+        assert config.domain_of_parts == "city"
+        with pytest.raises(ValueError, match="parts of unknown values"):
+            open_reader(config, *prepared, "train", 0, 1)
     for share in (-0.1, 1.0, {"city": 2.0}):
         with pytest.raises(ValidationError):
             DataConfig(oov_dropout=share)
