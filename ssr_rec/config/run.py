@@ -92,8 +92,8 @@ class RunConfig(Settings):
         return self
 
     def _domain_parts(self) -> dict[str, bool | int]:
-        parts = {"heads.per_domain": self.heads.per_domain}
-        parts["over_arch.domain_views"] = getattr(self.over_arch, "domain_views", 0)
+        views: int = getattr(self.over_arch, "domain_views", 0)
+        parts = {"heads.per_domain": self.heads.per_domain, "over_arch.domain_views": views}
         return {key: wanted for key, wanted in parts.items() if wanted}
 
     @property

@@ -49,6 +49,19 @@ def test_a_column_is_guessed_by_its_values(name: str) -> None:
     assert name in found.reasons and f"{name}*" in found.summary()
 
 
+@pytest.mark.parametrize("name", ["user_id", "age", "price", "city", "request", "is_new"])
+def test_a_column_of_groups_is_no_feature_unless_it_is_named_as_one(name: str) -> None:
+    frame = pd.DataFrame({name: GUESSED[name][0], "other": NUMBERS / 7})
+    found = spec_of_frame(frame, {"labels": ["click"], "together": name})
+    assert found.spec.features == ["other"] and name not in found.reasons
+    assert f"together     {name}" in found.summary().splitlines()
+    found.spec.check_columns([*frame.columns, "click"], "frame")
+    named = spec_of_frame(frame, {"labels": ["click"], "together": name, "categorical": [name]})
+    assert named.spec.features == [name, "other"] and "together" not in named.summary()
+    users = spec_of_frame(frame, {"labels": ["click"], "group_id": "user_id"})
+    assert ("user_id" in users.spec.features) == (name == "user_id")
+
+
 def test_what_is_named_is_not_guessed() -> None:
     frame = pd.DataFrame({name: values for name, (values, _) in GUESSED.items()})
     entries = {"labels": ["click"], "numeric": ["age"], "lists": ["tags"], "ignore": ["city", "thing"]}

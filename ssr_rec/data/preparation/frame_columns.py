@@ -51,6 +51,7 @@ class FrameSpec:
             "vectors": list(spec.vectors),
             "sequences": list(spec.sequences),
             "weight": spec.weighted,
+            "together": [] if spec.together is None or spec.together in spec.features else [spec.together],
             "ignored": spec.ignore,
         }
         lines = [f"{kind:<12} {', '.join(map(self._marked, names))}" for kind, names in kinds.items() if names]
@@ -87,6 +88,8 @@ def spec_of_frame(frame: pd.DataFrame, entries: Mapping[str, Any]) -> FrameSpec:
     for name in frame.columns:
         if name in named:
             continue
+        if name == wanted.get("together"):
+            continue  # groups such as requests do not come again, and as a feature would name the rows trained on
         kind, reason = _guess(frame[name], str(name))
         if kind == "ignore" and name in helpers:
             continue  # it has a role already, and one that asks for no feature
