@@ -25,6 +25,13 @@ from ssr_rec.data.schema import Schema
 
 logger = logging.getLogger(__name__)
 
+TASKS = "tasks"
+"""In ``row_maps``: of the tensors whose first dim is the labels, which have names in ``OF_TASKS``."""
+TABLE = re.compile(r"\.embedding_bags\.([^.]+)\.weight")
+OF_DOMAINS = re.compile(r"\.(per_domain\.[^.]+)\.")
+"""In the name of a tensor whose first dim is the domains: the column's ids, which mean what its table's rows do."""
+OF_TASKS = re.compile(r"\.dense\.heads\.(?!per_domain\.)|[/.]loss\.log_variances")
+
 
 class Origin(NamedTuple):
     """Names the data that the weights of a checkpoint are of.
@@ -76,6 +83,8 @@ def origin_of(folder: Path) -> Origin | None:
 def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
     """Return, for every table whose ids have other meanings in the two datasets, the old row of each row here.
 
+    ``TASKS`` is among them where the labels are others, or of another kind: the old place of each label, by its name.
+
     For a table that is not among them, rows that both tables have mean the same value. Values of a vocabulary are
     matched by their text, numeric buckets by their middle, rows of missing and of out-of-vocabulary values by what
     they are. Nothing matches where a column was encoded in two ways that have no value in common.
@@ -92,35 +101,45 @@ def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
             "start from a checkpoint within its run folder, beside a training checkpoint"
         )
     if origin.dataset_id in {*schema.known_ids, *schema.shard_ids}:
-        _check_order(start, origin, Schema.read(here.folder), schema)
-        return {}
+        there = Schema.read(here.folder)
+        _check_order(start, origin, there, schema)
+        return _labels(origin, there, schema)
     path = origin.data.get("path")
     if path is None:  # a synthetic log, whose ids are its values
         other = [feature for feature in schema.features if not isinstance(feature.encoding, Drawn)]
         return {feature.table: RowMap(_nothing(feature), 0) for feature in other}
-    there, problem = None, ""
+    problem = ""
     try:
         found = Schema.read(path)
         problem = f"{path} holds dataset {found.dataset_id} now"
-        there = found if origin.dataset_id in {*found.known_ids, *found.shard_ids} else None
+        is_it = origin.dataset_id in {*found.known_ids, *found.shard_ids}
     except (ValueError, OSError) as error:
-        problem = str(error)
-    if there is None:
+        problem, is_it = str(error), False
+    if not is_it:
         raise UserError(
             f"{start}: trained on dataset {origin.dataset_id} of {path}, this run has {schema.dataset_id}; the same id "
             f"means other values, and the vocabularies that would tell are gone: {problem}. Keep the old dataset in "
             "its place, or add days to it (--add-to) instead of preparing it anew"
         )
+    there = found
     _check_order(start, origin, there, schema)
     _check_numbers(start, Here(place(path), there), here)
     old = {feature.name: feature for feature in there.features}
-    maps = {}
+    maps = _labels(origin, there, schema)
     for feature in schema.features:
         before = old.get(feature.name)
         if before is not None and not _same(before.encoding, place(path), feature.encoding, here.folder):
             rows = _map(before.encoding, place(path), feature, here.folder)
             maps[feature.table] = RowMap(rows, before.num_embeddings)
     return maps
+
+
+def _labels(origin: Origin, there: Schema, here: Schema) -> dict[str, RowMap]:
+    """Return the old place of each label here, -1 of one that is new or was of another kind; {}: all have their own."""
+    before = list(origin.data.get("labels") or there.labels)
+    same = {label for label in before if (there.number(label) is None) == (here.number(label) is None)}
+    places = [before.index(label) if label in same else -1 for label in here.labels]
+    return {} if places == [*range(len(before))] else {TASKS: RowMap(torch.tensor(places), len(before))}
 
 
 def _check_order(start: str, origin: Origin, there: Schema, here: Schema) -> None:
@@ -241,6 +260,17 @@ def _table(encoding: Vocabulary, folder: Path) -> pa.Table:
 def _values(encoding: Vocabulary, folder: Path) -> pa.ChunkedArray:
     """Return the values of a vocabulary in the order of their ids."""
     return _table(encoding, folder).sort_by("id")["value"]
+
+
+def feature_of(name: str) -> str | None:
+    """Return the feature, or shared vocabulary, whose table or optimizer's state a tensor is; None: it is none.
+
+    Of a domain's parameters it is ``per_domain.COLUMN``.
+    """
+    if of_domains := OF_DOMAINS.search(name):
+        return of_domains.group(1)
+    found = TABLE.search(name)
+    return found.group(1).partition("@")[0] if found else None
 
 
 COLLECTION = re.compile(r"\.(weighted_)?tables(?=\.embedding_bags\.)")

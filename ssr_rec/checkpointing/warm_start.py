@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
 from ssr_rec.checkpointing.format import INFO_FILE, read_checkpoint, read_info, stored_tensors, verify
@@ -26,7 +24,8 @@ from ssr_rec.checkpointing.train_state import (
     model_tensors,
     optimizer_tensors,
 )
-from ssr_rec.checkpointing.warm_rows import Here, RowMap, names_there, row_maps, taken
+from ssr_rec.checkpointing.warm_rows import OF_TASKS, TASKS, Here, RowMap, feature_of, names_there, row_maps, taken
+from ssr_rec.checkpointing.warm_tensors import first_rows, round_into, with_dtype
 from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.base import OverArch
 
@@ -34,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 ROWS_OF_IDS = "._mch_sorted_raw_ids"
 """Name's end of the ids that have a row of a managed table (``ssr_rec/embeddings/evicting_tables.py``)."""
-TABLE = re.compile(r"\.embedding_bags\.([^.]+)\.weight")
-OF_DOMAINS = re.compile(r"\.(per_domain\.[^.]+)\.")
-"""In the name of a tensor whose first dim is the domains: the column's ids, which mean what its table's rows do."""
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -61,7 +57,7 @@ def warm_start(
 
     A tensor fits when name and size are the same; a table that has more rows now keeps its old ones and has fresh
     ones after them, which is what an extended vocabulary means. On another dataset, rows follow their values
-    (``row_maps``). Weights of another precision are rounded to this model's, to nearest.
+    (``row_maps``), and heads their labels' names. Weights of another precision are rounded to nearest.
 
     Args:
         source: a checkpoint, or a run folder, of which the best weights are taken; with an optimizer a training
@@ -76,7 +72,7 @@ def warm_start(
 
     Raises:
         UserError: no good checkpoint there, nothing fits, a weight is too large for this model's precision, or
-            which row means which value cannot be told.
+            which row means which value, or which part which label, cannot be told.
     """
     folder = latest_checkpoint(source, needs_optimizer=optimizer is not None)
     verify(folder)
@@ -84,14 +80,11 @@ def warm_start(
     of_tables = {feature.name: feature.table for feature in here.schema.features}
     maps |= {f"per_domain.{name}": maps[table] for name, table in of_tables.items() if table in maps}
     tensors = model_tensors(model)
+    _refuse_parts_of_tasks(source, model, tensors, maps, here)
     weights = _match(tensors, folder, maps, MODEL)
-    for name in (*weights.names("fresh"), *weights.names("other_size"), *weights.unused):
-        _refuse_managed(source, name, "embeddings.managed differs; give it the same rows, or leave the feature out")
-    for name in weights.of("mapped"):
-        for managed in tensors:
-            if managed.endswith(ROWS_OF_IDS) and feature_of(managed) == feature_of(name):
-                _refuse_managed(source, managed, "the dataset is another; leave the feature out")
-    if not any(weights.of(kind) for kind in ("loaded", "grown", "mapped")):
+    _refuse_managed_ids(source, weights)
+    fitting = [name for kind in ("loaded", "grown", "mapped") for name in weights.of(kind)]
+    if all(OF_TASKS.search(name) for name in fitting):
         raise UserError(f"warm_start={source}: nothing in {folder} fits this model; it has {', '.join(weights.unused)}")
     too_large = _take(weights, folder)
     problems: list[list[str]] = [[]] * dist.get_world_size()
@@ -126,7 +119,7 @@ def _log_report(folder: Path, report: Mapping[str, Any]) -> None:
 WORDS = {
     "loaded": "tensors as they were",
     "grown": "tables that have grown and keep their old rows",
-    "mapped": "tables whose rows follow their values (how many found their old row)",
+    "mapped": "tables whose rows follow their values, and heads their labels (how many found their old row)",
     "fresh": "tensors not in the checkpoint, left fresh",
     "other_size": "tensors of another size, left fresh",
     "other_dtype": "of these in another precision, rounded",
@@ -226,17 +219,6 @@ class _Match:
         }
 
 
-def feature_of(name: str) -> str | None:
-    """Return the feature, or shared vocabulary, whose table or optimizer's state a tensor is; None: it is none.
-
-    Of a domain's parameters it is ``per_domain.COLUMN``.
-    """
-    if of_domains := OF_DOMAINS.search(name):
-        return of_domains.group(1)
-    found = TABLE.search(name)
-    return found.group(1).partition("@")[0] if found else None
-
-
 def _match(
     tensors: Mapping[str, Tensor | ShardedTensor], folder: Path, maps: Mapping[str, RowMap], prefix: str
 ) -> _Match:
@@ -246,10 +228,10 @@ def _match(
     kinds: dict[str, str] = {}
     used: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        feature = feature_of(name)
+        feature = TASKS if TASKS in maps and OF_TASKS.search(name) else feature_of(name)
         here, there = value.size(), stored[name][0] if name in stored else None
         found = maps.get(feature) if feature is not None and len(here) else None
-        if there is None:
+        if there is None or (feature == TASKS and found is not None and (found.rows < 0).all()):
             kinds[name] = "fresh"
         elif found is not None:
             # Of a column-wise shard's own row-wise state there is more than one value a row.
@@ -295,6 +277,31 @@ def _take(match: _Match, folder: Path) -> list[str]:
     return too_large
 
 
+def _refuse_parts_of_tasks(
+    source: Path, model: nn.Module, tensors: Mapping[str, Any], maps: Mapping[str, RowMap], here: Here
+) -> None:
+    """Refuse other labels, as many as there, where what is of a task has no name to tell it by but its place."""
+    if TASKS not in maps or maps[TASKS].old_size != len(here.schema.labels):
+        return
+    has_parts = any(isinstance(module, OverArch) and module.has_task_parts for module in model.modules())
+    if has_parts or any(".heads.per_domain." in name for name in tensors):
+        raise UserError(
+            f"warm_start={source}: its labels are not {', '.join(here.schema.labels)}, and "
+            f"{'the over-arch' if has_parts else 'heads.per_domain'} has parts of each label that would be taken by "
+            "their place; train the same labels (data.labels), or begin without"
+        )
+
+
+def _refuse_managed_ids(source: Path, weights: _Match) -> None:
+    """Refuse managed tables whose ids have other rows there and here."""
+    for name in (*weights.names("fresh"), *weights.names("other_size"), *weights.unused):
+        _refuse_managed(source, name, "embeddings.managed differs; give it the same rows, or leave the feature out")
+    for name in weights.of("mapped"):
+        for managed in weights.tensors:
+            if managed.endswith(ROWS_OF_IDS) and feature_of(managed) == feature_of(name):
+                _refuse_managed(source, managed, "the dataset is another; leave the feature out")
+
+
 def _refuse_managed(source: Path, name: str, reason: str) -> None:
     """Refuse a tensor that says which ids have a row of a managed table."""
     if name.endswith(ROWS_OF_IDS):
@@ -302,47 +309,3 @@ def _refuse_managed(source: Path, name: str, reason: str) -> None:
         raise UserError(
             f"warm_start={source}: there and here the ids of feature {feature!r} have other rows, since {reason}"
         )
-
-
-def first_rows(value: Tensor | ShardedTensor, rows: int) -> Tensor | ShardedTensor:
-    """Return the first rows of a table as a tensor of its own that shares the memory."""
-    if not isinstance(value, ShardedTensor):
-        return value[:rows]
-    metadata = copy.deepcopy(value.metadata())
-    metadata.size = type(metadata.size)([rows, *metadata.size[1:]])
-    metadata.shards_metadata = [shard for shard in metadata.shards_metadata if shard.shard_offsets[0] < rows]
-    for shard in metadata.shards_metadata:
-        shard.shard_sizes[0] = min(shard.shard_sizes[0], rows - shard.shard_offsets[0])
-    shards = []
-    for local in value.local_shards():
-        kept = min(local.metadata.shard_sizes[0], rows - local.metadata.shard_offsets[0])
-        if kept > 0:
-            part = copy.deepcopy(local.metadata)
-            part.shard_sizes[0] = kept
-            shards.append(Shard(local.tensor[:kept], part))
-    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, value._process_group)
-
-
-def with_dtype(value: Tensor | ShardedTensor, dtype: torch.dtype) -> Tensor | ShardedTensor:
-    """Return an empty tensor like ``value``, shards included, of another precision."""
-    if not isinstance(value, ShardedTensor):
-        return torch.empty_like(value, dtype=dtype)
-    metadata = copy.deepcopy(value.metadata())
-    metadata.tensor_properties.dtype = dtype
-    shards = [Shard(torch.empty_like(s.tensor, dtype=dtype), copy.deepcopy(s.metadata)) for s in value.local_shards()]
-    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, value._process_group)
-
-
-def round_into(target: Tensor | ShardedTensor, source: Tensor | ShardedTensor) -> bool:
-    """Copy into another precision.
-
-    Returns:
-        whether every finite value of this rank is one there, too.
-    """
-    if isinstance(target, ShardedTensor) and isinstance(source, ShardedTensor):
-        all_finite = True
-        for into, values in zip(target.local_shards(), source.local_shards(), strict=True):
-            all_finite &= round_into(into.tensor, values.tensor)
-        return all_finite
-    target.copy_(source)
-    return bool((target.isfinite() | ~source.isfinite()).all())

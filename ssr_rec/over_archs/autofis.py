@@ -96,6 +96,8 @@ class AutoFIS(OverArch):
         UserError: fields of different dims, or a pair with a field that is not there.
     """
 
+    has_task_parts = True
+
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: AutoFISConfig | None = None
     ) -> None:

@@ -32,6 +32,8 @@ class DeepFM(OverArch):
         UserError: fields of different dims, which have no inner product.
     """
 
+    has_task_parts = True
+
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: DeepFMConfig | None = None
     ) -> None:

@@ -70,6 +70,8 @@ class MMoE(OverArch):
     The features of a task are ``tower_k(f_k(x))``.
     """
 
+    has_task_parts = True
+
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: MMoEConfig | None = None
     ) -> None:

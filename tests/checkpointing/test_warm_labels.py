@@ -1,0 +1,92 @@
+"""A warm start onto other labels: a head is taken by its label's name, and nothing by its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssr_rec.checkpointing.format import write_checkpoint
+from ssr_rec.checkpointing.train_state import model_tensors
+from ssr_rec.checkpointing.warm_rows import TASKS, Here, Origin, _labels
+from ssr_rec.checkpointing.warm_start import warm_start
+from ssr_rec.common.errors import UserError
+from ssr_rec.config.run import load_config
+from ssr_rec.data.schema import Schema
+from ssr_rec.model.build import build_model
+from ssr_rec.training.setup import start_process_group
+from tests.model.test_losses import SCHEMA
+from tests.ranks import run_ranks
+
+OPTIONS = ["--embeddings.dim=4", "--heads.hidden=[3]", "--train.task_weighting=uncertainty"]
+MLP = ["--over_arch={name: mlp, hidden: [5]}"]
+Heads = dict[str, np.ndarray]
+
+
+def made(dataset: str, labels: list[str], more: list[str], seed: int) -> tuple[torch.nn.Module, Schema]:
+    config = load_config(None, [*OPTIONS, *more, f"--seed={seed}"])
+    schema = Schema.read(dataset).select(None, labels)
+    model = build_model(config, schema, start_process_group(config.device), 1, 1)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if ".heads." in name or "variances" in name:
+                value.copy_(torch.randn_like(value))
+    return model, schema
+
+
+def heads(model: torch.nn.Module) -> Heads:
+    state = model.state_dict().items()
+    return {name: value.numpy().copy() for name, value in state if ".heads." in name or "variances" in name}
+
+
+def labels_job(dataset: str, folder: str, before: list[str], now: list[str], more: list[str]) -> Any:
+    """What the heads were there, what they were and are here, and the report; or with which message it is refused."""
+    there, schema = made(dataset, before, more, 0)
+    info = {"kind": "weights", "step": 1, "dataset_id": schema.dataset_id}
+    write_checkpoint(model_tensors(there), {**info, "config": {"data": {"labels": before}}}, Path(folder))
+    model, schema = made(dataset, now, more, 1)
+    fresh = heads(model)
+    try:
+        report = warm_start(model, Path(folder), Here(Path(dataset), schema))
+    except UserError as error:
+        return str(error)
+    return heads(there), fresh, heads(model), report
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [(["click"], ["like"]), (["click"], ["like", "click"]), (["click", "like"], ["like"]), (["like"], ["like"])],
+)
+def test_a_head_is_that_of_its_label(dataset: Path, tmp_path: Path, before: list[str], now: list[str]) -> None:
+    arguments = str(dataset), str(tmp_path / "saved"), before, now, MLP
+    there, fresh, here, report = run_ranks(labels_job, 1, *arguments)[0]
+    assert len(here) == 5  # a tower's weight and bias, a head's, and the uncertainties
+    for name, value in here.items():
+        for place, label in enumerate(now):
+            wanted = there[name][before.index(label)] if label in before else fresh[name][place]
+            assert np.array_equal(value[place], wanted), (name, label)
+    taken = "loaded" if before == now else "mapped" if set(before) & set(now) else "fresh"
+    assert set(here) <= set(report[taken])
+    assert any(".over_arch." in name for name in report["loaded"]) and not report["other_size"]
+
+
+@pytest.mark.parametrize(
+    "more", [["--over_arch={name: deepfm, hidden: [5]}"], [*MLP, "--heads.per_domain=true", "--domain=user"]]
+)
+def test_parts_of_a_task_without_its_name_are_not_taken_by_their_place(
+    dataset: Path, tmp_path: Path, more: list[str]
+) -> None:
+    arguments = str(dataset), str(tmp_path / "saved"), ["click"], ["like"], more
+    said = run_ranks(labels_job, 1, *arguments)[0]
+    assert "its labels are not like, and" in said and "parts of each label that would be taken by their place" in said
+
+
+def test_a_label_of_another_kind_is_another_label() -> None:
+    binary = SCHEMA.model_copy(update={"numbers": []})
+    assert len(SCHEMA.labels) > 1 and SCHEMA.numbers
+    assert _labels(Origin("x", {}), SCHEMA, SCHEMA) == {}
+    places = _labels(Origin("x", {}), SCHEMA, binary)[TASKS].rows.tolist()
+    assert places == [-1 if label in SCHEMA.number_names else place for place, label in enumerate(SCHEMA.labels)]
