@@ -121,6 +121,15 @@ class Case:
         """Return the mean bags that a row of the log makes of a table: 1, or all its ids where it is read un-pooled."""
         return sum(self.lengths.get(feature.name, 1.0) for feature in self.reading.events.get(table, ())) or 1.0
 
+    def is_weighted(self, table: str) -> bool:
+        """Return whether a table, or one of an over-arch's own beside it, is looked up with weights."""
+        return table.partition("@")[0] in self.weighted_tables
+
+    @cached_property
+    def weighted_tables(self) -> list[str]:
+        """Return ``Schema.weighted_tables``; kept, as ``reading`` is."""
+        return self.schema.weighted_tables
+
     @cached_property
     def reading(self) -> Reading:
         """Return how the model reads each feature; kept, as the search asks for every shard of every option."""

@@ -194,7 +194,7 @@ def shard_bytes(
     optimizer: str,
     kernel: str,
     load_factor: float,
-    ids: float,
+    id_bytes: float,
     pooled_rows: float,
 ) -> ShardBytes:
     """Count the bytes of one shard.
@@ -202,12 +202,12 @@ def shard_bytes(
     Args:
         size: rows and columns of the shard.
         load_factor: share of the rows that a cached table's cache holds.
-        ids: that the rank looks up in it for one global batch.
-        pooled_rows: that the rank makes of them, before they are sent or summed.
+        id_bytes: of what the rank is sent to look up in it, of all batches in flight.
+        pooled_rows: that the rank makes of it for one global batch, before they are sent or summed.
     """
     rows, columns = size
     weights, state = rows * columns * element_bytes, state_bytes(optimizer, rows, columns)
-    buffers = int(BATCHES_IN_FLIGHT * ids * ID_BYTES + 2 * pooled_rows * columns * FLOAT_BYTES)
+    buffers = int(id_bytes + 2 * pooled_rows * columns * FLOAT_BYTES)
     if kernel == "dense":
         return ShardBytes(weights, state, weights, 0, buffers)
     if kernel == "fused":

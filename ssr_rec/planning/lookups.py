@@ -7,10 +7,12 @@ from dataclasses import replace
 from torchrec.distributed.planner.types import Perf, ShardingOption
 
 from ssr_rec.planning.cases import Case
-from ssr_rec.planning.costs import FLOAT_BYTES
+from ssr_rec.planning.costs import FLOAT_BYTES, ID_BYTES
 
 FORWARD_SHARE = 1 / 3
 """Of a lookup with its backward pass and update."""
+WEIGHTED = 1.5
+"""Times as long FBGEMM's CPU form takes with weights: 1.3 to 1.7 measured (docs/data.md)."""
 
 
 def looked_up(case: Case, option: ShardingOption) -> tuple[float, int]:
@@ -23,12 +25,21 @@ def looked_up(case: Case, option: ShardingOption) -> tuple[float, int]:
 
 
 def lookup_times(case: Case, option: ShardingOption, columns: int, perf: Perf | None) -> Perf | None:
-    """Return a shard's times with the lookup's by bags, ids and bytes, where the hardware gives those."""
+    """Return a shard's times with those that TorchRec does not know.
+
+    The lookup's by bags, ids and bytes, where the hardware gives those; and the exchange of ids with their weights,
+    which TorchRec counts in a lookup alone.
+    """
+    if perf is None:
+        return None
+    is_weighted = case.is_weighted(option.name)
+    if is_weighted:
+        perf = replace(perf, input_dist_comms=perf.input_dist_comms * (ID_BYTES + FLOAT_BYTES) / ID_BYTES)
     costs = case.world.hardware.assumptions.lookup_ns
-    if costs is None or perf is None:
+    if costs is None:
         return perf
     ids, pooled_rows = looked_up(case, option)
     moved = (ids * option.tensor.element_size() + pooled_rows * FLOAT_BYTES) * columns
-    nanoseconds = pooled_rows * costs.bag + ids * costs.id + moved * costs.byte
+    nanoseconds = (pooled_rows * costs.bag + ids * costs.id + moved * costs.byte) * (WEIGHTED if is_weighted else 1)
     milliseconds = nanoseconds / 1e6 / case.world.hardware.share(case.world.per_node)
     return replace(perf, fwd_compute=FORWARD_SHARE * milliseconds, bwd_compute=(1 - FORWARD_SHARE) * milliseconds)

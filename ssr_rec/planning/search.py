@@ -128,13 +128,15 @@ def _in_float32(sharders: SharderDataMap) -> SharderDataMap:
 def option_bytes(case: Case, option: ShardingOption, size: Sequence[int]) -> ShardBytes:
     """Return bytes of one shard of that size under that way of sharding."""
     ids, pooled_rows = looked_up(case, option)
+    # The ids of weighted lists are sent with their weights, within the step that looks them up.
+    in_flight = ID_BYTES + FLOAT_BYTES if case.is_weighted(option.name) else BATCHES_IN_FLIGHT * ID_BYTES
     return shard_bytes(
         size,
         option.tensor.element_size(),
         case.config.embeddings.optimizer,
         option.compute_kernel,
         option.cache_load_factor or TORCHREC_LOAD_FACTOR,
-        ids=ids,
+        id_bytes=ids * in_flight,
         pooled_rows=pooled_rows,
     )
 
@@ -163,7 +165,9 @@ def fixed_bytes(case: Case, dense: DenseCost, columns: float) -> FixedBytes:
     rows, config = case.rows_per_rank, case.config
     copies = sum(DENSE_BYTES.values()) + (2 if config.train.bf16 else 0)  # autocast keeps bf16 copies of the weights
     ids = sum(case.lengths.get(name, 1.0) for name in case.schema.feature_names)
-    row = BATCHES_IN_FLIGHT * (ids * ID_BYTES + FLOAT_BYTES * len(case.schema.labels)) + 2 * columns * FLOAT_BYTES
+    weights = sum(case.lengths.get(feature.name, 1.0) for feature in case.schema.weighted_lists)
+    batch = ids * ID_BYTES + FLOAT_BYTES * (weights + len(case.schema.labels))
+    row = BATCHES_IN_FLIGHT * batch + 2 * columns * FLOAT_BYTES
     return FixedBytes(
         dense=dense.parameters * copies + dense.buffer_bytes,
         activations=int(dense.activation_bytes * rows + dense.fixed_bytes),

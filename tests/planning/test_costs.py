@@ -55,10 +55,16 @@ def test_state_of_a_shard(optimizer: str, floats: int) -> None:
 
 
 def test_bytes_of_a_shard_by_kernel() -> None:
-    args = {"element_bytes": 2, "optimizer": "rowwise_adagrad", "load_factor": 0.25, "ids": 10.0, "pooled_rows": 5.0}
+    args = {
+        "element_bytes": 2,
+        "optimizer": "rowwise_adagrad",
+        "load_factor": 0.25,
+        "id_bytes": 240.0,
+        "pooled_rows": 5.0,
+    }
     fused = shard_bytes([1000, 16], kernel="fused", **args)  # type: ignore[arg-type]
     assert (fused.weights, fused.state, fused.host, fused.gradients) == (32_000, 4000, 0, 0)
-    assert fused.buffers == 3 * 10 * 8 + 2 * 5 * 16 * 4
+    assert fused.buffers == 240 + 2 * 5 * 16 * 4
     cached = shard_bytes([1000, 16], kernel="fused_uvm_caching", **args)  # type: ignore[arg-type]
     assert (cached.weights, cached.state, cached.host) == (8000 + 1000 * (4 + 4), 0, 36_000)
     uvm = shard_bytes([1000, 16], kernel="fused_uvm", **args)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """Times of lookups on a CPU, by hand: bags, ids and bytes, of the whole host's figures a rank's share."""
 
+from dataclasses import replace
+
 import pytest
 
 from ssr_rec.planning.hardware import LookupCosts, load_hardware
@@ -31,3 +33,30 @@ def test_ids_of_cpu_ranks_travel_in_the_open() -> None:
     assert estimate.step.all_to_all == pytest.approx(exchange + ids + 4 * latency)
     gpu = plan_case(make_case({"seen": 1000}, [], lengths={"seen": 5.0})).estimate
     assert gpu.step.all_to_all == pytest.approx(max(rank.exchange for rank in gpu.time) + 4 * 0.03)
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "a100_80g"])
+def test_weights_of_a_list_are_sent_within_the_step_and_slow_its_lookup(hardware: str) -> None:
+    """4,096 rows of 5 ids of 8 bytes and 4 of weight: one batch of them at the table, three of a rank's own."""
+    found = load_hardware(hardware)
+    if hardware == "cpu":
+        assumed = found.assumptions.model_copy(update={"lookup_ns": COSTS})
+        found = found.model_copy(update={"assumptions": assumed})
+    types = ["--sharding.types=[table_wise]"]
+    plain = make_case({"seen": 1000, "user": 8}, types, hardware=found, lengths={"seen": 5.0})
+    features = [f.model_copy(update={"weights": ":"}) if f.kind == "list" else f for f in plain.schema.features]
+    weighted = replace(plain, schema=plain.schema.model_copy(update={"features": features}))
+    estimates = [plan_case(case).estimate for case in (plain, weighted)]
+    ids, exchange, lookup = (
+        [sum(getattr(rank, part) for rank in one.time) for one in estimates] for part in ("ids", "exchange", "lookup")
+    )
+    memory = [max(one.memory, key=lambda rank: rank.weights) for one in estimates]
+    assert ids[0] > ids[1] > 0
+    assert exchange[1] - exchange[0] == pytest.approx(1.5 * (ids[0] - ids[1]))
+    own = 3 * 2048 * 5 * 4
+    assert memory[1].buffers - memory[0].buffers == pytest.approx(4096 * 5 * (12 - 3 * 8) + own, abs=1)
+    if hardware == "cpu":
+        nanoseconds = 4096 * (100 + 5 * 40 + (5 + 1) * 16 * 4 * 0.5)
+        assert lookup[1] - lookup[0] == pytest.approx(0.5 * 2 * nanoseconds / 1e6)
+    else:
+        assert lookup[1] > 1.05 * lookup[0]
