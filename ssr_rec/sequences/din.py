@@ -15,7 +15,7 @@ from ssr_rec.kernels.dice import dice, gated
 from ssr_rec.over_archs.base import FOLDED_NORM_FLOPS, SOFTMAX_FLOPS, Flops, dense_flops
 from ssr_rec.over_archs.layers import BATCH_NORM_MOMENTUM, Dropout, init_dense_
 from ssr_rec.sequences.base import SIGMOID_FLOPS, SequenceEncoder, linear
-from ssr_rec.sequences.jagged import Jagged
+from ssr_rec.sequences.jagged import Jagged, Shared
 from ssr_rec.sequences.settings import DINConfig
 
 DICE_EPS = 1e-8
@@ -107,6 +107,18 @@ class DIN(SequenceEncoder):
     def encode(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
         return jagged.sum(self.dropout(self._weights(events, target, jagged)) * events)
 
+    def forward_shared(
+        self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
+    ) -> Tensor:
+        target, jagged = cast(Tensor, target), Jagged.of(lengths[shared.rows], shared.events.shape[0])
+        of_event, of_product, per_row = self._first_layer(target)
+        # What the first layer makes of an event alone, once a history.
+        of_events = F.linear(events, of_event)[shared.events]
+        events = events[shared.events]
+        product = events[:, : self.target_dim] * jagged.take(target)
+        first = torch.addmm(jagged.take(per_row) + of_events, product, of_product.T)
+        return self.out(jagged.sum(self._scored(first, jagged) * events))
+
     def weights(
         self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
     ) -> Tensor:
@@ -115,14 +127,22 @@ class DIN(SequenceEncoder):
         return self._weights(events, target, jagged)
 
     def _weights(self, events: Tensor, target: Tensor, jagged: Jagged) -> Tensor:
+        of_event, of_product, per_row = self._first_layer(target)
+        product = events[:, : self.target_dim] * jagged.take(target)
+        both, of_both = torch.cat([events, product], 1), torch.cat([of_event, of_product], 1)
+        return self._scored(torch.addmm(jagged.take(per_row), both, of_both.T), jagged)
+
+    def _first_layer(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the first layer's weights of an event and of its product with the target, and what it adds a row."""
         of_event, of_target, of_difference, of_product = self.weight.split(
             [self.event_dim, self.target_dim, self.target_dim, self.target_dim], dim=1
         )
         of_event = of_event + F.pad(of_difference, (0, self.event_dim - self.target_dim))
-        per_row = F.linear(target, of_target - of_difference, self.bias)
-        product = events[:, : self.target_dim] * jagged.take(target)
-        both, of_both = torch.cat([events, product], 1), torch.cat([of_event, of_product], 1)
-        scores = self.layers(torch.addmm(jagged.take(per_row), both, of_both.T))
+        return of_event, of_product, F.linear(target, of_target - of_difference, self.bias)
+
+    def _scored(self, first: Tensor, jagged: Jagged) -> Tensor:
+        """Return a(e, t) of what the first layer gives."""
+        scores = self.layers(first)
         return jagged.softmax(scores)[0] if self.settings.softmax else scores
 
     def flops(self, length: int) -> Flops:

@@ -14,7 +14,7 @@ from ssr_rec.over_archs.layers import Dropout
 from ssr_rec.over_archs.settings import LAYER_NORM_EPS
 from ssr_rec.sequences.attention import PaddedRows, Tokens, blocks_of, self_attention
 from ssr_rec.sequences.base import SIGMOID_FLOPS, SequenceEncoder, linear
-from ssr_rec.sequences.jagged import Jagged, age_bucket
+from ssr_rec.sequences.jagged import Jagged, Shared, age_bucket
 from ssr_rec.sequences.settings import HSTUConfig
 from ssr_rec.sequences.target_attention import scores_of, weighted_sum
 
@@ -94,7 +94,13 @@ class HSTULayer(nn.Module):
 
     def forward(self, tokens: Tensor, ages: Tensor, jagged: Jagged, blocks: list[PaddedRows]) -> Tensor:
         """Every token attends to those of its row up to itself."""
-        gates, others = self._project(tokens).split([self.value_width, sum(self.sizes[1:])], 1)
+        return self.of_projected(tokens, self.project_tokens(tokens), ages, jagged, blocks)
+
+    def of_projected(
+        self, tokens: Tensor, projected: Tensor, ages: Tensor, jagged: Jagged, blocks: list[PaddedRows]
+    ) -> Tensor:
+        """Return what ``forward`` does of tokens whose U, V, Q, K are ``projected``."""
+        gates, others = projected.split([self.value_width, sum(self.sizes[1:])], 1)
         num_rows = jagged.lengths.shape[0]
 
         def attend(x: Tensor, block: PaddedRows) -> Tensor:
@@ -110,22 +116,44 @@ class HSTULayer(nn.Module):
     def of_target(self, tokens: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
         """Return what the layer gives for the targets alone, (B, C): only they attend."""
         weights, own, values, own_value, gates = self.target_weights(tokens, ages, jagged)
-        heads = weighted_sum(weights, values, jagged)
-        heads = heads + (own.unsqueeze(2) * own_value.unflatten(1, (self.num_heads, -1))).flatten(1)
+        heads = weighted_sum(weights, values, jagged) + self._of_itself(own, own_value)
         return self._after(tokens[jagged.rows.shape[0] :], gates, heads)
+
+    def of_shared(self, target: Tensor, projected: Tensor, ages: Tensor, jagged: Jagged, events: Tensor) -> Tensor:
+        """Return what the layer gives for targets (B, C) that share their events, whose U, V, Q, K are ``projected``.
+
+        Args:
+            ages: (N,) of the rows' events.
+            jagged: of the rows.
+            events: (N,) which of the projected ones are those of the rows.
+        """
+        _, values, _, keys = projected.split(self.sizes, 1)
+        gates, own_value, query, own_key = self.project_tokens(target).split(self.sizes, 1)
+        weights, own = self._weigh(query, keys[events], own_key, ages, jagged)
+        heads = weighted_sum(weights, values[events], jagged) + self._of_itself(own, own_value)
+        return self._after(target, gates, heads)
 
     def target_weights(self, tokens: Tensor, ages: Tensor, jagged: Jagged) -> tuple[Tensor, ...]:
         """Return the target's weights of the events (N, heads) and of itself (B, heads), the values of both, its U."""
         num_events, num_rows = jagged.rows.shape[0], jagged.lengths.shape[0]
-        gates, values, queries, keys = self._project(tokens).split(self.sizes, 1)
+        gates, values, queries, keys = self.project_tokens(tokens).split(self.sizes, 1)
         keys, own_key = keys.split([num_events, num_rows])
         values, own_value = values.split([num_events, num_rows])
-        query = queries[num_events:]
+        weights, own = self._weigh(queries[num_events:], keys, own_key, ages, jagged)
+        return weights, own, values, own_value, gates[num_events:]
+
+    def _weigh(
+        self, query: Tensor, keys: Tensor, own_key: Tensor, ages: Tensor, jagged: Jagged
+    ) -> tuple[Tensor, Tensor]:
         scores = scores_of(query, keys, self.num_heads, jagged) + self.bias.of_target(ages, jagged)
         own = (query * own_key).unflatten(1, (self.num_heads, -1)).sum(2) + self.bias.own()
-        return self._pointwise(scores), self._pointwise(own), values, own_value, gates[num_events:]
+        return self._pointwise(scores), self._pointwise(own)
 
-    def _project(self, tokens: Tensor) -> Tensor:
+    def _of_itself(self, own: Tensor, own_value: Tensor) -> Tensor:
+        return (own.unsqueeze(2) * own_value.unflatten(1, (self.num_heads, -1))).flatten(1)
+
+    def project_tokens(self, tokens: Tensor) -> Tensor:
+        """Return U, V, Q and K of tokens, side by side."""
         return F.silu(self.project(F.layer_norm(tokens, (self.width,), eps=LAYER_NORM_EPS)))
 
     def _pointwise(self, scores: Tensor) -> Tensor:
@@ -178,6 +206,24 @@ class HSTU(SequenceEncoder):
     def encode(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
         tokens = self._before_last(events, target, ages, jagged)
         return cast(HSTULayer, self.layers[-1]).of_target(tokens, ages, jagged)
+
+    def forward_shared(
+        self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
+    ) -> Tensor:
+        of_events = events.new_zeros(0) if ages is None else ages
+        of_rows = of_events if ages is None else ages[shared.events]
+        jagged, histories = Jagged.of(lengths[shared.rows], shared.events.shape[0]), Jagged.of(lengths, events.shape[0])
+        vectors = self.tokens.target(target)
+        # A history has a place for a target, which no event sees.
+        tokens = F.pad(self.tokens.event(events), (0, 0, 0, lengths.shape[0]))
+        blocks = blocks_of(histories, self.max_length) if len(self.layers) > 1 else []
+        for number, module in enumerate(self.layers, 1):
+            layer = cast(HSTULayer, module)
+            projected = layer.project_tokens(tokens)
+            vectors = layer.of_shared(vectors, projected, of_rows, jagged, shared.events)
+            if number < len(self.layers):
+                tokens = layer.of_projected(tokens, projected, of_events, histories, blocks)
+        return self.out(vectors)
 
     def weights(
         self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None

@@ -14,7 +14,7 @@ from ssr_rec.over_archs.layers import Dropout
 from ssr_rec.over_archs.settings import LAYER_NORM_EPS
 from ssr_rec.sequences.attention import PaddedRows, Tokens, blocks_of, full_block, self_attention
 from ssr_rec.sequences.base import SequenceEncoder, linear
-from ssr_rec.sequences.jagged import Jagged, age_bucket
+from ssr_rec.sequences.jagged import Jagged, Shared, age_bucket
 from ssr_rec.sequences.settings import TransformerConfig
 from ssr_rec.sequences.target_attention import scores_of, weighted_sum
 
@@ -44,21 +44,30 @@ class TransformerLayer(nn.Module):
         """Every token attends to every token of its row."""
         return self._after(tokens, self_attention(self.query_key_value(tokens), blocks, self._attend))
 
-    def of_target(self, tokens: Tensor, jagged: Jagged) -> Tensor:
-        """Return what the layer gives for the targets alone, (B, C): only they attend."""
-        weights, own, values, own_value = self.target_weights(tokens, jagged)
+    def of_target(self, tokens: Tensor, jagged: Jagged, shared: Tensor | None = None) -> Tensor:
+        """Return what the layer gives for the targets alone, (B, C): only they attend.
+
+        Args:
+            shared: (N,) which event among the tokens is each of the rows'; None: the k-th.
+        """
+        weights, own, values, own_value = self.target_weights(tokens, jagged, shared)
         heads = weighted_sum(weights, values, jagged)
         heads = heads + (own.unsqueeze(2) * own_value.unflatten(1, (self.num_heads, -1))).flatten(1)
-        return self._after(tokens[jagged.rows.shape[0] :], heads)
+        return self._after(tokens[tokens.shape[0] - jagged.lengths.shape[0] :], heads)
 
-    def target_weights(self, tokens: Tensor, jagged: Jagged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def target_weights(
+        self, tokens: Tensor, jagged: Jagged, shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the target's weights of the events (N, heads) and of itself (B, heads), and the values of both."""
-        num_events, num_rows = jagged.rows.shape[0], jagged.lengths.shape[0]
+        num_rows = jagged.lengths.shape[0]
+        num_events = tokens.shape[0] - num_rows
         of_query, of_others = self.query_key_value.weight.split([self.width, 2 * self.width])
         query = F.linear(tokens[num_events:], of_query) * self.scale
         keys, values = F.linear(tokens, of_others).chunk(2, 1)
         keys, own_key = keys.split([num_events, num_rows])
         values, own_value = values.split([num_events, num_rows])
+        if shared is not None:
+            keys, values = keys[shared], values[shared]
         scores = scores_of(query, keys, self.num_heads, jagged)
         own_score = (query * own_key).unflatten(1, (self.num_heads, -1)).sum(2)
         weights, own = jagged.softmax(scores, own_score)
@@ -140,6 +149,17 @@ class Transformer(SequenceEncoder):
             return full_block(jagged, self.max_length).pad(torch.cat([y, y.new_zeros(1, self.width)])).flatten(1)
         y, own = y.split([events.shape[0], target.shape[0]])
         return (jagged.sum(y) + own) / (jagged.lengths + 1).unsqueeze(1)
+
+    def forward_shared(
+        self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
+    ) -> Tensor:
+        if len(self.layers) > 1 or self.output != "target":
+            # Events attend to the target, so that they are another row's no more.
+            return super().forward_shared(events, lengths, shared, target, ages)
+        known_ages = events.new_zeros(0) if ages is None else ages
+        tokens = self._before_last(events, cast(Tensor, target), known_ages, Jagged.of(lengths, events.shape[0]))
+        jagged = Jagged.of(lengths[shared.rows], shared.events.shape[0])
+        return self.out(cast(TransformerLayer, self.layers[0]).of_target(tokens, jagged, shared.events))
 
     def weights(
         self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssr_rec.sequences import attention
 from ssr_rec.sequences.choice import EncoderConfig
-from ssr_rec.sequences.jagged import unpad
+from ssr_rec.sequences.jagged import Shared, unpad
 from ssr_rec.sequences.registry import ENCODERS
 from tests.sequences.cases import SETTINGS, D, E, batch, build, gradients
 
@@ -49,6 +49,25 @@ def test_an_empty_history_has_a_defined_output(case: str) -> None:
     else:
         torch.testing.assert_close(y[[0, 2]], encoder(*inputs.rows([0, 2])))
         assert not torch.equal(y[0], y[2])
+
+
+SHARED_FLOPS = {"din": 0.66, "hstu": 0.37, "hstu wide": 0.37, "target_attention": 0.34, "transformer": 0.67}
+"""Cases whose matrix products are at most this share of what they are with a copy of the history for each row."""
+
+
+@every_case
+def test_rows_that_share_histories_have_the_fields_of_rows_with_copies(case: str) -> None:
+    """Three histories, one of them empty, of a dozen rows in any order."""
+    encoder, inputs = build(case), batch(case, (3, 0, 6))
+    owners = [2, 0, 1, 2, 2, 0, 2, 1, 0, 2, 2, 2]
+    copies = inputs.rows(owners)._replace(target=torch.randn(12, inputs.target.shape[1], dtype=torch.float64))
+    places = inputs._replace(ages=torch.arange(9)).rows(owners).ages
+    shared = Shared(torch.tensor(owners), places)
+    with FlopCounterMode(display=False) as once:
+        found = encoder.forward_shared(inputs.events, inputs.lengths, shared, copies.target, inputs.ages)
+    with FlopCounterMode(display=False) as each:
+        torch.testing.assert_close(found, encoder(*copies), atol=1e-12, rtol=1e-9)
+    assert once.get_total_flops() <= SHARED_FLOPS.get(case, 1.0) * each.get_total_flops()
 
 
 @every_case
