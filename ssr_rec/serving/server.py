@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,11 @@ class Service:
         self.trial: tuple[Model, Trial] | None = None
 
     def _load(self) -> Model:
-        """Return the artifact's model, checked and warm."""
+        """Return the artifact's model, checked and warm, made in a thread that ends: ``Program`` says why."""
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self._loaded).result()
+
+    def _loaded(self) -> Model:
         scorer = load(str(Path(self.settings.artifact).resolve()))  # of a link, one target throughout
         warm_up(scorer)
         settings = self.settings

@@ -58,8 +58,8 @@ class Batcher:
     def __init__(self, scorer: Scorer, batch_rows: int, wait_s: float, queue_rows: int) -> None:
         self.scorer = scorer
         self.batch_rows, self.wait_s, self.queue_rows = batch_rows, wait_s, queue_rows
-        self.told: Callable[[int, int], None] = lambda rows, requests: None
-        self.tell_waiting: Callable[[int], None] = lambda rows: None
+        self.told: Callable[[int, int], None] = _say_nothing
+        self.tell_waiting: Callable[[int], None] = _say_nothing
         self._waiting: deque[Waiting] = deque()
         self._rows = 0
         self._changed = threading.Condition()
@@ -89,11 +89,13 @@ class Batcher:
             self._changed.notify()
 
     def close(self) -> None:
-        """Score what waits, then end the thread."""
+        """Score what waits, then end the thread; nothing is told any more."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        # They may know the model that has this batcher, which would wait for the garbage collector.
+        self.told, self.tell_waiting = _say_nothing, _say_nothing
 
     def _serve(self) -> None:
         batch: list[Waiting] | None = None
@@ -154,6 +156,10 @@ class Batcher:
             stop = start + encoded.rows
             request.answer.set_result({label: values[start:stop] for label, values in found.items()})
             start = stop
+
+
+def _say_nothing(*numbers: int) -> None:
+    pass
 
 
 def _plain(error: BaseException) -> Exception:

@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import tempfile
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ssr_rec.data.reader import Reader
 from ssr_rec.over_archs.registry import OVER_ARCHS
 from ssr_rec.serving.artifact import read_manifest
 from ssr_rec.serving.export import Compared, export_run
+from ssr_rec.serving.program import PREFIX
 from ssr_rec.serving.scorer import MAX_ROWS, Scorer, load
 from ssr_rec.serving.shared_lists import flat
 from ssr_rec.serving.trained_model import restore_model
@@ -124,6 +126,26 @@ def test_threads_may_share_a_scorer(made):
     for thread in threads:
         thread.join()
     assert len(worst) == 200 and max(worst) < 1e-5
+
+
+def test_programs_that_were_let_go_leave_the_memory(made):
+    """Each is loaded here and run by a thread that ends, as a server has it."""
+
+    def libraries() -> int:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return len({line.split(maxsplit=5)[5] for line in lines if PREFIX in line})
+
+    row = [{"user": 7, "history": [3, 1, 2], "item": 1, "price": 2, "tags": [5]}]
+    before = libraries()
+    for _ in range(6):
+        scorer = load(made[1], check_files=False)
+        thread = threading.Thread(target=scorer.predict, args=(row,))
+        thread.start()
+        thread.join()
+        del thread, scorer
+        time.sleep(0.1)
+    # The last one's place is free when another is let go.
+    assert libraries() <= before + 2
 
 
 @pytest.mark.parametrize(
