@@ -133,9 +133,11 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{file}: missing or damaged; export the run again")
     if check_files:
+        # The largest first, so that no core is left with it in the end.
+        ordered = sorted(files, key=lambda file: -int(files[file][0]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for (file, (_, digest)), found in zip(files.items(), pool.map(sha256_of, files), strict=True):
-                if found != digest:
+            for file, found in zip(ordered, pool.map(sha256_of, ordered), strict=True):
+                if found != files[file][1]:
                     raise UserError(f"{file}: missing or damaged; export the run again")
     for name in [MODEL_FILE, *manifest.stacks.values()]:
         if name not in manifest.files:
