@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without --no-compile pip compiles 16,000 files on one core, most of which nothing here loads.
 PIP_INSTALL = pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup setup-spark setup-notebooks train test test-forms test-slow test-faults lint docs format clean
+.PHONY: setup setup-spark setup-notebooks setup-onnx train test test-forms test-slow test-faults lint docs format clean
 
 setup: $(READY)
 
@@ -31,9 +31,9 @@ $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
 	$(BIN)/python -c 'from ssr_rec.kernels.extension import load; load()'
 	touch $@
 
-# Extras of pyproject.toml that are not part of the set-up: spark, some 430 MB besides Java, and notebooks, which runs
-# examples/ as such. The slow tests use those that are there.
-EXTRAS = spark notebooks
+# Extras of pyproject.toml that are not part of the set-up: spark, some 430 MB besides Java, notebooks, which runs
+# examples/ as such, and onnx. The slow tests use those that are there.
+EXTRAS = spark notebooks onnx
 $(EXTRAS:%=setup-%): setup-%: $(VENV)/.ready-%
 
 $(EXTRAS:%=$(VENV)/.ready-%): $(VENV)/.ready-%: $(READY)

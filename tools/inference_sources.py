@@ -23,7 +23,7 @@ from ssr_rec.data.synthetic.write import ensure_synthetic
 from ssr_rec.model.build import build_dense
 from ssr_rec.over_archs.base import OverArch, equal_dim
 from ssr_rec.over_archs.choice import OverArchConfig
-from ssr_rec.serving.export import Compared, export_restored
+from ssr_rec.serving.export import Compared, Form, export_restored
 from ssr_rec.serving.quantized_tables import Precision
 from ssr_rec.serving.scorer import load
 from ssr_rec.serving.trained_model import Restored, restore_model
@@ -201,4 +201,4 @@ def export(source: Source, folder: Path, tables: Any, dense: Any) -> None:
     else:
         model, (schema, data) = untrained(source.config, source.schema), dataset(source.config)
         restored = Restored(model, schema, source.config, data, Path("untrained"), {})
-    export_restored(restored, source.path.stem, folder, tables=tables, dense=dense, compared=Compared(rows=PARITY_ROWS))
+    export_restored(restored, source.path.stem, folder, Form(tables, dense), compared=Compared(rows=PARITY_ROWS))

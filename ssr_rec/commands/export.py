@@ -2,6 +2,7 @@
 
 python tools/export.py runs/ssr_s --out artifacts/ssr_s
 python tools/export.py runs/ssr_s --out artifacts/ssr_s_int8 --tables int8 --dense bf16
+python tools/export.py runs/ssr_s --out artifacts/ssr_s --onnx
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import get_args
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.logs import quiet
 from ssr_rec.common.saying import say
-from ssr_rec.serving.export import TOLERANCES, Compared, export_run
+from ssr_rec.serving.export import TOLERANCES, Compared, Form, export_run
 from ssr_rec.serving.quantized_tables import Precision
 
 
@@ -31,8 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = export_run(
             options.run,
             options.out,
-            tables=options.tables,
-            dense=options.dense,
+            Form(options.tables, options.dense, options.onnx),
             data=options.data,
             compared=Compared(options.split, options.rows, options.tolerance),
             note=say,
@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="artifact folder; an artifact there is replaced")
     parser.add_argument("--tables", choices=get_args(Precision), default="fp32", help="precision of embedding rows")
     parser.add_argument("--dense", choices=["fp32", "bf16"], default="fp32", help="precision of over-arch and heads")
+    parser.add_argument(
+        "--onnx", action="store_true", help="add model.onnx, of standard operators, float32 (needs ssr_rec[onnx])"
+    )
     parser.add_argument("--data", type=Path, help="the run's prepared dataset, where it has moved")
     parser.add_argument(
         "--split", help="fold to compare with the trainer's model on (default: test; of a run by days its last day)"

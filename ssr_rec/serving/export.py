@@ -24,6 +24,7 @@ from ssr_rec.runs.provenance import git_commit, versions
 from ssr_rec.serving.artifact import MODEL_FILE, TABLES_FOLDER, Machine, Manifest, Parity, new_artifact, write_manifest
 from ssr_rec.serving.graph import Layout, ServingModel, make_layout, stacked_tables
 from ssr_rec.serving.id_columns import index_folder, make_index
+from ssr_rec.serving.onnx_export import check_libraries, compare_onnx, make_onnx, write_onnx
 from ssr_rec.serving.quantized_tables import Precision
 from ssr_rec.serving.scorer import MAX_ROWS, Scorer, predicted
 from ssr_rec.serving.trained_model import Restored, latest_of_days, restore_model, run_folder
@@ -47,12 +48,36 @@ class Compared(NamedTuple):
     """Largest difference of a probability; None: ``TOLERANCES``."""
 
 
+class Form(NamedTuple):
+    """Says in what form an artifact has the model."""
+
+    tables: Precision = "fp32"
+    """How embedding rows are stored."""
+    dense: Literal["fp32", "bf16"] = "fp32"
+    """In what over-arch and heads compute; bf16 as training with ``train.bf16`` does."""
+    onnx: bool = False
+    """Whether it has an ONNX graph, too, which is float32."""
+
+    def check(self) -> None:
+        """Check that the form can be.
+
+        Raises:
+            UserError: ONNX of another precision, or without its libraries.
+        """
+        if self.onnx and (self.tables, self.dense) != ("fp32", "fp32"):
+            raise UserError(f"--onnx is float32: leave out --tables {self.tables} and --dense {self.dense}")
+        if self.onnx:
+            check_libraries()
+
+
+PLAIN_FORM = Form()
+
+
 def export_run(
     run: str | Path,
     out: str | Path,
+    form: Form = PLAIN_FORM,
     *,
-    tables: Precision = "fp32",
-    dense: Literal["fp32", "bf16"] = "fp32",
     data: str | Path | None = None,
     compared: Compared | None = None,
     note: Note = lambda _: None,
@@ -63,8 +88,7 @@ def export_run(
 
     Args:
         run: the run folder, or one of its checkpoints.
-        tables: how embedding rows are stored.
-        dense: in what over-arch and heads compute; bf16 as training with ``train.bf16`` does.
+        form: precisions, and whether there is an ONNX graph.
         data: where the run's prepared dataset is now; None: where its config says.
         compared: the rows that the artifact must score as the trainer's eager model does; None: all of ``Compared``.
 
@@ -72,25 +96,26 @@ def export_run(
         the report: path, bytes, seconds, parity, measures.
 
     Raises:
-        UserError: not a finished run with its dataset, a machine without a C++ compiler, or outputs that differ by
-            more than the tolerance.
+        UserError: a form that cannot be, not a finished run with its dataset, a machine without a C++ compiler, or
+            outputs that differ by more than the tolerance.
     """
+    form.check()
     folder = run_folder(run)
     restored = restore_model(latest_of_days(folder) if folder == Path(run) else run, data)
-    return export_restored(restored, folder.name, out, tables=tables, dense=dense, compared=compared, note=note)
+    return export_restored(restored, folder.name, out, form, compared=compared, note=note)
 
 
 def export_restored(
     restored: Restored,
     name: str,
     out: str | Path,
+    form: Form = PLAIN_FORM,
     *,
-    tables: Precision = "fp32",
-    dense: Literal["fp32", "bf16"] = "fp32",
     compared: Compared | None = None,
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
     """Export a model in memory, trained or not, as ``export_run``; the artifact says that it is of the run ``name``."""
+    form.check()
     if managed := list(restored.config.embeddings.managed):
         raise UserError(
             f"{name}: embeddings.managed: the ids of {', '.join(managed)} have the rows that training gave them, and "
@@ -103,32 +128,38 @@ def export_restored(
     if not extension.load():
         raise UserError("export needs a C++ compiler for ssr_rec's operators and the compiled program; see above")
     if tolerance is None:
-        lossy = [tables, dense, "bf16" if restored.config.train.bf16 else "fp32"]
+        lossy = [form.tables, form.dense, "bf16" if restored.config.train.bf16 else "fp32"]
         tolerance = max(TOLERANCES[name] for name in lossy)
     with new_artifact(Path(out)) as folder:
         note("packing tables")
-        layout = make_layout(restored.schema, restored.model.dense, restored.config.embeddings.pooling, tables)
+        layout = make_layout(restored.schema, restored.model.dense, restored.config.embeddings.pooling, form.tables)
         packed = stacked_tables(restored.model, restored.schema, layout)
         stacks = _write_tables(packed, folder)
         _copy_vocabularies(restored.schema, restored.data, folder)
+        if form.onnx:
+            note("making the ONNX graph")
+            write_onnx(make_onnx(restored, layout, packed), restored.schema, stacks, folder)
         note("compiling")
-        model = ServingModel(restored.model.dense, layout, dense == "bf16").eval()
+        model = ServingModel(restored.model.dense, layout, form.dense == "bf16").eval()
         compile_model(model, list(packed.values()), folder / MODEL_FILE)
-        values = _described(restored, name, split, tolerance) | {"tables": tables, "dense": dense, "stacks": stacks}
+        values = _described(restored, name, split, tolerance) | {"tables": form.tables, "dense": form.dense}
+        values["stacks"] = stacks
         values["trained_values"] = restored.schema.lookups_of(trained_on)
         note(f"comparing with the trainer's model on the {split} fold")
         scorer = Scorer(folder, Manifest.model_validate({**values, "files": {}}))
         values["parity"], values["measures"] = compare(restored, scorer, reader, rows, tolerance)
+        onnx = {"onnx": compare_onnx(folder, scorer, reader, rows)} if form.onnx else {}
         manifest = write_manifest(folder, values)
     return {
         "artifact": str(out),
         "bytes": sum(int(size) for size, _ in manifest.files.values()),
         "table_bytes": sum(tensor.nbytes for tensor in packed.values()),
         "seconds": round(time.perf_counter() - started, 1),
-        "tables": tables,
-        "dense": dense,
+        "tables": form.tables,
+        "dense": form.dense,
         "parity": manifest.parity.model_dump(),
         "measures": manifest.measures,
+        **onnx,
     }
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssr_rec.data.features import Feature
 from ssr_rec.data.schema import Schema
@@ -136,12 +137,13 @@ class ServingModel(nn.Module):
 
     Args:
         bf16: run over-arch and heads in bfloat16 by autocast, as training with ``train.bf16`` does.
+        portable: use operators that others have too, not those that are fast here; tables must be float32.
     """
 
-    def __init__(self, dense: DenseArch, layout: Layout, bf16: bool) -> None:
+    def __init__(self, dense: DenseArch, layout: Layout, bf16: bool, portable: bool = False) -> None:
         super().__init__()
-        self.over_arch = for_scoring(dense.over_arch, bf16)
-        self.heads, self.layout, self.bf16 = dense.heads, layout, bf16
+        self.over_arch = dense.over_arch if portable else for_scoring(dense.over_arch, bf16)
+        self.heads, self.layout, self.bf16, self.portable = dense.heads, layout, bf16, portable
         self.histories, self.numbers, self.row_vectors = dense.histories, dense.numbers, dense.row_vectors
         self.dense_width = dense.dense_width
         # The vectors themselves are among the tables.
@@ -203,10 +205,8 @@ class ServingModel(nn.Module):
             if singles:
                 wanted = ids if len(singles) == len(rank) else ids[[rank[i] for i in singles]]
                 first_rows = getattr(self, f"first_rows_{number}_{place}")
-                # Bags of one id: FBGEMM's kernels copy or unpack a row faster than the compiled loop of an index.
-                places = (wanted.t() + first_rows).flatten()
-                bags = torch.arange(rows * len(singles) + 1)
-                looked_up = pooled(packed, stack.kind, places, bags).view(rows, len(singles), -1)
+                looked_up = self._rows(packed, stack.kind, (wanted.t() + first_rows).flatten())
+                looked_up = looked_up.view(rows, len(singles), -1)
                 # What an encoder takes for its target must be apart from its neighbours.
                 runs = [(at, at + 1) for at in range(len(singles))] if layout.events else _runs(singles)
                 for start, stop in runs:
@@ -214,7 +214,7 @@ class ServingModel(nn.Module):
             for feature, first_row in zip(stack.features, stack.first_rows, strict=True):
                 if feature in layout.events:
                     values = lists[2 * layout.lists.index(feature)] + first_row
-                    pieces[feature] = pooled(packed, stack.kind, values, torch.arange(values.shape[0] + 1))
+                    pieces[feature] = self._rows(packed, stack.kind, values)
                 elif feature not in rank:
                     at = 2 * layout.lists.index(feature)
                     bag = (lists[at] + first_row, lists[at + 1])
@@ -224,6 +224,13 @@ class ServingModel(nn.Module):
                     else:
                         pieces[feature] = pooled(packed, stack.kind, *bag, layout.pooling)
         return pieces
+
+    def _rows(self, packed: Tensor, kind: Precision, places: Tensor) -> Tensor:
+        """Return rows of a table, (n, D) float32."""
+        if self.portable:
+            return F.embedding(places, packed)
+        # Bags of one id: FBGEMM's kernels copy or unpack a row faster than the compiled loop of an index.
+        return pooled(packed, kind, places, torch.arange(places.shape[0] + 1))
 
     def _encode(
         self, vectors: dict[str, Tensor], lists: list[Tensor], of_rows: dict[int, Tensor], sharing: list[Tensor]

@@ -128,6 +128,16 @@ class Scorer:
         Raises:
             UserError: lengths that do not fit, or an id that the feature does not have.
         """
+        return self.score_arrays(*self.encoded(sparse, lengths, dense, item_weights))
+
+    def encoded(
+        self,
+        sparse: Tensor | KeyedJaggedTensor | Batch,
+        lengths: Tensor | None = None,
+        dense: Tensor | None = None,
+        item_weights: KeyedJaggedTensor | None = None,
+    ) -> Encoded:
+        """Return prepared ids as ``encoder`` gives those of raw rows; arguments and errors are those of ``score``."""
         if isinstance(sparse, Batch):
             sparse, dense, item_weights = sparse.inputs
         if isinstance(sparse, KeyedJaggedTensor):
@@ -142,7 +152,8 @@ class Scorer:
             of_lists = zip(item_weights.keys(), item_weights.values().split(item_weights.length_per_key()), strict=True)
             given = {name: own.numpy() for name, own in of_lists}
             weights = [given.get(feature.name) for feature in self.schema.features if feature.kind == "list"]
-        return self.score_arrays(*self._split(sparse.numpy(), lengths.numpy()), dense=numbers, weights=weights)
+        ids, lists = self._split(sparse.numpy(), lengths.numpy())
+        return Encoded(ids, lists, [None] * len(lists), numbers, weights)
 
     def _split(self, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
         """Return the single-valued ids (S, B), and ids (n,) and offsets (B + 1,) of each list."""

@@ -18,7 +18,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.model.build import build_dense
 from ssr_rec.model.history_fields import bucket_ages
 from ssr_rec.runs.report import read_report
-from ssr_rec.serving.export import export_run
+from ssr_rec.serving.export import Form, export_run
 from ssr_rec.serving.graph import ServingModel, make_layout, stacked_tables
 from ssr_rec.serving.scorer import load
 from ssr_rec.serving.trained_model import build_plain_model, restore_model
@@ -231,7 +231,7 @@ def test_rows_of_two_ranks_warm_start_and_export_as_whole_tables(log: Path, tmp_
 def test_an_artifact_scores_as_the_run(log: Path, tmp_path: Path, encoder: str, tables: Any) -> None:
     wanted = [option for option in options(log, tmp_path, encoder) if "runs" not in option and "name=run" not in option]
     run = make_run(tmp_path / "run", log, wanted)
-    exported = export_run(run, tmp_path / "artifact", tables=tables)
+    exported = export_run(run, tmp_path / "artifact", Form(tables))
     assert exported["parity"]["rows"] == ROWS["test"]
     scorer, restored = load(tmp_path / "artifact"), restore_model(run)
     _, batch = first_batch(log)

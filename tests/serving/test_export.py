@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ssr_rec.data.reader import Reader
 from ssr_rec.over_archs.registry import OVER_ARCHS
 from ssr_rec.serving.artifact import read_manifest
-from ssr_rec.serving.export import Compared, export_run
+from ssr_rec.serving.export import Compared, Form, export_run
 from ssr_rec.serving.program import PREFIX
 from ssr_rec.serving.scorer import MAX_ROWS, Scorer, load
 from ssr_rec.serving.shared_lists import flat
@@ -287,7 +287,7 @@ def test_every_over_arch_exports(dataset, tmp_path, case):
 def test_every_precision_exports_with_fields_in_any_order(dataset, tmp_path, tables, dense, features):
     options = ["--over_arch.name=mlp", "--over_arch.hidden=[8]", "--embeddings.dim=8", f"--data.features={features}"]
     run = make_run(tmp_path / "run", dataset, options)
-    report = export_run(run, tmp_path / "artifact", tables=tables, dense=dense)
+    report = export_run(run, tmp_path / "artifact", Form(tables, dense))
     assert 0 < report["parity"]["max_difference"] < report["parity"]["tolerance"]
     assert read_manifest(tmp_path / "artifact").tables == tables
     scorer, (logits, sparse) = load(tmp_path / "artifact"), eager_logits(run, 60)
