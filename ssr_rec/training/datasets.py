@@ -121,6 +121,7 @@ def open_rows(config: RunConfig, folder: Path, schema: Schema, rank: int = 0, wo
             f"data.days={config.data.days}: no next day to evaluate: the encodings are fitted on the first "
             f"{schema.days.fitted} of the days {schema.days.names[0]} to {schema.days.names[-1]}; take in later ones"
         )
+    open_split(evaluated[0], False)  # refuses what it would refuse when a day has been trained on
 
     def next_day(epoch: int) -> tuple[Reader, dict[str, Any]] | None:
         day = days[epoch + 1] if epoch + 1 < len(days) else None

@@ -176,6 +176,8 @@ def test_tomorrows_job_goes_on_where_todays_ended(days, tmp_path, kind):
         (["--data.days=..2024-02-28"], "no next day to evaluate: the encodings are fitted on the first 1 of the days"),
         (["--warm_start_optimizer=true"], "warm_start_optimizer: true needs warm_start"),
         (["--train.batch_size=8"], "batch size 8 is the global one and must be at least 16"),
+        (["--train.eval_batch_size=8"], "batch size 8 is the global one and must be at least 16"),
+        (["--train.metrics_by=nothing"], "train.metrics_by: 'nothing' is no feature of this run"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(days, tmp_path, more, message):
