@@ -203,11 +203,13 @@ class OwnMetrics(Gathered):
 
 
 def measured(name: str, function: OwnMetric, given: tuple[Any, ...]) -> float:
-    """Return what a function of the user's own measures.
+    """Return what a function of the user's own measures; nan without rows.
 
     Raises:
         UserError: it raises something, or returns no number.
     """
+    if not len(given[0]):  # of a task that no row of a day counts for
+        return math.nan
     try:
         return float(function(*given))
     except Exception as error:  # whatever a function of somebody else's raises

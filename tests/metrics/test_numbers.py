@@ -130,3 +130,10 @@ def test_a_measure_that_raises_is_said_by_name() -> None:
     metrics.update(torch.zeros(3, 1), torch.ones(3, 1), None)
     with pytest.raises(UserError, match=r"train\.extra_metrics: broken of 3 rows: ZeroDivisionError"):
         metrics.compute()
+
+
+def test_a_task_of_which_no_row_counts_has_no_measure_of_ones_own() -> None:
+    """As a day may be without a purchase; few functions of one's own take no rows."""
+    metrics = fold_metrics("exact", 1, 3, ["click"], Further({}, {"broken": lambda *given: 1 / 0}))
+    metrics.update(torch.zeros(3, 1), torch.zeros(3, 1), None, None, torch.zeros(3, 1))
+    assert math.isnan((metrics.compute() or {})["click"]["broken"])
