@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 
 import numpy as np
 
@@ -22,14 +23,22 @@ def own_metrics(paths: Sequence[str]) -> dict[str, OwnMetric]:
     """Return name of each function -> the function.
 
     Raises:
-        UserError: no such function, or a name that a report has already or that two of them have.
+        UserError: no such function, one of other arguments, or a name that a report has already or that two of them
+            have.
     """
     found: dict[str, OwnMetric] = {}
     for path in paths:
         name = path.rpartition(":")[2]
         if name in TAKEN or name.startswith(("auc_", "gauc_", "ranking_")) or name in found:
             raise UserError(f"train.extra_metrics: {path}: {name} is a measure already; give the function another name")
-        found[name] = own_function(path, "train.extra_metrics")
+        function = own_function(path, "train.extra_metrics")
+        try:
+            signature(function).bind(*[None] * 4)
+        except TypeError as error:
+            raise UserError(
+                f"train.extra_metrics: {path}: {name} must take scores, labels, weights and groups: {error}"
+            ) from None
+        found[name] = function
     return found
 
 

@@ -213,6 +213,10 @@ def share(scores, labels, weights, groups):
     return (scores > labels).mean()
 
 
+def few(scores, labels):
+    return 0.0
+
+
 def changes(scores, labels, weights, groups):
     scores[:] = 0
     return 0.0
@@ -258,6 +262,7 @@ def test_a_measure_of_ones_own_keeps_the_contract_or_is_told_where_not(own: None
         ("my_loss:number", "int is no function"),
         ("my_loss:nothing", "my_loss has no nothing"),
         ("no_such_module:f", "cannot import no_such_module"),
+        ("my_loss:few", "few must take scores, labels, weights and groups: too many positional arguments"),
     ):
         with pytest.raises(UserError, match=said):
             own_metrics([path])
