@@ -12,7 +12,7 @@ MAY_DIFFER = (
     "name", "runs", "resume", "warm_start", "warm_start_optimizer", "device", "sharding", "checkpoint", "track",
     "data.path", "data.synthetic_root", "data.prefetch", "train.epochs", "train.max_steps", "train.patience",
     "train.eval_batch_size", "train.log_every", "train.stall_timeout_s", "train.skip_bad_steps", "train.max_loss",
-    "train.metrics", "train.metrics_rows", "train.metrics_by", "train.pipeline",
+    "train.metrics", "train.metrics_rows", "train.pipeline",
 )  # fmt: skip
 """Config keys that a resumed run may change: they decide when it ends or how it runs, not what the next step does."""
 

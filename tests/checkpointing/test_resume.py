@@ -236,6 +236,14 @@ def test_an_autofis_search_goes_on_and_is_not_repeated(dataset, tmp_path):
     assert (tmp_path / "run-search" / "metrics.jsonl").read_text() == searched
 
 
+def test_a_run_goes_on_measured_by_the_column_it_began_with():
+    """The best evaluation so far, which the report shows, has the values of that column."""
+    config = load_config(None, ["--train.metrics_by=tab"]).model_dump(mode="json")
+    check_same_run(config, config, "older")
+    with pytest.raises(ValueError, match=r"older: that run had train\.metrics_by=None, this one has tab"):
+        check_same_run(config, load_config(None, []).model_dump(mode="json"), "older")
+
+
 def test_a_run_from_before_a_key_was_there_goes_on_where_it_has_its_default():
     config = load_config(None, []).model_dump(mode="json")
     older = {**config, "embeddings": {key: value for key, value in config["embeddings"].items() if key != "managed"}}
