@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {"name": name, "inputs": w.shape[1], "outputs": w.shape[0], **weight_figures(w)}
             for name, w in dense_layers(over_arch).items()
         ]
-        views = view_figures(over_arch, first_rows(restored, chosen.split)) if isinstance(over_arch, SSR) else []
+        views = view_figures(over_arch, *first_rows(restored, chosen.split)) if isinstance(over_arch, SSR) else []
         if not layers and not views:
             raise UserError(f"{chosen.run}: {restored.config.over_arch.label} has no dense layer and no views to show")
         print(sparsity_table(layers, views))
@@ -59,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def first_rows(restored: Restored, split: str) -> torch.Tensor:
-    """Return what the over-arch is fed with of the first rows of a split: (up to 1,024, sum of field dims)."""
+def first_rows(restored: Restored, split: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what the over-arch is fed with of the first rows of a split, B of them at most 1,024.
+
+    Returns:
+        (B, sum of field dims), and the rows' domains (B,) where it has views of theirs.
+    """
     reader = open_reader(restored.config, restored.data, restored.schema, split, 0, 1, to_train=False)
     batches = reader.epoch(0)
     with capture(restored.model.dense) as captured, torch.no_grad():
@@ -68,7 +72,7 @@ def first_rows(restored: Restored, split: str) -> torch.Tensor:
         restored.model(*batch.inputs)
     batches.close()
     assert captured.inputs is not None
-    return captured.inputs
+    return captured.inputs, captured.domain
 
 
 def _draw(restored: Restored, views: list[dict[str, Any]], path: Path) -> None:

@@ -54,11 +54,12 @@ def dense_layers(over_arch: OverArch) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def view_figures(over_arch: SSR, x: Tensor) -> list[dict[str, Any]]:
+def view_figures(over_arch: SSR, x: Tensor, domain: Tensor | None = None) -> list[dict[str, Any]]:
     """Return, layer by layer, how alike the views of SSR are; [] for filters without views to compare.
 
     Args:
         x: the over-arch's input (B, sum of field dims); the model must be in eval mode.
+        domain: the rows' domains (B,), where it has views of theirs, which are not compared.
 
     Returns:
         of SSR-D ``cosine`` (V, V), of the views' projections as vectors (Figure 6), and ``overlap`` (V, V), the mean
@@ -77,7 +78,7 @@ def view_figures(over_arch: SSR, x: Tensor) -> list[dict[str, Any]]:
         else:
             return []
         found.append({**alike, **{f"mean_{name}": _off_diagonal(value) for name, value in alike.items()}})
-        x = layer(x).flatten(1)
+        x = layer(x, *over_arch.rows_of(domain)).flatten(1)
     return found
 
 

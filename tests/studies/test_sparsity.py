@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
-from ssr_rec.studies.sparsity import view_figures, weight_figures
+from ssr_rec.over_archs.base import Domain
+from ssr_rec.over_archs.ssr import SSR
+from ssr_rec.over_archs.ssr_settings import SSRConfig
+from ssr_rec.studies.sparsity import _overlap, view_figures, weight_figures
 from tests.small_ssr import DV, D, F, V, batch, build
 
 
@@ -64,6 +67,18 @@ def test_static_views_overlap_by_the_dims_they_share() -> None:
         for i, a in enumerate(sets):
             for j, b in enumerate(sets):
                 assert figures["overlap"][i, j].item() == pytest.approx(len(a & b) / len(a | b))
+
+
+def test_views_of_a_domain_stand_beside_those_that_are_compared() -> None:
+    domain, x = torch.tensor([0, 2, 1, 0, 2, 2]), batch().float()
+    torch.manual_seed(0)
+    ssr = SSR(F, D, 1, SSRConfig(filter="dynamic", num_views=V, view_dim=DV, domain_views=1), Domain("tab", 3)).eval()
+    first, second = view_figures(ssr, x, domain)
+    seen = ssr.blocks()[0](x, *ssr.rows_of(domain))
+    assert seen.shape[1] == V + 1 and first["overlap"].shape == second["overlap"].shape == (V, V)
+    weight = ssr.blocks()[1].filter.proj.weight.unflatten(0, (V, -1))
+    expected = _overlap(ssr.blocks()[1].filter.sparse(seen.flatten(1)), weight)
+    assert torch.allclose(second["overlap"], expected)
 
 
 def test_one_view_and_other_filters_have_nothing_to_compare() -> None:
