@@ -30,14 +30,17 @@ class FilterWatch:
             self._last[index] = output[:WATCHED_ROWS].detach().clone()
 
     def figures(self) -> Tensor:
-        """Return exact zeros' share and mean absolute value of each filter's output: (2 filters,), or () if none ran.
+        """Return what ``per_layer`` takes the sums over ranks of: (2 filters + 1,), or () if no filter ran.
 
-        The figures are of this rank's rows of the last step.
+        That is, of this rank's rows of the last step, exact zeros' share and mean absolute value of each filter's
+        output, then 1; without rows zeros.
         """
         outputs = [output for output in self._last if output is not None]
         if not outputs or len(outputs) < len(self._last):
             return torch.empty(0)
-        return torch.stack([f(o) for o in outputs for f in (_zeros, _magnitude)])
+        if not len(outputs[0]):  # an epoch's last batch may have fewer rows than there are ranks
+            return torch.zeros(2 * len(outputs) + 1)
+        return torch.stack([*(f(o) for o in outputs for f in (_zeros, _magnitude)), outputs[0].new_ones(())])
 
 
 def _zeros(output: Tensor) -> Tensor:
@@ -48,7 +51,8 @@ def _magnitude(output: Tensor) -> Tensor:
     return output.abs().float().mean()
 
 
-def per_layer(sums: Sequence[float], world_size: int) -> list[dict[str, float]]:
+def per_layer(sums: Sequence[float]) -> list[dict[str, float]]:
     """Return ``sparsity`` and ``magnitude`` of each filter, of the sums of all ranks' ``figures``."""
-    means = [value / world_size for value in sums]
+    *of_filters, ranks = sums
+    means = [value / ranks for value in of_filters]
     return [{"sparsity": s, "magnitude": m} for s, m in zip(means[::2], means[1::2], strict=True)]

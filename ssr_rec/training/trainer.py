@@ -341,7 +341,7 @@ class Trainer:
             data_wait=wait_seconds / seconds,
             lr=self.schedule.rate(fitted.steps - 1),
             tasks=self.running.compute(),
-            **({"filters": per_layer(filtered, dist.get_world_size())} if filtered else {}),
+            **({"filters": per_layer(filtered)} if filtered else {}),
             **self.model.module.loss.figures(),
         )
         if not good.all():

@@ -25,9 +25,16 @@ def test_figures_are_of_the_last_training_output_alone() -> None:
     filters[1](filters[0](-rows))
     kept = [max(float(value), 0.0) for value in rows[:WATCHED_ROWS].flatten()]
     zeros, mean = sum(value == 0 for value in kept) / len(kept), sum(kept) / len(kept)
-    (first, second) = per_layer((2 * watch.figures()).tolist(), world_size=2)
+    (first, second) = per_layer((2 * watch.figures()).tolist())
     assert first == second
     assert abs(first["sparsity"] - zeros) < 1e-6 and abs(first["magnitude"] - mean) < 1e-6
+
+
+def test_a_rank_without_rows_of_the_last_batch_has_no_say() -> None:
+    one, none = FilterWatch([relu := torch.nn.ReLU()]), FilterWatch([empty := torch.nn.ReLU()])
+    relu(rows := torch.randn(9, 2, 4))
+    empty(rows[:0])
+    assert per_layer((one.figures() + none.figures()).tolist()) == per_layer(one.figures().tolist())
 
 
 def filters_job(arguments: list[str], dataset: Path, folder: Path) -> list[tuple[dict, list]]:
