@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ssr_rec.checkpointing.progress import Tasks
 from ssr_rec.config.training import TrainConfig, larger_is_better
@@ -24,6 +25,12 @@ def monitored(tasks: Tasks, config: TrainConfig) -> float:
         return -math.inf
     value = sum(values) / len(values)
     return value if larger_is_better(config.monitor) else -value
+
+
+def is_better(tasks: Tasks, best: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Return whether an evaluation is better than the best row so far, {}: none, or that one's figure not defined."""
+    before = monitored(best["tasks"], config) if best else -math.inf
+    return before == -math.inf or monitored(tasks, config) > before
 
 
 def counted(tasks: Tasks, config: TrainConfig) -> list[str]:

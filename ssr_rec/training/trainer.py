@@ -35,7 +35,7 @@ from ssr_rec.training.captured import capture
 from ssr_rec.training.datasets import Rows, report_of_days
 from ssr_rec.training.evaluation import evaluate, run_steps
 from ssr_rec.training.filter_watch import FilterWatch, per_layer
-from ssr_rec.training.monitor import monitored, say_what_cannot_choose
+from ssr_rec.training.monitor import is_better, say_what_cannot_choose
 from ssr_rec.training.pipeline import build_pipeline
 from ssr_rec.training.schedule import Schedule
 from ssr_rec.training.stall_watch import Preempted, StallWatch, stop_when_asked
@@ -252,8 +252,7 @@ class Trainer:
             fitted.days.append(row)
         if not fitted.best:
             say_what_cannot_choose(row["tasks"], self.config)
-        here = monitored(row["tasks"], self.config)
-        if not fitted.best or here == -math.inf or here > monitored(fitted.best["tasks"], self.config):
+        if is_better(row["tasks"], fitted.best, self.config):
             fitted.best, fitted.bad_evaluations = row, 0
             with averaged_weights(self.optimizer):
                 self.checkpoints.save_best(weights_now(self.model, fitted, self.schema.dataset_id, self._values))
