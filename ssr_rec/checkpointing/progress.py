@@ -39,6 +39,11 @@ class Fitted:
         self.seconds += seconds
         self.wait_seconds += wait_seconds
 
+    def forget_best(self) -> None:
+        """Look for the best anew, its weights being lost: what was evaluated at this step is evaluated again."""
+        self.best, self.bad_evaluations, self.evaluated_at = {}, 0, -1
+        self.days = [row for row in self.days if row["step"] < self.steps]
+
     @property
     def samples_per_s(self) -> float:
         return self.samples / self.seconds if self.seconds else 0.0

@@ -34,6 +34,8 @@ def build_report(
     """
     config, following = trainer.run_config, trainer.over_arch.following_config()
     dense = trainer.dense
+    # A run by days may have lost its best weights after its last evaluation.
+    best = {"tasks": {}, "step": None, **trainer.fitted.best}
     of_domain = (ended["domain"],) if ended["domain"] is not None else ()
     over_arch, schema, fitted, test = trainer.over_arch, trainer.schema, trainer.fitted, ended["test"]
     found = {
@@ -49,8 +51,8 @@ def build_report(
         "num_head_parameters": sum(p.numel() for p in dense.heads.parameters()),
         "num_embedding_parameters": num_embedding_parameters(config, schema, over_arch),
         "test": test,
-        "validation": fitted.best["tasks"],
-        "best_step": fitted.best["step"],
+        "validation": best["tasks"],
+        "best_step": best["step"],
         "ceiling": {task: c.model_dump() for task, c in schema.ceiling.get("test", {}).items() if task in test},
         "samples_per_s": fitted.samples_per_s,
         "data_wait": fitted.data_wait,
@@ -61,7 +63,7 @@ def build_report(
         "skipped_steps": fitted.skipped,
         "seconds": fitted.seconds,
         "warnings": quality_warnings(
-            schema, {"validation": fitted.best["tasks"], "test": test}, trained_to_rank(config.train.losses)
+            schema, {"validation": best["tasks"], "test": test}, trained_to_rank(config.train.losses)
         ),
         "seed": config.seed,
         "dataset": {
@@ -75,7 +77,7 @@ def build_report(
         "hardware": hardware(),
         "failed_checkpoints": trainer.checkpoints.failures,
         **{key: ended[key] for key in ("metrics", "deciles", "days") if key in ended},
-        **_by_value(config.metrics_by, fitted.best, ended),
+        **_by_value(config.metrics_by, best, ended),
         "warm_start": warm_start,
         "following": following and following.model_dump(mode="json"),
     }

@@ -129,7 +129,7 @@ class Trainer:
             if self.fitted.best and recover_best(start, self.fitted.best["step"]):
                 self.checkpoints.best_step = self.fitted.best["step"]
             else:
-                self.fitted.best, self.fitted.bad_evaluations = {}, 0
+                self.fitted.forget_best()
         elif config.warm_start is not None:
             # What old weights make of the first day is seen before they are trained on it.
             self.fitted = Fitted(evaluated_at=-1 if config.data.days else 0)

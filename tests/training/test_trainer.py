@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from ssr_rec.checkpointing.format import read_info
 from ssr_rec.checkpointing.manager import CheckpointManager
+from ssr_rec.checkpointing.resume import Start
+from ssr_rec.checkpointing.warm_rows import Here
 from ssr_rec.config.run import load_config
 from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.schema import Schema
@@ -23,6 +26,8 @@ from ssr_rec.training.optimizer import build_optimizer
 from ssr_rec.training.setup import start_process_group
 from ssr_rec.training.trainer import Trainer
 from tests.checkpointing.test_resume import options
+from tests.days_log import options as of_days
+from tests.days_log import write_days
 from tests.ranks import run_ranks
 
 
@@ -113,6 +118,32 @@ def kept_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[int, in
     trainer = made(arguments, dataset, folder, Told)
     list(trainer.fit())
     return trainer.fitted.best["step"], trainer.fitted.bad_evaluations
+
+
+def lost_job(jobs: list[tuple[list[str], Path]], folder: Path) -> list[tuple[dict, dict, int | None]]:
+    """Of trainings that ended and lost their best weights: tests before and after, and what was the best then."""
+    found = []
+    for number, (arguments, dataset) in enumerate(jobs):
+        first = made(arguments, dataset, folder / f"first{number}")
+        list(first.fit())
+        before = first.test()["test"]
+        checkpoints = folder / f"first{number}" / "checkpoints"
+        for best in checkpoints.glob("best-*"):
+            shutil.rmtree(best)
+        (checkpoint,) = checkpoints.glob("step-*")
+        second = made(arguments, dataset, folder / f"second{number}")
+        second.start(Start(folder, checkpoint, read_info(checkpoint)), Here(dataset, second.schema))
+        list(second.fit())
+        found.append((before, second.test()["test"], second.fitted.best.get("step")))
+    return found
+
+
+def test_an_ended_training_whose_best_weights_are_lost_has_a_test(dataset: Path, tmp_path: Path) -> None:
+    days = write_days(tmp_path / "days")
+    one = options(dataset, tmp_path, "--train.max_steps=4", "--train.eval_every=4")
+    jobs = [(one, dataset), (of_days(days, tmp_path, "--train.max_steps=5"), days)]
+    for (before, after, best), step in zip(run_ranks(lost_job, 1, jobs, tmp_path)[0], (4, 5), strict=True):
+        assert before == after and best == step
 
 
 def test_the_best_is_kept_and_without_any_figure_the_last(dataset: Path, tmp_path: Path) -> None:
