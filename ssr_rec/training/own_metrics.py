@@ -32,14 +32,23 @@ def own_metrics(paths: Sequence[str]) -> dict[str, OwnMetric]:
         if name in TAKEN or name.startswith(("auc_", "gauc_", "ranking_")) or name in found:
             raise UserError(f"train.extra_metrics: {path}: {name} is a measure already; give the function another name")
         function = own_function(path, "train.extra_metrics")
-        try:
-            signature(function).bind(*[None] * 4)
-        except TypeError as error:
+        if (problem := _arguments(function)) is not None:
             raise UserError(
-                f"train.extra_metrics: {path}: {name} must take scores, labels, weights and groups: {error}"
-            ) from None
+                f"train.extra_metrics: {path}: {name} must take scores, labels, weights and groups: {problem}"
+            )
         found[name] = function
     return found
+
+
+def _arguments(function: OwnMetric) -> str | None:
+    """Return why a function cannot be called as a measure; None: nothing is known against it."""
+    try:
+        signature(function).bind(*[None] * 4)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a compiled function may not tell
+        return None
+    return None
 
 
 def check_own_metrics(config: TrainConfig, schema: Schema) -> None:
