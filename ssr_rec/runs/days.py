@@ -83,7 +83,7 @@ def _draw(ax: Axes, runs: Sequence[Run], days: Sequence[str], task: str, name: s
         ax.axhline(1.0, color="#444444", linestyle=":", linewidth=1.2)
     for index, (run, label) in enumerate(zip(runs, display_names(runs), strict=True)):
         values = _values(run, days, task, name)
-        mean = decimal(run.report.test[task].get(name))
+        mean = decimal(run.report.test.get(task, {}).get(name))
         ax.plot(range(len(days)), values, linewidth=1.6, markersize=4, label=f"{label}: mean {mean}", **style(index))
     lay_grid(ax)
     ax.yaxis.set_major_formatter(Decimals())
@@ -99,9 +99,9 @@ def _days(runs: Sequence[Run]) -> list[str]:
 
 
 def _has(run: Run, task: str, name: str) -> bool:
-    return any(row.tasks[task].get(name) is not None for row in run.report.days)
+    return any(row.tasks.get(task, {}).get(name) is not None for row in run.report.days)
 
 
 def _values(run: Run, days: Sequence[str], task: str, name: str) -> np.ndarray:
-    found = {row.day: row.tasks[task].get(name) for row in run.report.days}
+    found = {row.day: row.tasks.get(task, {}).get(name) for row in run.report.days}
     return np.array([found.get(day) for day in days], dtype=float)

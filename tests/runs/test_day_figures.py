@@ -58,6 +58,16 @@ def test_two_runs_are_compared_on_the_days_both_have():
     assert "SSR-S and Dense MLP have 0 days in common." in apart
 
 
+def test_a_run_without_the_task_stands_beside_one_that_has_it(tmp_path):
+    values = report("Dense MLP", [0.73, 0.73, 0.74])
+    other = {"test": {"like": values["test"]["click"]}}
+    other["days"] = [{**day, "tasks": {"like": day["tasks"]["click"]}} for day in values["days"]]
+    runs = [run(report("SSR-S", [0.71, 0.72, 0.76])), run({**values, **other})]
+    header = cells(days_table(runs[:1]))[0]
+    assert cells(days_table(runs))[0] == [header[0], *(f"SSR-S {name}" for name in header[1:])]
+    draw_days(runs, tmp_path / "days.png")
+
+
 def test_runs_are_compared_by_what_both_have():
     """An exact run of a number and a bounded one, which has no XAUC; and runs without any measure in common."""
     exact, bounded = report("SSR-S", [0.7, 0.7, 0.7]), report("Dense MLP", [0.7, 0.7, 0.7])
