@@ -39,7 +39,7 @@ class FilterWatch:
         if not outputs or len(outputs) < len(self._last):
             return torch.empty(0)
         if not len(outputs[0]):  # an epoch's last batch may have fewer rows than there are ranks
-            return torch.zeros(2 * len(outputs) + 1)
+            return torch.zeros(2 * len(outputs) + 1, device=outputs[0].device)
         return torch.stack([*(f(o) for o in outputs for f in (_zeros, _magnitude)), outputs[0].new_ones(())])
 
 
