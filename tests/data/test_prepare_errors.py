@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +111,13 @@ def test_columns_and_spec_must_agree(tmp_path: Path) -> None:
     refuse(tmp_path, [path], spec_with(ignore=[]), "column 'day' has no role in the spec")
     refuse(tmp_path, [path], spec_with(numeric=["pirce"]), "no column 'pirce', did you mean 'price'")
     refuse(tmp_path, [path], spec_with(ignore=["day", "dya"]), "ignore names 'dya', no such column, did you mean 'day'")
+    text = path.read_text()
+    for mark in (";", "|", "\t"):
+        path.write_text(text.replace(",", mark))
+        fix = re.escape(f"text: {{delimiter: {json.dumps(mark)}}}")
+        refuse(
+            tmp_path, [path], spec_with(), f"no label 'click'; it has .*, not cut into columns; say in the spec {fix}"
+        )
 
 
 def test_empty_splits_and_inputs(tmp_path: Path) -> None:

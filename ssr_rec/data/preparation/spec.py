@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from datetime import date
@@ -276,7 +277,8 @@ class TableSpec(Settings):
         for column in self.used:
             if column not in columns:
                 role = "label" if column in self.labels else "column"
-                raise UserError(f"{source}: no {role} {column!r}{nearest(column, columns)}; it has {listed(columns)}")
+                found = f"{listed(columns)}{_delimiter_hint(columns)}"
+                raise UserError(f"{source}: no {role} {column!r}{nearest(column, columns)}; it has {found}")
         named = {*self.used, *self.ignore}
         # Parquet files of pandas hold the frame's index under such a name, which nobody has given.
         without = [c for c in columns if c not in named and not re.fullmatch(r"__index_level_[0-9]+__", c)]
@@ -304,6 +306,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:40]) + (" ..." if len(names) > 40 else "")
+
+
+def _delimiter_hint(columns: Sequence[str]) -> str:
+    """Return what to write in the spec where the header of a text file was not cut; nothing where it was."""
+    marks = [mark for mark in ";\t|," if len(columns) == 1 and mark in columns[0]]
+    return f", not cut into columns; say in the spec text: {{delimiter: {json.dumps(marks[0])}}}" if marks else ""
 
 
 def make_spec(entries: dict[str, Any], source: str) -> TableSpec:
