@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,22 @@ def test_columns_and_spec_must_agree(tmp_path: Path) -> None:
         refuse(
             tmp_path, [path], spec_with(), f"no label 'click'; it has .*, not cut into columns; say in the spec {fix}"
         )
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [("%d.%m.%Y", {"type": "time", "ratios": [8, 1, 1]}), ("%m/%d/%Y 12:30", {"type": "days", "fit_days": 3})],
+)
+def test_dates_whose_year_comes_last_do_not_sort_by_time(tmp_path: Path, shape: str, kind: dict[str, Any]) -> None:
+    rows = [{**row, "day": f"{date.fromisoformat(row['day']):{shape}}"} for row in make_rows(200)]
+    path = write_csv(rows, tmp_path / "log.csv")
+    first = re.escape(repr(min(row["day"] for row in rows)))
+    refuse(
+        tmp_path,
+        [path],
+        spec_with(split={**kind, "column": "day"}),
+        f"'day' holds {first}, and such text does not sort by time",
+    )
 
 
 def test_empty_splits_and_inputs(tmp_path: Path) -> None:
