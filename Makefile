@@ -24,10 +24,12 @@ $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
 		"python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" >&2; exit 2; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	@echo "pip takes minutes, and says nothing meanwhile; 6 GB instead of 3 where it finds torch's CUDA build alone."
 	$(BIN)/$(PIP_INSTALL) -r requirements/$(STACK).txt
 	$(BIN)/$(PIP_INSTALL) --no-deps -r requirements/no-deps.txt
 	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	$(BIN)/python -c 'from ssr_rec.common.versions import check_stack; check_stack()'
+	@echo "The C++ operators are compiled once for each version of torch, in some minutes."
 	$(BIN)/python -c 'from ssr_rec.kernels.extension import load; load()'
 	touch $@
 
