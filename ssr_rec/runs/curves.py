@@ -97,7 +97,7 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
 def _draw_loss(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     samples, values = _series(rows, "train", "loss")
     measured = [measures for row in rows for measures in (row.get("tasks") or {}).values()]
-    is_nats = not any("rmse" in measures for measures in measured)
+    is_nats = not any({"rmse", "xauc"} & measures.keys() for measures in measured)
     _dress(ax, "Training loss", "loss (nats per sample)" if is_nats else "loss per sample", bool(len(values)))
     if not len(values):
         return

@@ -69,6 +69,10 @@ OPTIMISATION = (
     *("--optimizer.matrices=muon", "--optimizer.ema_decay=0.9", "--optimizer.warmup_steps=5"),
     *("--optimizer.schedule={name: cosine, steps: 40}", "--embeddings.schedule={name: step, steps: 9, factor: 0.5}"),
 )
+UNCERTAIN = (
+    *("--train.task_weighting=uncertainty", "--optimizer.schedule={name: polynomial, steps: 45, end: 0.1}"),
+    *("--embeddings.schedule={name: linear, steps: 40}", "--optimizer.ema_decay=0.8"),
+)
 ADAPTIVE = (
     *("--over_arch.filter=adaptive", "--over_arch.adapt_every=3", "--over_arch.adapt_until=45"),
     *("--over_arch.adapt_batches=3", "--over_arch.adapt_share=0.6"),
@@ -76,7 +80,9 @@ ADAPTIVE = (
 
 
 @pytest.mark.parametrize(
-    "more", [OPTIMISATION, ADAPTIVE], ids=["muon, schedules and averages", "views whose dims move"]
+    "more",
+    [OPTIMISATION, UNCERTAIN, ADAPTIVE],
+    ids=["muon, schedules and averages", "uncertainties, other schedules", "views whose dims move"],
 )
 def test_killed_with_further_state_ends_as_if_undisturbed(dataset, tmp_path, more):
     whole = run_ranks(train_job, 2, options(dataset, tmp_path / "whole", *more))[0]

@@ -15,7 +15,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from ssr_rec.checkpointing.format import read_checkpoint, stored_tensors
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import load_config
-from ssr_rec.config.schedule import ScheduleConfig
+from ssr_rec.config.schedule import KEYS, ScheduleConfig
 from ssr_rec.data.schema import Schema
 from ssr_rec.model.build import build_model
 from ssr_rec.runs.folder import read_metrics
@@ -163,12 +163,27 @@ CASES = {
         *("--embeddings.optimizer=lazy_adam", "--embeddings.schedule={name: step, steps: 7}", "--train.accumulate=2"),
         *("--train.log_every=2", "--optimizer.schedule={name: polynomial, steps: 30}", "--optimizer.ema_decay=0.5"),
     ],
+    "uncertain": [
+        *("--train.task_weighting=uncertainty", "--optimizer.schedule={name: step, steps: 8, factor: 0.5}"),
+        *("--embeddings.schedule={name: cosine, steps: 20}", "--optimizer.ema_decay=0.8"),
+    ],
+    "muon alone": [
+        *("--optimizer.matrices=muon", "--optimizer.schedule={name: linear, steps: 30, end: 0.1}"),
+        "--embeddings.schedule={name: polynomial, steps: 25, power: 1.5}",
+    ],
 }
+
+
+def test_every_schedule_of_either_part_is_resumed_below() -> None:
+    """Constant ones are in every other test of resumed runs."""
+    configs = [load_config(None, options) for options in CASES.values()]
+    for part in ("optimizer", "embeddings"):
+        assert {getattr(config, part).schedule.name for config in configs} == {*KEYS} - {"constant"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", ["all", "unfused"])
+@pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_goes_on_bit_for_bit(case, world_size, dataset, tmp_path):
     def options(runs: Path) -> list[str]:
         return [*BASE, f"--data.path={dataset}", f"--runs={runs}", "--name=run", *CASES[case]]
@@ -180,7 +195,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(case, world_size, dataset, tmp_path):
     mine, theirs = (read_metrics(tmp_path / name / "run" / "metrics.jsonl") for name in ("parts", "whole"))
     assert len(mine) == len(theirs) > 15
     for here, there in zip(mine, theirs, strict=True):
-        for key in ("step", "split", "loss", "lr", "tasks"):
+        for key in ("step", "split", "loss", "lr", "tasks", "task_weights"):
             assert here.get(key) == there.get(key), (there["step"], key)
     assert resumed["test"] == whole["test"]
     rates = [row["lr"] for row in theirs if row["split"] == "train"]
