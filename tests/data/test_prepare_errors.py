@@ -48,6 +48,13 @@ def test_bad_values_name_file_column_and_row(tmp_path: Path, column: str, row: i
     refuse(tmp_path, [first, path], spec_with(), message)
 
 
+def test_a_number_that_is_the_time_as_well_is_checked_as_a_number(tmp_path: Path) -> None:
+    rows = [{**row, "price": 15.0 if row["price"] is None else row["price"]} for row in bad_rows("price", 41, "inf")]
+    spec = spec_with(split={"type": "time", "column": "price", "boundaries": [10, 20]})
+    path = write_csv(rows, tmp_path / "log.csv")
+    refuse(tmp_path, [path], spec, "row 42: column 'price' is inf; a number must be finite; .*; the time of the split")
+
+
 def refuse(tmp_path: Path, inputs: list[Path], spec: TableSpec, message: str) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=message):

@@ -130,7 +130,7 @@ def test_groups_that_cannot_be_are_refused(changes, said, tmp_path):
 
 def test_a_row_without_a_group_is_refused(tmp_path):
     rows = [{**row, "request": None if row["uid"] == 7 else row["request"]} for row in ROWS[:300]]
-    with pytest.raises(UserError, match=r"row 8: column 'request' is missing; the group id must not be missing"):
+    with pytest.raises(UserError, match=r"row 8: column 'request' is missing; the id of together must not be missing"):
         run(tmp_path, [write_parquet(rows, tmp_path / "log.parquet")], spec_with(together="request", ignore=IGNORE))
 
 

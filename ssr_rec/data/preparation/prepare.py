@@ -106,11 +106,13 @@ def check_values(log: Log, spec: TableSpec) -> None:
         checks[spec.weight] = check_of_weight(rows, spec.weight)
     for name in [*spec.numeric, *spec.dense]:
         checks[name] = rows[name].isinf().fill_null(False), "a number must be finite; empty means missing"
-    for group in (spec.group_id, spec.together):
-        if group is not None:
-            checks[group] = rows[group].isnull(), "the group id must not be missing"
-    if spec.time_column:
-        checks[spec.time_column] = rows[spec.time_column].isnull(), "the time of the split must not be missing"
+    roles = {"the group id": spec.group_id, "the id of together": spec.together}
+    for role, column in {**roles, "the time of the split": spec.time_column}.items():
+        if column:
+            # A column may be a number or a label besides, whose check stays.
+            wrong, rule = checks.get(column, (ibis.literal(False), ""))
+            rule = f"{rule}; " * bool(rule) + f"{role} must not be missing"
+            checks[column] = wrong | rows[column].isnull(), rule
     for name, history in spec.histories.items():
         for column in (history.by, history.order):
             wrong, rule = checks.get(column, (ibis.literal(False), ""))
