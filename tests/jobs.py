@@ -17,7 +17,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from ssr_rec.checkpointing.format import write_checkpoint
 from ssr_rec.checkpointing.train_state import model_tensors
-from ssr_rec.checkpointing.warm_rows import Here
+from ssr_rec.checkpointing.warm_rows import Here, Origin
 from ssr_rec.checkpointing.warm_start import load_weights, warm_start
 from ssr_rec.config.run import load_config
 from ssr_rec.data.schema import Schema
@@ -226,3 +226,38 @@ def predictions_job(overrides: list[str], dataset: str) -> tuple[tuple[np.ndarra
         outputs = [model(batch)[1] for batch in reader.epoch(0)]
     parts = [torch.cat([output[index] for output in outputs]).numpy() for index in (1, 2, 4)]
     return tuple(parts), found
+
+
+def trained_vectors_job(
+    overrides: list[str], dataset: str, steps: int
+) -> tuple[bool, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Whether logits are to the bit those of vectors that stay as given, and the tables before and after some steps."""
+    config, schema = load_config(None, overrides), Schema.read(dataset)
+    device, ranks = start_process_group(config.device), int(os.environ["WORLD_SIZE"])
+    frozen = load_config(None, [*overrides, "--embeddings.trained_vectors=[]", "--sharding.per_table={}"])
+    reader = open_reader(config, Path(dataset), schema, "train", dist.get_rank(), ranks)
+    models = [build_model(one, schema, device, ranks, ranks, Path(dataset)) for one in (frozen, config)]
+    with torch.no_grad():
+        first = next(iter(reader.epoch(0)))
+        logits = [model.eval()(first)[1][1] for model in models]
+    model = models[1].train()
+    before = whole_tables(model)
+    optimizer = build_optimizer(model, config.optimizer, config.embeddings)
+    for batch in islice(reader.epoch(0), steps):
+        optimizer.zero_grad()
+        model(batch)[0].backward()
+        optimizer.step()
+    after = whole_tables(model)
+    return torch.equal(*logits), *({name: t.numpy() for name, t in found.items()} for found in (before, after))
+
+
+def warm_vectors_job(
+    overrides: list[str], dataset: str, source: str, trained_on: str
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The report of a warm start on weights of the dataset ``trained_on``, and the vectors ``text`` after it."""
+    config, schema = load_config(None, overrides), Schema.read(dataset)
+    model = build_model(config, schema, start_process_group(config.device), 1, 1, Path(dataset))
+    origin = Origin(Schema.read(trained_on).dataset_id, {"path": trained_on})
+    with mock.patch("ssr_rec.checkpointing.warm_rows.origin_of", lambda _: origin):
+        report = warm_start(model, Path(source), Here(Path(dataset), schema))
+    return report, next(t.numpy() for name, t in whole_tables(model).items() if name.endswith(".text.weight"))

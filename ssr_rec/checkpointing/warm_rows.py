@@ -21,6 +21,7 @@ from ssr_rec.checkpointing.manager import TRAINING, list_checkpoints
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.paths import place, source
 from ssr_rec.data.features import AdmittedHashing, Drawn, Encoding, Feature, Hashing, LogBuckets, RawHash, Vocabulary
+from ssr_rec.data.given_vectors import stored_vectors
 from ssr_rec.data.schema import Schema
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,12 @@ def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
     maps = _labels(origin, there, schema)
     for feature in schema.features:
         before = old.get(feature.name)
-        if before is not None and not _same(before.encoding, place(path), feature.encoding, here.folder):
+        if before is None:
+            continue
+        if _length(before) != _length(feature):
+            # Columns of a table are rounded up, so that other vectors may fit it.
+            maps[feature.table] = RowMap(_nothing(feature), before.num_embeddings)
+        elif not _same(before.encoding, place(path), feature.encoding, here.folder):
             rows = _map(before.encoding, place(path), feature, here.folder)
             maps[feature.table] = RowMap(rows, before.num_embeddings)
     return maps
@@ -140,6 +146,11 @@ def _labels(origin: Origin, there: Schema, here: Schema) -> dict[str, RowMap]:
     same = {label for label in before if (there.number(label) is None) == (here.number(label) is None)}
     places = [before.index(label) if label in same else -1 for label in here.labels]
     return {} if places == [*range(len(before))] else {TASKS: RowMap(torch.tensor(places), len(before))}
+
+
+def _length(feature: Feature) -> int | None:
+    """Return how long the vectors are that a feature is given; None: it is given none."""
+    return feature.vectors.dim if feature.vectors is not None else None
 
 
 def _check_order(start: str, origin: Origin, there: Schema, here: Schema) -> None:
@@ -187,7 +198,7 @@ def _check_numbers(start: str, there: Here, here: Here) -> None:
     features = {feature.name: feature for feature in there.schema.features}
     for feature in here.schema.features:
         old = features.get(feature.name, feature)
-        if feature.vectors is None or old.vectors is None or old.vectors.dim != feature.vectors.dim:
+        if feature.vectors is None or _length(old) != _length(feature):
             continue
         (before, rows), (now, new_rows) = (_vectors(one, side.folder) for one, side in ((old, there), (feature, here)))
         common = pc.index_in(now["value"], value_set=before["value"]).to_pandas()
@@ -204,9 +215,8 @@ def _check_numbers(start: str, there: Here, here: Here) -> None:
 
 def _vectors(feature: Feature, folder: Path) -> tuple[pa.Table, np.ndarray]:
     """Return (value, id) of a feature that has given vectors, and these (num_embeddings, E)."""
-    assert isinstance(feature.encoding, Vocabulary) and feature.vectors is not None
-    with (folder / feature.vectors.file).open("rb") as file:
-        return _table(feature.encoding, folder).combine_chunks(), np.load(file, allow_pickle=False)
+    assert isinstance(feature.encoding, Vocabulary)
+    return _table(feature.encoding, folder).combine_chunks(), stored_vectors(feature, folder)
 
 
 def _same(old: Encoding, there: Path, new: Encoding, here: Path) -> bool:

@@ -33,6 +33,11 @@ class EmbeddingsConfig(Settings):
         "fp32", description="of the tables' weights; pooled vectors, gradients and optimizer state are fp32 always"
     )
     dtypes: dict[str, TableDtype] = Field({}, description="table -> its own dtype")
+    trained_vectors: list[str] = Field(
+        [],
+        description="features with vectors given by id whose vectors are trained as tables are, from the given ones "
+        "on; others stay as given",
+    )
     pooling: Literal["mean", "sum"] = Field("mean", description="how the ids of a list feature become one vector")
     init_scale: float = Field(0.05, gt=0, description="tables start uniform in [-init_scale, init_scale]")
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "lazy_adam", "adam"] = Field(

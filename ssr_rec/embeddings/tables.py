@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -22,6 +23,7 @@ from ssr_rec.config.embeddings import EmbeddingsConfig
 from ssr_rec.data.features import Feature, RawHash
 from ssr_rec.data.schema import Schema
 from ssr_rec.embeddings.histories import Reading
+from ssr_rec.embeddings.trained_vectors import copy_rows, refuse_given, trained_vectors
 
 OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD, "lazy_adam": Adam}
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -67,18 +69,20 @@ def table_dims(
     """Return every table of a model: its name -> its feature, or the first of them, and its columns.
 
     The table of a feature has the feature's name, or that of the vocabulary it shares; one of an extra set is
-    ``table@set``.
+    ``table@set``. Vectors that are trained have as many columns as they have entries, rounded up to a multiple of 4.
 
     Raises:
-        UserError: ``dims`` or ``dtypes`` name an unknown table, a dim is not a multiple of 4, or a feature has a
-            name that no PyTorch module can have.
+        UserError: ``dims``, ``dtypes`` or ``trained_vectors`` name what is none, a dim is not a multiple of 4, or a
+            feature has a name that no PyTorch module can have.
     """
     check_names(schema)
     names = list(dict.fromkeys(feature.table for feature in schema.embedded))
+    vectors = {feature.name: feature for feature in trained_vectors(schema, config)}
     named: dict[str, Mapping[str, object]] = {"dims": config.dims, "dtypes": config.dtypes, "managed": config.managed}
     for key, entries in named.items():
-        unknown = sorted(set(entries) - set(names))
+        unknown = sorted(set(entries) - {*names, *(vectors if key == "dtypes" else ())})
         if unknown:
+            refuse_given(key, unknown[0], schema, vectors)
             shared = {feature.name: feature.table for feature in schema.embedded}.get(unknown[0])
             if shared is not None:
                 raise UserError(f"embeddings.{key} names {unknown[0]!r}, whose table is {shared!r}: name that")
@@ -96,6 +100,9 @@ def table_dims(
     tables: dict[str, tuple[Feature, int]] = {}
     for feature in schema.embedded:
         tables.setdefault(feature.table, (feature, config.dim_of(feature.table)))
+    for name, feature in vectors.items():
+        assert feature.vectors is not None
+        tables[name] = (feature, -(-feature.vectors.dim // DIM_MULTIPLE) * DIM_MULTIPLE)
     for set_name, dims in extra.items():
         columns = columns_per_dim(dims)
         # Beyond the features' fields come those of encoders, which have no table.
@@ -147,7 +154,8 @@ def build_tables(
     Raises:
         UserError: as ``table_dims``; or half-precision tables whose optimizer has no form that keeps its state exact.
     """
-    halves = [feature.table for feature in schema.embedded if config.dtype_of(feature.table) != "fp32"]
+    with_tables = [*schema.embedded, *trained_vectors(schema, config)]
+    halves = [feature.table for feature in with_tables if config.dtype_of(feature.table) != "fp32"]
     if halves and not config.is_fused(device_type):
         raise UserError(
             f"embeddings.dtype: {halves[0]!r} is {config.dtype_of(halves[0])}, but {config.optimizer} here would keep "
@@ -176,12 +184,12 @@ def plain_tables(
     Raises:
         UserError: as ``table_dims``.
     """
-    fields = reading.fields if reading else schema.embedded
+    fields, given = reading.fields if reading else schema.embedded, trained_vectors(schema, config)
     pooled: list[EmbeddingBagConfig] = []
     events: list[EmbeddingBagConfig] = []
     weighted: list[EmbeddingBagConfig] = []
     for name, (feature, columns) in table_dims(schema, config, extra or {}, reading).items():
-        readers = [other for other in fields if other.table == feature.table]
+        readers = [other for other in (*fields, *given) if other.table == feature.table]
         is_event = reading is not None and name in reading.events
         # The pooling of one id is itself; one pooling per kernel call keeps the calls few.
         is_weighted = feature.table in schema.weighted_tables
@@ -238,10 +246,7 @@ class ConcatFields(nn.Module):
     ) -> list[Tensor]:
         if embeddings.keys() == self.keys[0]:
             return [embeddings.values()]
-        by_name: dict[str, Tensor] = {}
-        for found in (embeddings, weighted):
-            if found is not None:
-                by_name.update(zip(found.keys(), found.values().split(found.length_per_key(), dim=1), strict=True))
+        by_name = by_key(embeddings) | (by_key(weighted) if weighted is not None else {})
         inputs: list[Tensor] = []
         for keys, columns in zip(self.keys, self.columns, strict=True):
             # A name may stand for a vector of an un-pooled table in the main set and of a pooled one in an extra set.
@@ -256,26 +261,44 @@ class ConcatFields(nn.Module):
         return inputs
 
 
+def by_key(embeddings: KeyedTensor) -> dict[str, Tensor]:
+    """Return key -> its columns (B, D)."""
+    pieces = embeddings.values().split(embeddings.length_per_key(), dim=1)
+    return dict(zip(embeddings.keys(), pieces, strict=True))
+
+
 ROWS_PER_SEED = 65_536
 
 
-def initialise_tables(model: nn.Module, seed: int, scale: float) -> None:
+def initialise_tables(model: nn.Module, seed: int, scale: float, given: Mapping[str, np.ndarray] | None = None) -> None:
     """Fill every (shard of a) table with uniform numbers that depend on seed, table, row and column alone.
 
     TorchRec initialises each shard on its rank, so that a run's start would depend on the world size. Here rows
     come in blocks of ``ROWS_PER_SEED`` with a seed of their own, and a rank draws the blocks its shards touch.
+
+    Args:
+        given: table -> the vectors (rows, E) that it begins with instead.
     """
+    given = given or {}
     with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if ".embedding_bags." not in key:
-                continue
-            table = key.split(".embedding_bags.")[1].removesuffix(".weight")
-            if isinstance(value, ShardedTensor):
-                columns = value.size(1)
-                for shard in value.local_shards():
-                    _fill(shard.tensor, table, seed, scale, columns, *shard.metadata.shard_offsets)
+        for table, columns, shard, (row, column) in _shards(model):
+            if table in given:
+                copy_rows(shard, given[table], row, column)
             else:
-                _fill(value, table, seed, scale, value.size(1), 0, 0)
+                _fill(shard, table, seed, scale, columns, row, column)
+
+
+def _shards(model: nn.Module) -> Iterator[tuple[str, int, Tensor, Sequence[int]]]:
+    """Yield, of every table or shard of one on this rank, the table, its columns, the values and where they begin."""
+    for key, value in model.state_dict().items():
+        if ".embedding_bags." not in key:
+            continue
+        table = key.split(".embedding_bags.")[1].removesuffix(".weight")
+        if isinstance(value, ShardedTensor):
+            for shard in value.local_shards():
+                yield table, value.size(1), shard.tensor, shard.metadata.shard_offsets
+        else:
+            yield table, value.size(1), value, (0, 0)
 
 
 def _fill(

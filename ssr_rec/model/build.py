@@ -17,6 +17,7 @@ from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
 from ssr_rec.embeddings.tables import build_tables, check_names, initialise_tables
+from ssr_rec.embeddings.trained_vectors import starting_rows, trained_vectors
 from ssr_rec.embeddings.weighted_ids import WeightedIds
 from ssr_rec.model.ctr_model import CTRModel, DenseArch, Given
 from ssr_rec.model.dense_fields import DenseFields, RowVectorFields
@@ -48,7 +49,8 @@ def build_dense(config: RunConfig, schema: Schema) -> DenseArch:
     dims += histories.dims if histories is not None else []
     numbers = DenseFields(schema.dense, config.dense, config.embeddings.dim) if schema.dense else None
     given = [feature for feature in schema.features if feature.vectors is not None]
-    vectors = VectorFields(given, config.embeddings.dim) if given else None
+    trained = [feature.name for feature in trained_vectors(schema, config.embeddings)]
+    vectors = VectorFields(given, config.embeddings.dim, trained) if given else None
     of_rows = RowVectorFields(schema.row_vectors, config.embeddings.dim) if schema.row_vectors else None
     made = Given(numbers, of_rows, vectors)
     dims += [dim for part in made if part is not None for dim in part.dims]
@@ -86,6 +88,7 @@ def build_model(
     Args:
         folder: the dataset, which has the vectors that are given; None: there are none.
     """
+    given = starting_rows(schema, config.embeddings, folder)
     torch.manual_seed(config.seed)
     dense = build_dense(config, schema)
     over_arch = dense.over_arch
@@ -112,7 +115,7 @@ def build_model(
         {name: table.compute_kernel for module in plan.plan.values() for name, table in module.items()},
     )
     model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
-    initialise_tables(model, config.seed, config.embeddings.init_scale)
+    initialise_tables(model, config.seed, config.embeddings.init_scale, given)
     fill_vectors(model.module.model.dense.vectors, schema, folder)
     if managed is not None:
         managed.bind(model)

@@ -138,7 +138,7 @@ class DenseArch(nn.Module):
         self.heads = Heads(over_arch.out_features, over_arch.num_tasks, heads, domain)
         self.bf16 = bf16
         self.domain = domain if over_arch.domain is not None or self.heads.deltas is not None else None
-        self.reads_ids = self.vectors is not None or self.domain is not None
+        self.reads_ids = (self.vectors is not None and bool(self.vectors.frozen)) or self.domain is not None
 
     def forward(
         self,
@@ -152,7 +152,7 @@ class DenseArch(nn.Module):
 
         Args:
             looked_up: un-pooled embeddings of sequences.
-            sparse: the ids of sequences, of given vectors and of the domain.
+            sparse: the ids of sequences, of given vectors that are not trained, and of the domain.
             dense: (B, C) numbers.
             weighted: pooled embeddings of the tables that weighted lists read.
         """
@@ -165,7 +165,7 @@ class DenseArch(nn.Module):
         if self.row_vectors is not None:
             made.append(self.row_vectors(dense))
         if self.vectors is not None:
-            made.append(self.vectors.of_batch(sparse))
+            made.append(self.vectors.of_batch(embeddings, sparse))
         inputs = joined(self.concat(embeddings, unpooled, weighted), made, self.extra_of_histories)
         domain = ids_of(sparse, self.domain.name) if self.domain is not None and sparse is not None else None
         return logits_of(inputs, self.over_arch, self.heads, self.bf16, domain)

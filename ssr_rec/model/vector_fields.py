@@ -3,49 +3,56 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from ssr_rec.common.errors import UserError
 from ssr_rec.data.features import Feature
+from ssr_rec.data.given_vectors import stored_vectors
 from ssr_rec.data.schema import Schema
 from ssr_rec.data.value_columns import ids_of
+from ssr_rec.embeddings.tables import by_key
 from ssr_rec.over_archs.base import dense_flops
 from ssr_rec.over_archs.layers import init_dense_
 
 
 class VectorFields(nn.Module):
-    """Makes the fields of features that have given vectors: ``forward(ids of each feature (B,)) -> (B, sum of D)``.
+    """Makes the fields (B, sum of D) of features that have given vectors: ``of_batch(embeddings, sparse of B rows)``.
 
     Args:
         features: those with vectors.
         field_dim: D of each field.
+        trained: those of them whose vectors are in the model's tables; it holds the others' itself.
     """
 
-    def __init__(self, features: Sequence[Feature], field_dim: int) -> None:
+    def __init__(self, features: Sequence[Feature], field_dim: int, trained: Collection[str] = ()) -> None:
         super().__init__()
         self.names = [feature.name for feature in features]
         self.dims = [field_dim] * len(self.names)
+        self.sizes: list[int] = []
+        self.trained = frozenset(trained)
         self.linears = nn.ModuleList()
         for place, feature in enumerate(features):
             assert feature.vectors is not None
-            # The dataset has them; a checkpoint holds what was learned.
-            table = torch.zeros(feature.num_embeddings, feature.vectors.dim)
-            self.register_buffer(f"table{place}", table, persistent=False)
+            self.sizes.append(feature.vectors.dim)
+            if feature.name not in self.trained:
+                # The dataset has them; a checkpoint holds what was learned.
+                table = torch.zeros(feature.num_embeddings, feature.vectors.dim)
+                self.register_buffer(f"table{place}", table, persistent=False)
             linear = nn.Linear(feature.vectors.dim, field_dim)
             init_dense_(linear.weight, linear.bias, feature.vectors.dim, field_dim, "glorot")
             self.linears.append(linear)
 
     @property
-    def tables(self) -> list[Tensor]:
-        """Return the vectors (num_embeddings, E) of each feature."""
-        return [getattr(self, f"table{place}") for place in range(len(self.names))]
+    def frozen(self) -> dict[str, Tensor]:
+        """Return feature -> its vectors (num_embeddings, E), of those that stay as given."""
+        places = {name: place for place, name in enumerate(self.names) if name not in self.trained}
+        return {name: getattr(self, f"table{place}") for name, place in places.items()}
 
     def without_tables(self) -> VectorFields:
         """Return the same fields, whose ``forward`` must be given the vectors."""
@@ -53,14 +60,29 @@ class VectorFields(nn.Module):
         found._buffers = {name: table.new_empty(0, table.shape[1]) for name, table in self.named_buffers()}
         return found
 
-    def of_batch(self, sparse: KeyedJaggedTensor) -> Tensor:
-        """Return the fields (B, sum of D) of a batch."""
-        return self([ids_of(sparse, name) for name in self.names])
+    def of_batch(self, embeddings: KeyedTensor, sparse: KeyedJaggedTensor | None) -> Tensor:
+        """Return the fields (B, sum of D) of a batch.
 
-    def forward(self, ids: Sequence[Tensor], tables: Sequence[Tensor] | None = None) -> Tensor:
-        """Return the fields of ids, (B,) of each feature; ``tables``: other vectors than its own."""
-        found = zip(self.linears, self.tables if tables is None else tables, ids, strict=True)
-        return torch.cat([linear(nn.functional.embedding(one, table)) for linear, table, one in found], dim=1)
+        Args:
+            embeddings: pooled; they have the vectors that are trained.
+            sparse: the ids of the others.
+        """
+        pooled, frozen, vectors = by_key(embeddings) if self.trained else {}, self.frozen, []
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if name in self.trained:
+                # Apart from its neighbours, so that it is multiplied to the bit as a frozen one is.
+                vectors.append(pooled[name][:, :size].contiguous())
+            else:
+                assert sparse is not None, "vectors that stay as given are looked up by id"
+                vectors.append(nn.functional.embedding(ids_of(sparse, name), frozen[name]))
+        return self._mapped(vectors)
+
+    def forward(self, ids: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+        """Return the fields (B, sum of D) of ids, (B,) of each feature, by ``tables`` of their vectors."""
+        return self._mapped([nn.functional.embedding(one, table) for one, table in zip(ids, tables, strict=True)])
+
+    def _mapped(self, vectors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([linear(one) for linear, one in zip(self.linears, vectors, strict=True)], dim=1)
 
     def matmul_flops(self) -> int:
         """Return the operations of its matrix products in one forward pass of one row."""
@@ -69,25 +91,15 @@ class VectorFields(nn.Module):
 
 
 def fill_vectors(fields: VectorFields | None, schema: Schema, folder: Path | None) -> None:
-    """Copy the dataset's vectors into the model, in place.
+    """Copy the dataset's vectors into the model, in place, but for those that are trained.
 
     Raises:
         UserError: a file that is not there or not of its shape.
     """
-    if fields is None:
+    if fields is None or not fields.frozen:
         return
     assert folder is not None, "a model of given vectors needs the dataset that has them"
     features = {feature.name: feature for feature in schema.features}
-    for name, table in zip(fields.names, fields.tables, strict=True):
-        given = features[name].vectors
-        assert given is not None
-        path = folder / given.file
-        try:
-            with path.open("rb") as file:
-                found = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not the vectors of {name!r}: {error}; prepare the log again") from None
-        if found.shape != tuple(table.shape):
-            raise UserError(f"{path}: shape {found.shape}, the schema says {tuple(table.shape)}; prepare the log again")
+    for name, table in fields.frozen.items():
         with torch.no_grad():
-            table.copy_(torch.from_numpy(found))
+            table.copy_(torch.from_numpy(np.array(stored_vectors(features[name], folder))))

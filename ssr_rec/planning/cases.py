@@ -145,22 +145,22 @@ def table_lookups(folder: Path, schema: Schema) -> dict[str, RowLookups]:
     """Return, for every feature with a vocabulary or a hash, how often training looks up the rows of its table.
 
     Counts of values stand in the vocabulary's file, those of missing and out-of-vocabulary values in the schema; the
-    buckets of a hash are taken to be even.
+    buckets of a hash, and the values that have given vectors, are taken to be even.
     """
     found = {}
     trained = schema.trained_lookups
     for feature in schema.features:
         encoding, rows, counted = feature.encoding, feature.num_embeddings, trained.get(feature.name)
-        if isinstance(encoding, Vocabulary):
+        if isinstance(encoding, Vocabulary) and feature.vectors is None:
             table = pq.read_table(source(folder / encoding.file), columns=["id", "count"])
             counts = np.zeros(rows, dtype=np.int64)
             counts[table["id"].to_numpy()] = table["count"].to_numpy()
             if counted is not None:
                 counts[encoding.missing_id], counts[encoding.oov_id] = counted.missing, counted.oov
             found[feature.name] = RowLookups(counts, 0, rows)
-        elif isinstance(encoding, (Hashing, AdmittedHashing)) and counted is not None:
+        elif isinstance(encoding, (Vocabulary, Hashing, AdmittedHashing)) and counted is not None:
             # Before the first bucket: the rows of missing values, and of those that were not admitted.
-            counts = np.array([counted.missing, counted.oov][: encoding.first_id])
+            counts = np.array([counted.missing, counted.oov][: getattr(encoding, "first_id", 2)])
             found[feature.name] = RowLookups(counts, counted.total - int(counts.sum()), rows)
     return found
 

@@ -100,7 +100,8 @@ def _kept_bytes(dense: DenseArch, rows: int, bf16: bool) -> int:
                 part(torch.zeros(rows, dense.dense_width))
     if dense.vectors is not None:
         with kept:
-            dense.vectors([torch.zeros(rows, dtype=torch.int64)] * len(dense.vectors.names))
+            tables = [torch.zeros(1, size) for size in dense.vectors.sizes]
+            dense.vectors([torch.zeros(rows, dtype=torch.int64)] * len(tables), tables)
     with kept:
         domain = None if dense.domain is None else torch.zeros(rows, dtype=torch.int64)
         logits_of(inputs, over_arch, dense.heads, bf16, domain)

@@ -120,7 +120,10 @@ def stacked_tables(model: CTRModel, schema: Schema, layout: Layout) -> dict[str,
                 whole = whole.unflatten(1, (-1, stack.columns)).mean(2)
             tables[stack.name] = pack(whole, stack.kind)
     if model.dense.vectors is not None:
-        tables |= {f"vectors-{place}": table for place, table in enumerate(model.dense.vectors.tables)}
+        frozen = model.dense.vectors.frozen
+        for place, (name, dim) in enumerate(zip(model.dense.vectors.names, model.dense.vectors.sizes, strict=True)):
+            table = frozen[name] if name in frozen else trained[name].weight.detach()[:, :dim].contiguous()
+            tables[f"vectors-{place}"] = table
     return tables
 
 

@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,7 +12,6 @@ from ssr_rec.checkpointing.warm_rows import Here, Origin, row_maps
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import load_config
 from ssr_rec.data.preparation.append_days import add
-from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
@@ -32,52 +28,7 @@ from ssr_rec.serving.trained_model import restore_model
 from tests.jobs import train_job
 from tests.made_run import make_run
 from tests.ranks import run_ranks
-
-ITEMS, E = [f"i{n}" for n in range(30)], 6
-SPEC: dict[str, Any] = {
-    "name": "content",
-    "labels": ["click"],
-    "categorical": ["user", "item", "shop"],
-    "vectors": {"text": {"of": "item", "file": ""}, "map": {"of": "shop", "file": "", "without": "zero"}},
-    "min_count": 40,  # most items have no id of their own, and a vector all the same
-    "split": {"type": "time", "column": "row", "boundaries": [400, 500]},
-}
-SMALL = ["--over_arch.name=deepfm", "--over_arch.hidden=[16]", "--embeddings.dim=8"]
-
-
-def vectors() -> np.ndarray:
-    return np.random.default_rng(5).normal(size=(len(ITEMS), E)).astype(np.float32)
-
-
-def rows(count: int = 600) -> pd.DataFrame:
-    rng = np.random.default_rng(1)
-    item = rng.integers(0, len(ITEMS) - 5, count)
-    item[500:] += 5  # items that are new in the test split
-    logit = 3 * vectors()[item, 0]
-    return pd.DataFrame(
-        {
-            "click": (rng.random(count) < 1 / (1 + np.exp(-logit))).astype(np.int64),
-            "user": rng.integers(0, 9, count),
-            "item": [None if rng.random() < 0.1 else ITEMS[i] for i in item],
-            "shop": rng.integers(0, 6, count),  # 4 and 5 have no vector
-            "row": np.arange(count),
-        }
-    )
-
-
-def write(folder: Path, table: Any = None, log: pd.DataFrame | None = None, **changes: Any) -> Schema:
-    folder.mkdir(exist_ok=True)
-    (rows() if log is None else log).to_parquet(folder / "log.parquet")
-    if table is None:
-        table = {"item": ITEMS[::-1], "vector": vectors()[::-1].tolist()}
-    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), folder / "text.parquet")
-    np.save(folder / "map.npy", np.arange(8, dtype=np.int64).reshape(4, 2))
-    entries = {**SPEC, **changes}
-    files = {"text": folder / "text.parquet", "map": folder / "map.npy"}
-    entries["vectors"] = {
-        key: {**one, "file": one["file"] or str(files[key])} for key, one in entries["vectors"].items()
-    }
-    return prepare([str(folder / "log.parquet")], folder / "data", make_spec(entries, "test"))
+from tests.vector_log import ITEMS, SMALL, SPEC, E, rows, vectors, wanted, write
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +36,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vectors")
     write(folder)
     return folder / "data"
-
-
-def wanted(log: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors of every row, zeros where there is none."""
-    table = dict(zip(ITEMS, vectors(), strict=True))
-    text = np.stack([table.get(item, np.zeros(E, np.float32)) for item in log["item"]])
-    place = np.where((log["shop"] < 4).to_numpy()[:, None], np.stack([2 * log["shop"], 2 * log["shop"] + 1], 1), 0)
-    return text, place.astype(np.float32)
 
 
 def test_every_row_sees_the_vector_of_its_value(data, tmp_path):
@@ -116,7 +59,7 @@ def test_every_row_sees_the_vector_of_its_value(data, tmp_path):
     assert np.std(found) > 0.01
     # A value that nobody has seen is as a missing one.
     pair = scorer.encoder.encode([{"user": 1, "item": "new", "shop": 2}, {"user": 1, "shop": 2}]).ids
-    assert pair[3].tolist() == [1, 0] and (model.dense.vectors.tables[0][:2] == 0).all()
+    assert pair[3].tolist() == [1, 0] and (model.dense.vectors.frozen["text"][:2] == 0).all()
     # Prepared rows have the ids of raw ones.
     for split, part in (("train", log[:400]), ("test", log[500:])):
         batch = next(iter(Reader(data, schema, split, 4096, num_lanes=1).batches(0, 0)))
@@ -236,7 +179,7 @@ def test_trains_on_two_ranks_as_on_one_and_leaves_the_vectors_as_they_are(data, 
     np.testing.assert_allclose(losses[2], losses[1], rtol=2e-5)
     # Of items that training has not seen, content is all that is known.
     assert report["test"]["click"]["auc"] > 0.7
-    table = restore_model(tmp_path / "w2").model.dense.vectors.tables[0]
+    table = restore_model(tmp_path / "w2").model.dense.vectors.frozen["text"]
     np.testing.assert_array_equal(table[2:].numpy(), vectors()[::-1])
 
 
