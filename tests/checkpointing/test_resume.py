@@ -161,6 +161,7 @@ def test_what_is_not_the_same_run_is_refused(dataset, tmp_path):
     assert run_ranks(train_job, 1, options(dataset, tmp_path))[0]["steps"] == 48
 
 
+@pytest.mark.slow
 def test_more_ranks_than_lanes_would_mean_other_rows(dataset, tmp_path):
     more = ["--data.num_lanes=1", "--train.eval_every=null"]
     run_ranks(stopped_job, 1, options(dataset, tmp_path, *more), STOP_AT)

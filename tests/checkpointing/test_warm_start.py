@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ssr_rec.data.schema import Schema
+from tests.cases import one_quick
 from tests.checkpointing.test_resume import options
 from tests.jobs import refused_job, train_job, warm_started_job
 from tests.ranks import run_ranks
@@ -37,7 +38,7 @@ def grown(dataset: Path, folder: Path, rows: dict[str, int]) -> Path:
 @pytest.mark.parametrize(
     "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("optimizer", one_quick("rowwise_adagrad", "adam"))
 def test_a_grown_table_keeps_its_old_rows(dataset, tmp_path, trained, world_size, optimizer):
     larger = grown(dataset, tmp_path / "larger", {"user": 7, "tags": 100})
     arguments = options(larger, tmp_path, f"--embeddings.optimizer={optimizer}")
@@ -52,6 +53,7 @@ def test_a_grown_table_keeps_its_old_rows(dataset, tmp_path, trained, world_size
     assert len(tables["user"]) == 57 and not report["fresh"] and not report["other_size"] and not report["unused"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_fresh_and_named(dataset, tmp_path, trained):
     more = ["--over_arch.num_views=3", "--data.features=[user, item, price]", f"--warm_start={trained}", *SMALL]
     report = run_ranks(train_job, 2, options(dataset, tmp_path, *more))[0]["warm_start"]

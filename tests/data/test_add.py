@@ -18,6 +18,7 @@ from ssr_rec.data.preparation.append_days import add
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
+from tests.cases import one_quick, slow
 from tests.prepare_log import ROOT, make_rows, md5_id, spec_with, write_csv, write_parquet
 from tools.prepare_data import main
 
@@ -87,6 +88,7 @@ def test_added_days_are_as_if_they_had_been_there(tmp_path, write, batches):
         assert all((a.sparse.values() == b.sparse.values()).all() for a, b in zip(mine, other, strict=True))
 
 
+@pytest.mark.slow
 def test_added_days_have_weights_tasks_and_numbers_also_where_a_task_has_no_row(tmp_path):
     rows = [{**row, "w": number % 3 / 2, "pay": number % 2, "like": None} for number, row in enumerate(ROWS)]
     for row in rows:
@@ -104,7 +106,7 @@ def test_added_days_have_weights_tasks_and_numbers_also_where_a_task_has_no_row(
         assert (grown.splits[day].counted, grown.splits[day].positive_rate) == (split.counted, split.positive_rate)
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("spread", one_quick(True, False))
 def test_the_vocabulary_grows_day_by_day_and_old_ids_never_move(tmp_path, spread):
     folder = made(tmp_path, OLD, "log", spread)
     before = shards(folder)
@@ -184,10 +186,10 @@ def test_a_day_is_evaluated_without_the_ids_that_it_gave(tmp_path):
     ("rows", "message"),
     [
         ([{**FULL, "day": OLD[-1]}], f"day {OLD[-1]} is in the dataset already; a day is added once, whole"),
-        ([{**FULL, "day": "2023-12-31"}], f"day 2023-12-31 is not after its last, {OLD[-1]}"),
+        slow(([{**FULL, "day": "2023-12-31"}], f"day 2023-12-31 is not after its last, {OLD[-1]}")),
         ([{**FULL, "day": NEW[0], "user": "x7"}], "column 'user' holds string, the dataset was made from integer"),
-        ([{**FULL, "day": NEW[0], "click": 2}], "column 'click' is 2.0; a label must be 0 or 1"),
-        ([{**FULL, "day": "soon"}], "no day"),
+        slow(([{**FULL, "day": NEW[0], "click": 2}], "column 'click' is 2.0; a label must be 0 or 1")),
+        slow(([{**FULL, "day": "soon"}], "no day")),
     ],
 )
 def test_rows_that_do_not_continue_the_dataset_are_refused(tmp_path, rows, message):
@@ -225,6 +227,7 @@ def test_only_days_can_be_added(tmp_path):
         add([new], folder)
 
 
+@pytest.mark.slow
 def test_a_second_addition_at_the_same_time_is_refused(tmp_path):
     folder = made(tmp_path, OLD, "log")
     handle = os.open(folder, os.O_RDONLY)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import pytest
 
 from ssr_rec.data.preparation.append_days import add
 from ssr_rec.data.preparation.prepare import prepare
@@ -55,6 +56,7 @@ def test_added_days_are_as_if_they_had_been_there(tmp_path: Path) -> None:
     assert max(map(len, lines)) == 2 and 1 in {item for line in lines for item in line}, "new items have no id"
 
 
+@pytest.mark.slow
 def test_a_shared_vocabulary_grows_once_for_all_its_columns(tmp_path: Path) -> None:
     """Counted over candidates and kept events of a day, by plain counting; the columns keep one file and one table."""
     folder, log = made(tmp_path, OLD, "data"), log_of_days()

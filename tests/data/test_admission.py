@@ -9,6 +9,7 @@ from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.schema import SPLITS, Schema
 from ssr_rec.data.table_usage import table_use
 from ssr_rec.serving.raw_rows import Encoder
+from tests.cases import one_quick
 from tests.prepare_log import make_rows, md5_id, read_split, run, spec_with, write_csv, write_parquet
 
 ROWS = make_rows(2000)
@@ -21,7 +22,7 @@ def id_of(value, buckets, admitted):
     return 1 + md5_id(value, buckets) if value in admitted else 1
 
 
-@pytest.mark.parametrize("write", [write_parquet, write_csv])
+@pytest.mark.parametrize("write", one_quick(write_csv, write_parquet))
 def test_values_rarer_in_training_than_the_minimum_share_an_id(tmp_path, write):
     log = write(ROWS, tmp_path / f"log.{'csv' if write is write_csv else 'parquet'}")
     schema, splits = run(tmp_path, [log], spec_with(hash_buckets=BUCKETS, hash_min_count=4))
@@ -56,6 +57,7 @@ def test_values_rarer_in_training_than_the_minimum_share_an_id(tmp_path, write):
     assert use["city"].oov == sum(row["city"] == 1 for row in splits["train"]) / len(splits["train"])
 
 
+@pytest.mark.slow
 def test_days_added_keep_who_was_admitted(tmp_path):
     days = sorted({row["day"] for row in ROWS})
     spec = spec_with(split={"type": "days", "column": "day", "fit_days": 3}, hash_buckets=BUCKETS, hash_min_count=3)

@@ -188,6 +188,7 @@ def test_equal_rows_have_unequal_footers(tmp_path):
     assert shards[0].footer != shards[1].footer
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_what_is_read(tmp_path):
     """Of the pages every 9th byte, and of the bytes before the pages of the lists, which no checksum covers, all."""
     folder = write_dataset(tmp_path / "d", {"train": 64}, rows_in_group=64)

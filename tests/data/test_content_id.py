@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from ssr_rec.data.preparation.append_days import add
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.reader import Reader
@@ -32,6 +34,7 @@ def test_rows_that_differ_in_one_pair_of_values_have_another_id(tmp_path: Path) 
         assert other.dataset_id != schema.dataset_id and other.shard_ids == schema.shard_ids, column
 
 
+@pytest.mark.slow
 def test_added_days_are_of_the_id_and_old_datasets_keep_theirs(tmp_path: Path) -> None:
     spec = spec_with(split={"type": "days", "column": "day", "fit_days": 3})
     days = sorted({row["day"] for row in ROWS})

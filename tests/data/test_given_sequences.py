@@ -43,6 +43,7 @@ def test_a_given_sequence_keeps_its_last_events_and_shares_ids(tmp_path: Path) -
     assert sum(line["spent"].count(0) for line in lines.values()) > 3
 
 
+@pytest.mark.slow
 def test_given_sequences_as_text_are_those_as_lists(tmp_path: Path) -> None:
     log = given_log()
     as_text = log.assign(tags=log.tags.map(lambda items: items[:2]))

@@ -228,6 +228,7 @@ def test_a_condition_is_read_from_the_left() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_histories_go_on_across_days(tmp_path: Path) -> None:
     """Each day is a split; the events of the days before belong to its rows' histories as those of one log do."""
     log = random_log(3)

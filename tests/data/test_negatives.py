@@ -15,6 +15,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.data.synthetic.config import SyntheticConfig
 from ssr_rec.data.synthetic.write import ensure_synthetic
 from ssr_rec.model.loss import TrainTask
+from tests.cases import one_quick
 from tests.jobs import train_job
 from tests.prepare_log import make_rows, md5_id, run, spec_with, write_csv, write_parquet
 from tests.ranks import run_ranks
@@ -41,7 +42,7 @@ def stays(row: int, seed: int, share: float) -> bool:
     return (y ^ (y >> 16)) < share * 2**31
 
 
-@pytest.mark.parametrize("split", [TIME, {"type": "random", "ratios": [6, 2, 2]}])
+@pytest.mark.parametrize("split", one_quick(TIME, {"type": "random", "ratios": [6, 2, 2]}))
 def test_positives_and_the_drawn_negatives_of_training_stay(split, tmp_path):
     rows, seed = make_rows(3000), 5
     path = write_parquet(rows, tmp_path / "log.parquet")
@@ -62,6 +63,7 @@ def test_positives_and_the_drawn_negatives_of_training_stay(split, tmp_path):
     assert Schema.read(tmp_path / "some").negatives == 0.3
 
 
+@pytest.mark.slow
 def test_neither_files_nor_threads_change_which_rows_stay(tmp_path, capsys):
     rows = make_rows(900)
     paths = [write_csv(rows[:400], tmp_path / "a.csv"), write_csv(rows[400:], tmp_path / "b.csv")]

@@ -15,6 +15,7 @@ from ssr_rec.data.preparation.append_days import add
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
+from tests.cases import one_quick
 from tests.conftest import reseal
 from tests.data.test_row_weights import TIME, weighted_rows
 from tests.prepare_log import Row, md5_id, run, spec_with, write_csv, write_parquet
@@ -35,7 +36,7 @@ def watched(count: int = 400) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", one_quick("parquet", "csv"))
 def test_a_number_is_stored_as_it_is_and_scaled_by_training_rows(tmp_path: Path, kind: str) -> None:
     rows = watched()
     write = write_csv if kind == "csv" else write_parquet
@@ -107,6 +108,7 @@ def test_odd_numbers_are_refused_by_row(tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_nan_was_not_observed_as_a_null(tmp_path: Path) -> None:
     rows = watched(200)
     nans = [row | {"rating": math.nan if row["rating"] is None else row["rating"]} for row in rows]
@@ -160,6 +162,7 @@ def test_a_shard_with_an_odd_number_is_refused(tmp_path: Path) -> None:
         list(Reader(folder, Schema.read(folder), "train", 64, num_lanes=2).epoch(0))
 
 
+@pytest.mark.slow
 def test_added_days_widen_the_range_and_leave_the_scales(tmp_path: Path) -> None:
     rows = watched(600)
     days = sorted({row["day"] for row in rows})

@@ -19,6 +19,7 @@ from ssr_rec.data.preparation.module_names import MODULE_NAMES
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.schema import GROUP_COLUMN, Schema
+from tests.cases import one_quick, slow
 
 SPEC = {"name": "odd", "labels": ["click"], "categorical": ["item"], "min_count": 1}
 
@@ -53,7 +54,7 @@ def write(path: Path, **columns: Any) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-@pytest.mark.parametrize("folder", ["click=1", "item=5", "date=2024-01-01"])
+@pytest.mark.parametrize("folder", one_quick("click=1", "item=5", "date=2024-01-01"))
 def test_a_folder_called_key_value_says_nothing_of_the_rows(tmp_path, suffix, folder):
     path = write(tmp_path / folder / f"log.{suffix}", item=[f"i{i % 10}" for i in range(200)])
     _, rows = prepared(tmp_path, [path])
@@ -62,7 +63,7 @@ def test_a_folder_called_key_value_says_nothing_of_the_rows(tmp_path, suffix, fo
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 @pytest.mark.parametrize(
-    ("named", "beside"), [("day[1]", "day1"), ("log*", "log2"), ("a?b", "axb"), ("r[1]/x", "r1/x")]
+    ("named", "beside"), one_quick(("day[1]", "day1"), ("log*", "log2"), ("a?b", "axb"), ("r[1]/x", "r1/x"))
 )
 def test_a_file_named_like_a_pattern_is_the_file_that_is_read(tmp_path, suffix, named, beside):
     path = write(tmp_path / f"{named}.{suffix}", item=["right"] * 200)
@@ -98,16 +99,16 @@ def test_every_name_that_this_pytorch_has_taken_is_known():
 @pytest.mark.parametrize(
     ("one", "other", "counts"),
     [
-        (pa.array([True, False] * 50), pa.array([0, 1] * 50), {"true": 50, "false": 50, "0": 50, "1": 50}),
+        slow((pa.array([True, False] * 50), pa.array([0, 1] * 50), {"true": 50, "false": 50, "0": 50, "1": 50})),
         (pa.array([7, 8] * 50), pa.array(["007", "7"] * 50), {"7": 100, "8": 50, "007": 50}),
         (
             pa.array([datetime.date(2024, 5, 6)] * 100),
             pa.array(["2024-05-06 10:00:00", "2024-05-06"] * 50),
             {"2024-05-06": 150, "2024-05-06 10:00:00": 50},
         ),
-        (pa.array([1, 2] * 50, pa.int8()), pa.array([1, 300] * 50), {"1": 100, "2": 50, "300": 50}),
+        slow((pa.array([1, 2] * 50, pa.int8()), pa.array([1, 300] * 50), {"1": 100, "2": 50, "300": 50})),
         (pa.array([1, 2] * 50), pa.array([2**64 - 1, 2] * 50, pa.uint64()), {"1": 50, "2": 100, str(2**64 - 1): 50}),
-        (pa.nulls(100), pa.array(["A", "B"] * 50), {None: 100, "A": 50, "B": 50}),
+        slow((pa.nulls(100), pa.array(["A", "B"] * 50), {None: 100, "A": 50, "B": 50})),
         (pa.array([1.0, None] * 50), pa.array([1, 24] * 50), {"1": 100, "24": 50, None: 50}),
     ],
     ids=["bool, int", "int, text", "date, text", "int8, int64", "int, uint64", "nothing, text", "gaps, int"],

@@ -18,6 +18,7 @@ from ssr_rec.data.preparation import duckdb_engine as duck
 from ssr_rec.data.preparation.engines import EngineSettings
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.schema import GROUP_COLUMN, SPLITS
+from tests.cases import slow
 from tests.prepare_log import Row, make_rows, md5_id, run, spec_with, write_csv, write_parquet
 
 
@@ -59,8 +60,9 @@ def reference(rows: list[Row], split_of: dict[int, str]) -> dict[int, Row]:
     }
 
 
-@pytest.mark.parametrize("kind", ["random", "time"])
-@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("random", "csv"), ("time", "parquet"), slow(("random", "parquet")), slow(("time", "csv"))]
+)
 def test_every_row_is_what_plain_python_makes_of_it(tmp_path: Path, kind: str, suffix: str) -> None:
     rows = make_rows()
     changes: Row = {}
@@ -202,6 +204,7 @@ def test_constant_and_empty_columns_are_one_bucket_and_missing(tmp_path: Path) -
     assert {feature.name: feature.num_embeddings for feature in schema.features}["city"] == 2
 
 
+@pytest.mark.slow
 def test_memory_below_the_data_spills_and_leaves_nothing(tmp_path: Path) -> None:
     spec = spec_with(lists={}, ignore=["day", "tags"])
     path = write_csv(make_rows(20_000), tmp_path / "log.csv")

@@ -14,6 +14,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import NOT_OBSERVED, WEIGHT_COLUMN, Schema
+from tests.cases import one_quick
 from tests.conftest import reseal
 from tests.prepare_log import Row, make_rows, md5_id, run, spec_with, write_csv, write_parquet
 from tests.shard_edits import replace, rewrite
@@ -33,7 +34,7 @@ def weighted_rows(count: int = 600) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", one_quick("parquet", "csv"))
 def test_the_batch_has_weights_and_masks(tmp_path: Path, kind: str) -> None:
     rows = weighted_rows()
     write = write_csv if kind == "csv" else write_parquet
@@ -176,7 +177,7 @@ def test_what_does_not_fit_the_columns_is_refused(changes: dict[str, Any], said:
         spec_with(**{**SPEC, **changes})
 
 
-@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", one_quick(math.nan, -1.0, math.inf))
 def test_a_shard_with_an_odd_weight_is_refused(tmp_path: Path, bad: float) -> None:
     run(tmp_path, [write_parquet(weighted_rows(), tmp_path / "log.parquet")], spec_with(**SPEC))
     folder = tmp_path / "out"

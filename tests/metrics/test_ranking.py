@@ -142,6 +142,7 @@ def both() -> tuple:
     return fold(rank, ranks, None), fold(rank, ranks, 1300)
 
 
+@pytest.mark.slow
 def test_a_fold_over_ranks_is_that_of_one_process():
     (exact, bounded), elsewhere = run_ranks(both, 2)
     assert elsewhere == (None, None)

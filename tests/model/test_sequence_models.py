@@ -22,6 +22,7 @@ from ssr_rec.serving.export import Form, export_run
 from ssr_rec.serving.graph import ServingModel, make_layout, stacked_tables
 from ssr_rec.serving.scorer import load
 from ssr_rec.serving.trained_model import build_plain_model, restore_model
+from tests.cases import one_quick
 from tests.jobs import refused_job, stopped_job, train_job
 from tests.made_run import make_run, randomised
 from tests.ranks import run_ranks
@@ -97,7 +98,7 @@ def test_the_input_vector_is_what_plain_indexing_gives(log: Path) -> None:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("over_arch", [{"name": "mlp", "hidden": [8]}, {"name": "deepfm", "hidden": [8]}])
+@pytest.mark.parametrize("over_arch", one_quick({"name": "deepfm", "hidden": [8]}, {"name": "mlp", "hidden": [8]}))
 def test_a_row_alone_and_served_has_the_logits_it_has_in_a_batch(log: Path, encoder: str, over_arch: Any) -> None:
     schema, batch = first_batch(log)
     config = config_of(encoder, over_arch, viewed={"encoder": ENCODERS["din"], "target": ["item_id"]})

@@ -14,6 +14,7 @@ from ssr_rec.planning.cases import RowLookups, table_lookups
 from ssr_rec.planning.explain import table_plans
 from ssr_rec.planning.remedies import plan_case
 from ssr_rec.planning.row_blocks import busy_shares
+from tests.cases import one_quick
 from tests.planning.small import make_case
 from tests.prepare_log import make_rows, spec_with, write_csv
 from tools.plan_sharding import main
@@ -41,7 +42,7 @@ def test_spread_places_are_a_permutation_that_any_number_of_blocks_shares_evenly
         assert busiest(spread.tolist(), blocks) < 1.25 / blocks
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("spread", one_quick(True, False))
 def test_lookups_of_a_prepared_table_are_those_of_its_shards(tmp_path: Path, spread: bool) -> None:
     spec = spec_with(spread_ids=spread, min_count=1)  # uid is hashed
     schema = prepare([str(write_csv(make_rows(2000), tmp_path / "log.csv"))], tmp_path / "data", spec)
@@ -60,7 +61,7 @@ def test_lookups_of_a_prepared_table_are_those_of_its_shards(tmp_path: Path, spr
     assert falling == (not spread)
 
 
-@pytest.mark.parametrize("admitted", [False, True])
+@pytest.mark.parametrize("admitted", one_quick(True, False))
 def test_missing_and_unknown_values_make_the_first_block_of_a_hash_hot(tmp_path: Path, admitted: bool) -> None:
     spec = spec_with(hash_buckets={"city": 48, "uid": 2**30}, hash_min_count=3 if admitted else 1)
     schema = prepare([str(write_csv(make_rows(2000), tmp_path / "log.csv"))], tmp_path / "data", spec)

@@ -11,6 +11,7 @@ from ssr_rec.runs.curves import COLORS, _series, _smooth, draw_comparison, draw_
 from ssr_rec.runs.event_shares import draw_event_shares, shares_of
 from ssr_rec.runs.filter_curves import draw_filter_curves, filter_rows
 from ssr_rec.runs.report import Report, Run
+from tests.cases import slow
 
 TASKS = ("click", "like")
 
@@ -57,7 +58,7 @@ def no_warnings():
 
 @pytest.mark.parametrize(
     "lines, about",
-    [(0, report()), (1, report()), (60, report()), (60, report(ceiling=False)), (1, BARE)],
+    [(0, report()), slow((1, report())), (60, report()), slow((60, report(ceiling=False))), slow((1, BARE))],
     ids=["empty", "one row", "many rows", "no ceiling", "bare report"],
 )
 def test_curves_of_any_history(tmp_path, lines, about):
@@ -118,7 +119,7 @@ def test_event_shares_of_any_sequences(tmp_path):
 
 @pytest.mark.parametrize(
     ("sizes", "scale"),
-    [((0.5, 0.8), "linear"), ((0.01, 0.8), "log"), ((0.0, 0.8), "linear")],
+    [slow(((0.5, 0.8), "linear")), ((0.01, 0.8), "log"), slow(((0.0, 0.8), "linear"))],
     ids=["alike", "apart", "dead"],
 )
 def test_filters_are_drawn_on_a_scale_that_shows_every_layer(tmp_path, monkeypatch, sizes, scale):

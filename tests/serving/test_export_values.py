@@ -72,6 +72,7 @@ def test_a_run_by_days_exports_its_latest_weights(tmp_path: Path) -> None:
         export_run(tmp_path / "run", tmp_path / "made")
 
 
+@pytest.mark.slow
 def test_a_training_checkpoint_gives_the_weights_that_an_evaluation_used(tmp_path: Path) -> None:
     """The best weights are written as they were evaluated; the checkpoint of the same step has them in other names."""
     data = write_days(tmp_path / "data")

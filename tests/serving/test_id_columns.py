@@ -17,6 +17,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.data.features import AdmittedHashing, Drawn, Encoding, Feature, Hashing, LogBuckets, RawHash, Vocabulary
 from ssr_rec.kernels.value_ids import TextIds, ValueIndex
 from ssr_rec.serving.id_columns import ToIds, index_folder, make_index, make_to_ids, write_columns
+from tests.cases import one_quick
 from tests.odd_rows import odd_float, odd_text
 from tests.value_reference import make_to_id
 
@@ -78,7 +79,7 @@ def containers(values: list[Any]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("is_canonical", [True, False])
+@pytest.mark.parametrize("is_canonical", one_quick(False, True))
 def test_columns_have_the_ids_of_single_values(tmp_path, is_canonical):
     features = encodings(tmp_path)
     encoders = make_to_ids(features, tmp_path, is_canonical)

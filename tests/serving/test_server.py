@@ -33,6 +33,7 @@ from ssr_rec.serving.server_batcher import Batcher, TooLate, Waiting
 from ssr_rec.serving.server_requests import ARROW, JSON
 from ssr_rec.serving.server_settings import ServerSettings
 from ssr_rec.serving.value_shares import ValueShares
+from tests.cases import slow
 from tests.made_run import make_run
 from tests.odd_rows import odd_rows, prepared
 
@@ -388,7 +389,7 @@ def test_models_change_under_load_without_a_failed_or_mixed_answer(monkeypatch, 
 
 @pytest.mark.parametrize(
     ("new", "reason"),
-    [(1e-3, None), (3.0, "buy differs by 0."), ("fails", "it failed on a request"), (math.nan, "nan")],
+    [slow((1e-3, None)), (3.0, "buy differs by 0."), ("fails", "it failed on a request"), slow((math.nan, "nan"))],
 )
 def test_a_new_model_is_tried_beside_the_old_one_before_it_takes_over(
     monkeypatch, scorer, tmp_path, caplog, new, reason

@@ -37,6 +37,7 @@ def test_every_split_of_a_dataset_has_its_counts_and_training_their_sum(tmp_path
     assert all(shard.lookups is None for split in schema.splits.values() for shard in split.shards)
 
 
+@pytest.mark.slow
 def test_added_days_count_as_days_that_were_there(tmp_path: Path) -> None:
     spec = spec_with(split={"type": "days", "column": "day", "fit_days": 3})
     last = max(row["day"] for row in ROWS)

@@ -115,6 +115,7 @@ def test_a_killed_run_is_done_again_and_the_finished_ones_are_not(plan, fake, tm
     assert not (out / "runs" / "ssr-t0-s0-search").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_shown_and_the_others_go_on(plan, fake, tmp_path, monkeypatch):
     out, lines = tmp_path / "out", []
     monkeypatch.setenv("BREAK", "ssr-t1-s0")
@@ -205,6 +206,7 @@ def test_two_comparisons_in_one_folder_are_refused(plan, fake, tmp_path):
     assert len(names(out)) == 6
 
 
+@pytest.mark.slow
 def test_stopping_stops_the_runs_and_keeps_the_finished_ones(plan, fake, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setenv("HANG", "mlp-t1-s0")

@@ -136,6 +136,7 @@ def test_the_report_has_the_measures_of_each_kind(trained: tuple[Path, dict[str,
     assert evaluated["loss"] == pytest.approx(loss, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process(seconds: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run, report = trained
     two = run_ranks(train_job, 2, options(seconds, tmp_path, *BOTH))[0]

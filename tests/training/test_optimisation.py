@@ -202,6 +202,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(case, world_size, dataset, tmp_path):
     assert rates[-1] < rates[len(rates) // 2] < max(rates)
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_kept_and_exported_is_the_average(dataset, tmp_path):
     options = [*BASE, f"--data.path={dataset}", f"--runs={tmp_path}", "--train.max_steps=20", "--train.eval_every=20"]
     reports = {}
