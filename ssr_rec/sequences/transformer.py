@@ -44,23 +44,23 @@ class TransformerLayer(nn.Module):
         """Every token attends to every token of its row."""
         return self._after(tokens, self_attention(self.query_key_value(tokens), blocks, self._attend))
 
-    def of_target(self, tokens: Tensor, jagged: Jagged, shared: Tensor | None = None) -> Tensor:
+    def of_target(self, tokens: Tensor, num_events: int, jagged: Jagged, shared: Tensor | None = None) -> Tensor:
         """Return what the layer gives for the targets alone, (B, C): only they attend.
 
         Args:
+            tokens: ``num_events`` of events, then one of each target.
             shared: (N,) which event among the tokens is each of the rows'; None: the k-th.
         """
-        weights, own, values, own_value = self.target_weights(tokens, jagged, shared)
+        weights, own, values, own_value = self.target_weights(tokens, num_events, jagged, shared)
         heads = weighted_sum(weights, values, jagged)
         heads = heads + (own.unsqueeze(2) * own_value.unflatten(1, (self.num_heads, -1))).flatten(1)
-        return self._after(tokens[tokens.shape[0] - jagged.lengths.shape[0] :], heads)
+        return self._after(tokens[num_events:], heads)
 
     def target_weights(
-        self, tokens: Tensor, jagged: Jagged, shared: Tensor | None = None
+        self, tokens: Tensor, num_events: int, jagged: Jagged, shared: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the target's weights of the events (N, heads) and of itself (B, heads), and the values of both."""
         num_rows = jagged.lengths.shape[0]
-        num_events = tokens.shape[0] - num_rows
         of_query, of_others = self.query_key_value.weight.split([self.width, 2 * self.width])
         query = F.linear(tokens[num_events:], of_query) * self.scale
         keys, values = F.linear(tokens, of_others).chunk(2, 1)
@@ -143,7 +143,7 @@ class Transformer(SequenceEncoder):
         x = self._before_last(events, target, ages, jagged)
         last = cast(TransformerLayer, self.layers[-1])
         if self.output == "target":
-            return last.of_target(x, jagged)
+            return last.of_target(x, events.shape[0], jagged)
         y = last(x, blocks_of(jagged, self.max_length))
         if self.output == "concat":
             return full_block(jagged, self.max_length).pad(torch.cat([y, y.new_zeros(1, self.width)])).flatten(1)
@@ -159,7 +159,9 @@ class Transformer(SequenceEncoder):
         known_ages = events.new_zeros(0) if ages is None else ages
         tokens = self._before_last(events, cast(Tensor, target), known_ages, Jagged.of(lengths, events.shape[0]))
         jagged = Jagged.of(lengths[shared.rows], shared.events.shape[0])
-        return self.out(cast(TransformerLayer, self.layers[0]).of_target(tokens, jagged, shared.events))
+        return self.out(
+            cast(TransformerLayer, self.layers[0]).of_target(tokens, events.shape[0], jagged, shared.events)
+        )
 
     def weights(
         self, events: Tensor, lengths: Tensor, target: Tensor | None = None, ages: Tensor | None = None
@@ -167,7 +169,8 @@ class Transformer(SequenceEncoder):
         """Return the last layer's weights of each event for its target: (N, heads)."""
         events, target, known_ages, jagged = self.check(events, lengths, target, ages)
         last = cast(TransformerLayer, self.layers[-1])
-        return last.target_weights(self._before_last(events, target, known_ages, jagged), jagged)[0]
+        tokens = self._before_last(events, target, known_ages, jagged)
+        return last.target_weights(tokens, events.shape[0], jagged)[0]
 
     def _before_last(self, events: Tensor, target: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
         """Return the last layer's input: (N + B, C)."""
