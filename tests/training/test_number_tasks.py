@@ -227,7 +227,7 @@ def test_what_is_asked_of_numbers_is_refused_or_left_out(
             options(seconds, tmp_path, only),
             options(seconds, tmp_path, only, "--train.monitor=xauc", "--train.metrics=bounded"),
             options(seconds, tmp_path, "--train.extra_metrics=['no_such:f']"),
-            options(seconds, tmp_path, "--train.extra_metrics=['math:fsum']", "--train.metrics_rows=100"),
+            options(seconds, tmp_path, "--train.extra_metrics=['math:hypot']", "--train.metrics_rows=100"),
             options(seconds, tmp_path, "--train.entire_space={click: watch_s}"),
         ],
     )[0]
