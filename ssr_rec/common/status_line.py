@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TextIO
 
 from rich.console import Console
@@ -15,14 +16,25 @@ class StatusLine:
     """Changes when it is told to and at no other time, so that no thread runs beside a training.
 
     Args:
-        stream: a terminal. While the line is there, what is printed to ``sys.stdout`` and ``sys.stderr`` goes above it.
+        stream: a terminal. While the line is there, what is printed to ``sys.stderr`` goes above it; so does what is
+            printed to ``sys.stdout``, where that is a terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-        self._console = Console(file=stream, markup=False, highlight=False, soft_wrap=True)
-        self._bar = Progress(BarColumn(BAR_WIDTH), text, console=self._console, auto_refresh=False)
+        self._console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        # rich would print here what is meant for a file; an object that somebody put there may not say what it is.
+        shares = getattr(sys.stdout, "isatty", bool)()
+        self._bar = Progress(
+            BarColumn(BAR_WIDTH), text, console=self._console, auto_refresh=False, redirect_stdout=shares
+        )
         self._task = self._bar.add_task("", visible=False)
+
+    @property
+    def can_change(self) -> bool:
+        """Return whether the terminal can change a line in place, which its environment may deny."""
+        console = self._console
+        return console.is_terminal and console.is_interactive and not console.is_dumb_terminal
 
     def show(self, text: str, done: float, total: float | None) -> None:
         """Show a text and how much is done; a bar without end where the total is not known."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -83,12 +82,12 @@ class Progress:
         self._printed_at = -math.inf
         self._mode = progress_mode()
         self._status: StatusLine | None = None
-        can_rewrite = self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        if self.enabled and self._mode == "auto" and can_rewrite:
+        if self.enabled and self._mode == "auto" and self.stream.isatty():
             # rich takes a tenth of a second to load, and most processes write to no terminal.
             from ssr_rec.common.status_line import StatusLine
 
-            self._status = StatusLine(self.stream)
+            status = StatusLine(self.stream)
+            self._status = status if status.can_change else None
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Show a ``train`` row; the last step is always printed."""

@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +31,8 @@ WITHOUT_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 @pytest.fixture(autouse=True)
 def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
+    for name in ("TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
 
 
 class Terminal(io.StringIO):
@@ -118,12 +122,12 @@ def screen(written: str) -> list[str]:
 
 def test_a_terminal_gets_one_line_rewritten_and_notes_that_stay(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream := Terminal())
     progress = Progress(1953, stream=stream)
     progress.show({"step": 1})
     progress.show(ROW)
     assert len(screen(stream.getvalue())) == 1
-    progress.note("validation [red]auc[/] .7000, " + "a line of any length " * 3)
+    progress.note("validation [red]auc[/] a:on:b, " + "a line of any length " * 3)
     progress.show({"step": 1201, "loss": 0.5})
     print("from elsewhere")
     progress.close()
@@ -131,13 +135,26 @@ def test_a_terminal_gets_one_line_rewritten_and_notes_that_stay(monkeypatch):
     progress.note("done")
     bar = "━" * 12 + "╺" + "━" * 7
     assert screen(stream.getvalue()) == [
-        "validation [red]auc[/] .7000, " + "a line of any length " * 2 + "a line of any length",
+        "validation [red]auc[/] a:on:b, " + "a line of any length " * 2 + "a line of any length",
         "from elsewhere",
         f"{bar} step 1201/1953  loss .5000  eta 0s",
         "done",
         "",
     ]
     assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")
+
+
+@pytest.mark.parametrize("has_no_isatty", [False, True])
+def test_what_is_printed_to_a_file_meanwhile_is_in_the_file(monkeypatch, has_no_isatty):
+    stream, file = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=file.write) if has_no_isatty else file)
+    progress = Progress(10, stream=stream, clock=lambda: 0.0)
+    progress.show({"step": 1})
+    print("a result")
+    print("a warning", file=sys.stderr)
+    progress.close()
+    assert file.getvalue() == "a result\n"
+    assert [line.lstrip("━╺ ") for line in screen(stream.getvalue())] == ["a warning", "step 1/10  eta 0s", ""]
 
 
 def test_a_line_longer_than_the_terminal_stays_one(monkeypatch):
@@ -189,8 +206,10 @@ def shown(mode, monkeypatch):
 def test_each_mode_says_what_it_is_for(monkeypatch):
     said = [line.lstrip("━╺ ").split("  ")[0] for line in screen(shown("auto", monkeypatch))]
     assert said == ["validation at step 1200", "by the way", "take care", "step 1200/1953", ""]
-    monkeypatch.setenv("TERM", "dumb")
-    assert shown("auto", monkeypatch) == shown("plain", monkeypatch)
+    for name, value in (("TERM", "dumb"), ("TTY_INTERACTIVE", "0"), ("TTY_COMPATIBLE", "0"), ("FORCE_COLOR", "")):
+        with monkeypatch.context() as denied:
+            denied.setenv(name, value)
+            assert shown("auto", denied) == shown("plain", denied)
     plain = shown("plain", monkeypatch).splitlines()
     assert plain[0].startswith("step 1200/1953  24.1k") and plain[1:] == [
         *("validation at step 1200", "by the way", "take care")
