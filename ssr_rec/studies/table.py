@@ -40,7 +40,7 @@ def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.Da
     """Return one row per task and system, full precision; what table.csv holds.
 
     ``<metric>_mean`` and ``_sd`` (n - 1) are over the winner's finished seeds, ``<metric>_seed<s>`` are their values.
-    ``measure`` is the metric that systems are ranked by: AUC, of a number XAUC, or RMSE where evaluations are bounded.
+    ``measure`` is the metric that systems are ranked by: AUC, of a number XAUC, or RMSE where a run's test is bounded.
     ``best_baseline`` is the baseline with the best mean of it on the task's test rows; ``p`` is against it.
 
     Raises:
@@ -149,7 +149,7 @@ def _row(
         "winner": final[0].trial if final else None,
         "commits": " ".join(sorted({report.git_commit[:10] for report in used if report.git_commit})),
         "chosen": _chosen(plan, final[0]) if final else "",
-        "measure": main_measure({name: None for report in reports.values() for name in report.test.get(task, {})}),
+        "measure": _measure(reports, task),
     }
     for name in metrics:
         values = {seed: report.measure("test", task, name) for seed, report in found.items()}
@@ -158,6 +158,12 @@ def _row(
         row[f"{name}_sd"] = float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
         row |= {f"{name}_seed{seed}": values.get(seed) for seed in range(plan.seeds)}
     return row
+
+
+def _measure(reports: Reports, task: str) -> str:
+    """Return the measure that systems are ranked by: one that all runs have, since bounded ones have no XAUC."""
+    everywhere = set.intersection(*({*report.test.get(task, {})} for report in reports.values()))
+    return main_measure(dict.fromkeys(everywhere))
 
 
 def _sparsity(report: Report) -> float:

@@ -180,6 +180,17 @@ def test_a_number_is_ranked_by_its_own_measure(plan, reports, tmp_path, name, si
     draw_costs(frame, "tiny", tmp_path / "costs.png")
 
 
+def test_where_the_test_of_a_run_is_bounded_all_are_ranked_by_what_they_have(plan, reports):
+    """By XAUC the best system, whose runs have none, would be left out."""
+    for job, one in reports.items():
+        auc = one.test["click"]["auc"]
+        seconds = {"rmse": 10 - auc} if job.system == SSR else {"xauc": auc, "rmse": 10 - auc}
+        reports[job] = one.model_copy(update={"test": {"click": one.test["click"], "like": seconds}})
+    frame = summarise(plan, reports, {})
+    assert frame.groupby("task")["measure"].agg(set).to_dict() == {"click": {"auc"}, "like": {"rmse"}}
+    assert "like: SSR-S leads with 9.2200 test RMSE, -.0600 over the best baseline" in comparison_text(plan, frame)
+
+
 def test_one_seed_has_no_deviation_and_no_p(dataset, plan, reports):
     alone = make_plan(plan.study, plan.schema, str(dataset), seeds=1)
     text = comparison_text(alone, summarise(alone, {job: r for job, r in reports.items() if job.seed == 0}, {}))
