@@ -162,8 +162,8 @@ def _row(
 
 def _measure(reports: Reports, task: str) -> str:
     """Return the measure that systems are ranked by: one that all runs have, since bounded ones have no XAUC."""
-    everywhere = set.intersection(*({*report.test.get(task, {})} for report in reports.values()))
-    return main_measure(dict.fromkeys(everywhere))
+    found = [{*report.test.get(task, {})} for report in reports.values()]
+    return main_measure(dict.fromkeys(set.intersection(*found) if found else ()))
 
 
 def _sparsity(report: Report) -> float:

@@ -190,6 +190,7 @@ def test_a_day_is_evaluated_without_the_ids_that_it_gave(tmp_path):
         ([{**FULL, "day": NEW[0], "user": "x7"}], "column 'user' holds string, the dataset was made from integer"),
         slow(([{**FULL, "day": NEW[0], "click": 2}], "column 'click' is 2.0; a label must be 0 or 1")),
         slow(([{**FULL, "day": "soon"}], "no day")),
+        ([{**FULL, "day": "13.01.2024"}], r"'day' holds '13\.01\.2024', and such text does not sort by time"),
     ],
 )
 def test_rows_that_do_not_continue_the_dataset_are_refused(tmp_path, rows, message):
@@ -202,6 +203,15 @@ def test_rows_that_do_not_continue_the_dataset_are_refused(tmp_path, rows, messa
     assert (folder / "schema.json").read_bytes() == before
     assert sorted(path.name for path in (folder / "days").iterdir()) == OLD
     assert not (folder / ".adding").exists()
+
+
+def test_a_dataset_from_before_dates_with_the_year_last_were_refused_goes_on_with_them(tmp_path, monkeypatch):
+    rows = [{**row, "day": f"{row['day'][-2:]}.01.2024"} for row in ROWS]
+    days = [f"{day[-2:]}.01.2024" for day in DAYS]
+    with monkeypatch.context() as before:
+        before.setattr("ssr_rec.data.preparation.fit.check_time", lambda *_: None)
+        prepare([log(tmp_path / "old", days[:8], "a.parquet", rows)], tmp_path / "data", spec())
+    assert add([log(tmp_path / "new", days[8:], "b.parquet", rows)], tmp_path / "data").days.names == days
 
 
 def test_text_that_was_whole_numbers_stays_so(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,8 @@ import yaml
 from ssr_rec.data import shards
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import TableSpec, read_spec
-from tests.prepare_log import ROOT, SPEC, Row, make_rows, spec_with, write_csv, write_parquet
+from ssr_rec.data.schema import GROUP_COLUMN
+from tests.prepare_log import ROOT, SPEC, Row, make_rows, read_split, spec_with, write_csv, write_parquet
 
 
 def bad_rows(column: str, row: int, value: Any) -> list[Row]:
@@ -142,6 +144,20 @@ def test_dates_whose_year_comes_last_do_not_sort_by_time(tmp_path: Path, shape: 
         spec_with(split={**kind, "column": "day"}),
         f"'day' holds {first}, and such text does not sort by time",
     )
+
+
+def test_what_is_no_time_may_look_like_such_a_date_and_a_time_may_begin_like_one(tmp_path: Path) -> None:
+    """Groups need no order, and text of fixed width sorts."""
+    rows = [
+        {**row, "user": f"{1 + row['user'] % 28:02}.09.2026", "day": f"01-02-{row['uid']:06}"} for row in make_rows(200)
+    ]
+    rule = {"type": "time", "column": "day", "boundaries": ["01-02-000100", "01-02-000150"]}
+    log = write_csv(rows, tmp_path / "log.csv")
+    schema = prepare([str(log)], tmp_path / "out", spec_with(together="user", split=rule))
+    splits = {name: read_split(tmp_path / "out", schema, name) for name in schema.splits}
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [100, 50, 50]
+    groups = {int(hashlib.md5(row["user"].encode()).hexdigest()[:15], 16) for row in rows}
+    assert {row[GROUP_COLUMN] for split in splits.values() for row in split} == groups
 
 
 def test_empty_splits_and_inputs(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ DAY_NAME = r"[0-9A-Za-z][0-9A-Za-z_.+-]{0,63}"
 # Not `$`, which in some engines also stands before a last newline.
 WHOLE_NUMBER = r"^-?[0-9]{1,19}\z"
 DECIMAL = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?\z"
-YEAR_LAST = r"^[0-9]{1,2}[./-][0-9]{1,2}[./-][0-9]{4}"
+YEAR_LAST = r"^[0-9]{1,2}[./-][0-9]{1,2}[./-][0-9]{4}([^0-9]|$)"
 Numbers = bool | Literal["decimal"]
 """Of a column whose values may be numbers in text: True, whole ones throughout; decimal, any; False, it is text."""
 
@@ -160,28 +160,32 @@ def _moments(rows: Table, rule: TimeSplit) -> list[Any]:
 
 
 def whole_numbers(rows: Table, name: str) -> Numbers:
-    """Return whether a column of times without nulls holds numbers, as such or as text throughout.
-
-    Raises:
-        UserError: it holds dates as text whose year comes last, so that their order is not that of time.
-    """
+    """Return whether a column without nulls holds numbers, as such or as text throughout."""
     column = rows[name]
     if not column.type().is_string():
         return bool(column.type().is_integer())
     # Nineteen digits may be more than an int64 has.
     whole = column.re_search(WHOLE_NUMBER) & column.try_cast("int64").notnull()
-    found = rows.aggregate(
-        whole=whole.all(),
-        decimal=column.re_search(DECIMAL).all(),
-        year_last=column.min(where=column.re_search(YEAR_LAST)),
-    ).to_pyarrow()
-    if (text := found["year_last"][0].as_py()) is not None:
-        raise UserError(
-            f"time column {name!r} holds {text[:80]!r}, and such text does not sort by time; write dates as 2026-09-30"
-        )
+    found = rows.aggregate(whole=whole.all(), decimal=column.re_search(DECIMAL).all()).to_pyarrow()
     if found["whole"][0].as_py():
         return True
     return "decimal" if found["decimal"][0].as_py() else False
+
+
+def check_time(rows: Table, name: str) -> None:
+    """Refuse a column of times that holds dates as text whose year comes last: their order is not that of time.
+
+    Raises:
+        UserError: it does.
+    """
+    column = rows[name]
+    if not column.type().is_string():
+        return
+    found = rows.aggregate(first=column.min(where=column.re_search(YEAR_LAST))).to_pyarrow()["first"][0].as_py()
+    if found is not None:
+        raise UserError(
+            f"time column {name!r} holds {found[:80]!r}, and such text does not sort by time; write dates as 2026-09-30"
+        )
 
 
 def with_time(rows: Table, name: str, whole: Numbers) -> Table:
