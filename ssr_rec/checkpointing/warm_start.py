@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -80,8 +81,8 @@ def warm_start(
     of_tables = {feature.name: feature.table for feature in here.schema.features}
     maps |= {f"per_domain.{name}": maps[table] for name, table in of_tables.items() if table in maps}
     tensors = model_tensors(model)
-    _refuse_parts_of_tasks(source, model, tensors, maps, here)
     weights = _match(tensors, folder, maps, MODEL)
+    _refuse_parts_of_tasks(source, model, weights, maps, here)
     _refuse_managed_ids(source, weights)
     fitting = [name for kind in ("loaded", "grown", "mapped") for name in weights.of(kind)]
     if all(OF_TASKS.search(name) for name in fitting):
@@ -278,18 +279,20 @@ def _take(match: _Match, folder: Path) -> list[str]:
 
 
 def _refuse_parts_of_tasks(
-    source: Path, model: nn.Module, tensors: Mapping[str, Any], maps: Mapping[str, RowMap], here: Here
+    source: Path, model: nn.Module, weights: _Match, maps: Mapping[str, RowMap], here: Here
 ) -> None:
-    """Refuse other labels, as many as there, where what is of a task has no name to tell it by but its place."""
-    if TASKS not in maps or maps[TASKS].old_size != len(here.schema.labels):
+    """Refuse other labels where what is of a task, and fits, has no name to tell it by but its place."""
+    if TASKS not in maps:
         return
-    has_parts = any(isinstance(module, OverArch) and module.has_task_parts for module in model.modules())
-    if has_parts or any(".heads.per_domain." in name for name in tensors):
-        raise UserError(
-            f"warm_start={source}: its labels are not {', '.join(here.schema.labels)}, and "
-            f"{'the over-arch' if has_parts else 'heads.per_domain'} has parts of each label that would be taken by "
-            "their place; train the same labels (data.labels), or begin without"
-        )
+    parts = [part for module in model.modules() if isinstance(module, OverArch) for part in module.task_parts]
+    of_tasks = re.compile("|".join([r"\.heads\.per_domain\.", *(rf"(\.over_arch\.|@){part}\b" for part in parts)]))
+    for name in (name for kind in ("loaded", "grown", "mapped") for name in weights.of(kind)):
+        if of_tasks.search(name):
+            raise UserError(
+                f"warm_start={source}: its labels are not {', '.join(here.schema.labels)}, and "
+                f"{'heads.per_domain' if '.per_domain.' in name else 'the over-arch'} has parts of each label that "
+                "would be taken by their place; train the same labels (data.labels), or begin without"
+            )
 
 
 def _refuse_managed_ids(source: Path, weights: _Match) -> None:

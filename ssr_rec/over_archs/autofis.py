@@ -96,7 +96,7 @@ class AutoFIS(OverArch):
         UserError: fields of different dims, or a pair with a field that is not there.
     """
 
-    has_task_parts = True
+    task_parts = ("first_order", "task_scale")
 
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: AutoFISConfig | None = None

@@ -76,7 +76,8 @@ class OverArch(nn.Module, ABC):
         settings_class: the pydantic model of its settings; of a class of one's own, which a config names by its path.
         extra_tables: further tables that every field has for this over-arch alone: name -> a dim per field. Their
             embeddings (B, sum of those dims) arrive as ``extra``, in this order, fields one after another.
-        has_task_parts: some of its parameters are of one task each, in the order of the labels.
+        task_parts: names of its parameters, modules and extra tables of which some are of one task each, in the order
+            of the labels.
         optimizers: parameters that the run's dense optimizer must leave alone: name -> what makes their own.
 
     Args:
@@ -88,7 +89,7 @@ class OverArch(nn.Module, ABC):
     out_features: int
     settings_class: ClassVar[type[BaseModel]]
     takes_domain: ClassVar[bool] = False
-    has_task_parts: ClassVar[bool] = False
+    task_parts: ClassVar[tuple[str, ...]] = ()
     forward: Callable[..., Tensor | tuple[Tensor, Tensor]]
 
     def __init__(self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int) -> None:

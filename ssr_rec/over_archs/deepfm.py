@@ -32,7 +32,7 @@ class DeepFM(OverArch):
         UserError: fields of different dims, which have no inner product.
     """
 
-    has_task_parts = True
+    task_parts = ("first_order", "fm_scale")
 
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: DeepFMConfig | None = None

@@ -70,7 +70,7 @@ class MMoE(OverArch):
     The features of a task are ``tower_k(f_k(x))``.
     """
 
-    has_task_parts = True
+    task_parts = ("gates", "towers")
 
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: MMoEConfig | None = None

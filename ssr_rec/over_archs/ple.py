@@ -66,7 +66,7 @@ class Extraction(nn.Module):
 class PLE(OverArch):
     """Computes progressive layered extraction: (B, F*D) -> (B, T, tower_hidden[-1]), or (B, T, expert_hidden[-1])."""
 
-    has_task_parts = True
+    task_parts = ("levels", "towers")
 
     def __init__(
         self, num_fields: int, embedding_dim: int | Sequence[int], num_tasks: int, config: PLEConfig | None = None

@@ -73,15 +73,37 @@ def test_a_head_is_that_of_its_label(dataset: Path, tmp_path: Path, before: list
     assert any(".over_arch." in name for name in report["loaded"]) and not report["other_size"]
 
 
+DEEPFM = ["--over_arch={name: deepfm, hidden: [5]}"]
+EXPERTS = "expert_hidden: [4], tower_hidden: []"
+PLE = [f"--over_arch={{name: ple, num_levels: 1, num_task_experts: 1, num_shared_experts: 2, {EXPERTS}}}"]
+MMOE = [f"--over_arch={{name: mmoe, num_experts: 2, {EXPERTS}}}"]
+
+
 @pytest.mark.parametrize(
-    "more", [["--over_arch={name: deepfm, hidden: [5]}"], [*MLP, "--heads.per_domain=true", "--domain=user"]]
+    ("now", "more"),
+    [
+        (["like"], DEEPFM),
+        (["like", "click"], DEEPFM),  # tables of the first order have four columns for one, two and four tasks
+        (["like", "click"], PLE),  # so has a task's gate the same size for any number of them
+        (["like"], [*MLP, "--heads.per_domain=true", "--domain=user"]),
+    ],
 )
 def test_parts_of_a_task_without_its_name_are_not_taken_by_their_place(
-    dataset: Path, tmp_path: Path, more: list[str]
+    dataset: Path, tmp_path: Path, now: list[str], more: list[str]
 ) -> None:
-    arguments = str(dataset), str(tmp_path / "saved"), ["click"], ["like"], more
+    arguments = str(dataset), str(tmp_path / "saved"), ["click"], now, more
     said = run_ranks(labels_job, 1, *arguments)[0]
-    assert "its labels are not like, and" in said and "parts of each label that would be taken by their place" in said
+    assert f"its labels are not {', '.join(now)}, and" in said
+    assert "parts of each label that would be taken by their place" in said
+
+
+def test_parts_of_tasks_that_are_of_another_size_begin_anew(dataset: Path, tmp_path: Path) -> None:
+    arguments = str(dataset), str(tmp_path / "saved"), ["click"], ["like", "click"], MMOE
+    there, _, here, report = run_ranks(labels_job, 1, *arguments)[0]
+    assert any(name.endswith(".over_arch.gates.weight") for name in report["other_size"])
+    assert any(".over_arch.experts." in name for name in report["loaded"])
+    for name, value in here.items():
+        assert np.array_equal(value[1], there[name][0]), name
 
 
 def test_a_label_of_another_kind_is_another_label() -> None:
