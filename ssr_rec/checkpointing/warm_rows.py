@@ -26,8 +26,8 @@ from ssr_rec.data.schema import Schema
 
 logger = logging.getLogger(__name__)
 
-TASKS = "tasks"
-"""In ``row_maps``: of the tensors whose first dim is the labels, which have names in ``OF_TASKS``."""
+TASKS = ".tasks"
+"""In ``row_maps``, and the name of no table: of tensors whose first dim is the labels, with names in ``OF_TASKS``."""
 TABLE = re.compile(r"\.embedding_bags\.([^.]+)\.weight")
 OF_DOMAINS = re.compile(r"\.(per_domain\.[^.]+)\.")
 """In the name of a tensor whose first dim is the domains: the column's ids, which mean what its table's rows do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,20 @@ def test_parts_of_tasks_that_are_of_another_size_begin_anew(dataset: Path, tmp_p
     assert any(".over_arch.experts." in name for name in report["loaded"])
     for name, value in here.items():
         assert np.array_equal(value[1], there[name][0]), name
+
+
+def test_a_feature_of_any_name_is_told_from_the_labels(dataset: Path, tmp_path: Path) -> None:
+    """Its table and the heads would have each other's rows mapped, and begin anew for not being of that size."""
+    schema = Schema.read(dataset)
+    features = [schema.features[0].model_copy(update={"name": "tasks"}), *schema.features[1:]]
+    renamed = tmp_path / "renamed"
+    shutil.copytree(dataset, renamed)
+    schema.model_copy(update={"features": features}).write(renamed)
+    there, _, here, report = run_ranks(
+        labels_job, 1, str(renamed), str(tmp_path / "saved"), ["click"], ["like", "click"], MLP
+    )[0]
+    assert "model.tables.embedding_bags.tasks.weight" in report["loaded"] and not report["other_size"]
+    assert all(np.array_equal(value[1], there[name][0]) for name, value in here.items())
 
 
 def test_a_label_of_another_kind_is_another_label() -> None:
