@@ -27,8 +27,10 @@ from ssr_rec.common.errors import UserError
 PREFIX = "ssr_rec.program."
 SECONDS_TO_LOCK = 60.0
 """Between making a folder and holding its lock another process must not take it for a killed one's."""
+HEADER_BYTES, SECTION_BYTES = 64, 64
+"""Of ELF of 64 bits: its header, and what describes a section."""
 DYNSYM, SYMBOL_BYTES, UNIQUE, WEAK = 11, 24, 10, 2
-"""Of ELF: the type of the section of dynamic symbols, the bytes of one, and two of its bindings."""
+"""The type of the section of dynamic symbols, the bytes of one, and two of its bindings."""
 _I, _Q, _QQ, _HH = (struct.Struct(f"<{kinds}") for kinds in ("I", "Q", "QQ", "HH"))
 
 
@@ -81,13 +83,15 @@ def make_unloadable(library: Path) -> None:
     it has bound: each model that a server let go would leave its program in memory. A program needs its own alone.
     """
     data = bytearray(library.read_bytes())
-    if data[:6] != b"\x7fELF\x02\x01":
+    if data[:6] != b"\x7fELF\x02\x01" or len(data) < HEADER_BYTES:
         return  # not a little-endian ELF of 64 bits, which is what this can read
     at, size, count = _Q.unpack_from(data, 0x28)[0], *_HH.unpack_from(data, 0x3A)
+    if size != SECTION_BYTES or at + size * count > len(data):
+        return  # without a list of sections, or cut off: whether it can be loaded is the loader's to say
     for section in range(at, at + size * count, size):
         (kind,) = _I.unpack_from(data, section + 4)
-        if kind == DYNSYM:
-            offset, length = _QQ.unpack_from(data, section + 0x18)
+        offset, length = _QQ.unpack_from(data, section + 0x18)
+        if kind == DYNSYM and offset + length <= len(data):
             for info in range(offset + 4, offset + length, SYMBOL_BYTES):
                 if data[info] >> 4 == UNIQUE:
                     data[info] = WEAK << 4 | data[info] & 15
