@@ -301,7 +301,7 @@ def _refuse_managed_ids(source: Path, weights: _Match) -> None:
         _refuse_managed(source, name, "embeddings.managed differs; give it the same rows, or leave the feature out")
     for name in weights.of("mapped"):
         for managed in weights.tensors:
-            if managed.endswith(ROWS_OF_IDS) and feature_of(managed) == feature_of(name):
+            if managed.endswith(f".{feature_of(name) or ''}{ROWS_OF_IDS}"):
                 _refuse_managed(source, managed, "the dataset is another; leave the feature out")
 
 

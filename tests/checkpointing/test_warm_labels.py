@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ssr_rec.checkpointing.format import write_checkpoint
-from ssr_rec.checkpointing.train_state import model_tensors
+from ssr_rec.checkpointing.train_state import MODEL, model_tensors
 from ssr_rec.checkpointing.warm_rows import TASKS, Here, Origin, _labels
-from ssr_rec.checkpointing.warm_start import warm_start
+from ssr_rec.checkpointing.warm_start import _Match, _refuse_managed_ids, warm_start
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import load_config
 from ssr_rec.data.schema import Schema
@@ -24,6 +24,7 @@ from tests.ranks import run_ranks
 
 OPTIONS = ["--embeddings.dim=4", "--heads.hidden=[3]", "--train.task_weighting=uncertainty"]
 MLP = ["--over_arch={name: mlp, hidden: [5]}"]
+TABLE = "model.tables.embedding_bags.{}.weight"
 Heads = dict[str, np.ndarray]
 
 
@@ -117,8 +118,24 @@ def test_a_feature_of_any_name_is_told_from_the_labels(dataset: Path, tmp_path: 
     there, _, here, report = run_ranks(
         labels_job, 1, str(renamed), str(tmp_path / "saved"), ["click"], ["like", "click"], MLP
     )[0]
-    assert "model.tables.embedding_bags.tasks.weight" in report["loaded"] and not report["other_size"]
+    assert TABLE.format("tasks") in report["loaded"] and not report["other_size"]
     assert all(np.array_equal(value[1], there[name][0]) for name, value in here.items())
+
+
+def test_managed_rows_are_those_of_their_ids_whatever_the_labels(dataset: Path, tmp_path: Path) -> None:
+    more = [*MLP, "--embeddings.managed={user: {rows: 9}}"]
+    arguments = str(dataset), str(tmp_path / "saved"), ["click"], ["like", "click"], more
+    *_, report = run_ranks(labels_job, 1, *arguments)[0]
+    assert {"model.managed.ids.user._mch_sorted_raw_ids", TABLE.format("user")} <= set(report["loaded"])
+
+
+def test_managed_rows_that_would_move_away_from_their_ids_are_refused() -> None:
+    tables, ids = [f"{MODEL}{TABLE.format(name)}" for name in ("user", "item")], f"{MODEL}model.managed.ids.user"
+    tensors = {name: torch.zeros(9, 4) for name in tables} | {f"{ids}._mch_sorted_raw_ids": torch.zeros(9)}
+    kinds = dict.fromkeys(tensors, "loaded")
+    _refuse_managed_ids(Path("run"), _Match(MODEL, tensors, {**kinds, tables[1]: "mapped"}, {}, {}, {}))
+    with pytest.raises(UserError, match="the ids of feature 'user' have other rows, since the dataset is another"):
+        _refuse_managed_ids(Path("run"), _Match(MODEL, tensors, {**kinds, tables[0]: "mapped"}, {}, {}, {}))
 
 
 def test_a_label_of_another_kind_is_another_label() -> None:
