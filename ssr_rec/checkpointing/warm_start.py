@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -102,7 +102,7 @@ def warm_start(
     report = {"source": str(folder), **weights.report()}
     _log_report(folder, report)
     if optimizer is not None:
-        report["optimizer"] = _warm_start_optimizer(optimizer, folder, maps)
+        report["optimizer"] = _warm_start_optimizer(optimizer, folder, maps, {*report["fresh"], *report["other_size"]})
     return report
 
 
@@ -152,10 +152,20 @@ def latest_checkpoint(source: Path, needs_optimizer: bool) -> Path:
     return source
 
 
-def _warm_start_optimizer(optimizer: CombinedOptimizer, folder: Path, maps: Mapping[str, RowMap]) -> dict[str, Any]:
-    """Take the state wherever it fits as weights do; rows without an old one begin without any, as in a new run."""
+def _warm_start_optimizer(
+    optimizer: CombinedOptimizer, folder: Path, maps: Mapping[str, RowMap], left: Collection[str]
+) -> dict[str, Any]:
+    """Take the state wherever it fits as weights do; rows without an old one begin without any, as in a new run.
+
+    Args:
+        left: weights that are fresh, whose state is so, too: of Adam's steps and a row's sums the size says nothing.
+    """
     initialise_optimizer(optimizer)
     found = _match(optimizer_tensors(optimizer), folder, maps, OPTIMIZER)
+    for name in found.kinds:
+        # optimizer/<which>.<weight>/<what>
+        if name.removeprefix(OPTIMIZER).rpartition("/")[0].partition(".")[2] in left:
+            found.kinds[name] = "fresh"
     _take(found, folder)
     info = read_info(folder)
     steps = info["step"] + info["fitted"].get("steps_before", 0)

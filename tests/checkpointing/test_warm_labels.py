@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from ssr_rec.checkpointing.format import write_checkpoint
-from ssr_rec.checkpointing.train_state import MODEL, model_tensors
+from ssr_rec.checkpointing.train_state import MODEL, initialise_optimizer, model_tensors, optimizer_tensors
 from ssr_rec.checkpointing.warm_rows import TASKS, Here, Origin, _labels
 from ssr_rec.checkpointing.warm_start import _Match, _refuse_managed_ids, warm_start
 from ssr_rec.common.errors import UserError
 from ssr_rec.config.run import load_config
 from ssr_rec.data.schema import Schema
 from ssr_rec.model.build import build_model
+from ssr_rec.training.optimizer import build_optimizer
 from ssr_rec.training.setup import start_process_group
 from tests.model.test_losses import SCHEMA
 from tests.ranks import run_ranks
@@ -120,6 +122,44 @@ def test_a_feature_of_any_name_is_told_from_the_labels(dataset: Path, tmp_path: 
     )[0]
     assert TABLE.format("tasks") in report["loaded"] and not report["other_size"]
     assert all(np.array_equal(value[1], there[name][0]) for name, value in here.items())
+
+
+def optimizer_job(dataset: str, folder: str) -> tuple[dict[str, float], Any]:
+    """The state of each weight's optimizer, which was 7 throughout, after a start that can take but some weights."""
+    more = [*MLP, "--heads.hidden=[]"]
+    there, schema = made(dataset, ["click"], more, 0)
+    state = optimizer_tensors(optimizer_of(there))
+    for value in state.values():
+        for part in [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]:
+            part.fill_(7)
+    info = {"kind": "training", "step": 5, "position": {"dataset_id": schema.dataset_id}, "fitted": {"seconds": 1}}
+    tensors = {**model_tensors(there), **state}
+    write_checkpoint(tensors, {**info, "config": {"data": {"labels": ["click"]}}}, Path(folder))
+    model, schema = made(dataset, ["like"], [*more, "--embeddings.dims={item: 8}"], 1)
+    optimizer = optimizer_of(model)
+    report = warm_start(model, Path(folder), Here(Path(dataset), schema), optimizer)
+    found = {}
+    for name, value in optimizer_tensors(optimizer).items():
+        parts = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+        found[name] = float(torch.cat([part.flatten() for part in parts]).mean())
+    return found, report
+
+
+def optimizer_of(model: Any) -> Any:
+    config = load_config(None, [*OPTIONS, *MLP])
+    optimizer = build_optimizer(model, config.optimizer, config.embeddings)
+    initialise_optimizer(optimizer)
+    return optimizer
+
+
+def test_what_is_fresh_has_no_state_of_the_old_optimizer(dataset: Path, tmp_path: Path) -> None:
+    state, report = run_ranks(optimizer_job, 1, str(dataset), str(tmp_path / "step-000000005"))[0]
+    left = {*report["fresh"], *report["other_size"]}
+    assert {"model.dense.heads.weight", "model.dense.over_arch.layers.0.weight", TABLE.format("item")} <= left, left
+    assert {"model.dense.over_arch.layers.0.bias", TABLE.format("user")} <= {*report["loaded"]}
+    for name, mean in state.items():
+        weight = next(one for one in (*left, *report["loaded"]) if f".{one}/" in name)
+        assert (mean == 7) == (weight in report["loaded"]), (name, mean)
 
 
 def test_managed_rows_are_those_of_their_ids_whatever_the_labels(dataset: Path, tmp_path: Path) -> None:
