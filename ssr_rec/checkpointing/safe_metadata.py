@@ -42,6 +42,8 @@ ALLOWED = {
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "pathlib": ("Path", "PosixPath"),
 }
+MODULES = {"pathlib._local": "pathlib"}
+"""Where Python 3.13 says that classes are -> where they are for every other."""
 
 
 # The unpickler in C would let a pickle set attributes of the allowed classes themselves.
@@ -54,6 +56,7 @@ class _Unpickler(_PythonUnpickler):
     dispatch: ClassVar = dict(_PythonUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
+        module = MODULES.get(module, module)
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"checkpoint metadata names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
