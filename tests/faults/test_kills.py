@@ -76,13 +76,18 @@ UNCERTAIN = (
 ADAPTIVE = (
     *("--over_arch.filter=adaptive", "--over_arch.adapt_every=3", "--over_arch.adapt_until=45"),
     *("--over_arch.adapt_batches=3", "--over_arch.adapt_share=0.6"),
+    *("--optimizer.schedule={name: step, steps: 9, factor: 0.5}", "--embeddings.schedule={name: cosine, steps: 40}"),
+)
+LINEAR = (
+    "--optimizer.schedule={name: linear, steps: 40}",
+    "--embeddings.schedule={name: polynomial, steps: 45, end: 0.1}",
 )
 
 
 @pytest.mark.parametrize(
     "more",
-    [OPTIMISATION, UNCERTAIN, ADAPTIVE],
-    ids=["muon, schedules and averages", "uncertainties, other schedules", "views whose dims move"],
+    [OPTIMISATION, UNCERTAIN, ADAPTIVE, LINEAR],
+    ids=["muon, schedules and averages", "uncertainties, other schedules", "views whose dims move", "linear"],
 )
 def test_killed_with_further_state_ends_as_if_undisturbed(dataset, tmp_path, more):
     whole = run_ranks(train_job, 2, options(dataset, tmp_path / "whole", *more))[0]
