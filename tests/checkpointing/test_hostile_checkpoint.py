@@ -94,7 +94,7 @@ def test_tensor_of_another_dtype(copy, dataset):
 def test_metadata_that_changes_a_class(copy):
     """A pickle may set attributes of what it names: ``Path.exists = 1`` would outlive the load."""
     (copy / ".metadata").write_bytes(b"\x80\x02cpathlib\nPath\nN}X\x06\x00\x00\x00existsK\x01s\x86b.")
-    with pytest.raises(ValueError, match=r"metadata changes <class .pathlib.Path.>"):
+    with pytest.raises(ValueError, match=r"metadata changes <class .pathlib(._local)?.Path.>"):
         read_metadata(copy, read_info(copy)["files"])
     assert Path("/").exists()
 
