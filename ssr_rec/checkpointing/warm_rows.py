@@ -109,11 +109,10 @@ def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
     if path is None:  # a synthetic log, whose ids are its values
         other = [feature for feature in schema.features if not isinstance(feature.encoding, Drawn)]
         return {feature.table: RowMap(_nothing(feature), 0) for feature in other}
-    problem = ""
     try:
-        found = Schema.read(path)
-        problem = f"{path} holds dataset {found.dataset_id} now"
-        is_it = origin.dataset_id in {*found.known_ids, *found.shard_ids}
+        there = Schema.read(path)
+        problem = f"{path} holds dataset {there.dataset_id} now"
+        is_it = origin.dataset_id in {*there.known_ids, *there.shard_ids}
     except (ValueError, OSError) as error:
         problem, is_it = str(error), False
     if not is_it:
@@ -122,7 +121,6 @@ def row_maps(folder: Path, here: Here) -> dict[str, RowMap]:
             f"means other values, and the vocabularies that would tell are gone: {problem}. Keep the old dataset in "
             "its place, or add days to it (--add-to) instead of preparing it anew"
         )
-    there = found
     _check_order(start, origin, there, schema)
     _check_numbers(start, Here(place(path), there), here)
     old = {feature.name: feature for feature in there.features}

@@ -110,7 +110,7 @@ class DIN(SequenceEncoder):
     def forward_shared(
         self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
     ) -> Tensor:
-        target, jagged = cast(Tensor, target), Jagged.of(lengths[shared.rows], shared.events.shape[0])
+        target, jagged = cast(Tensor, target), shared.jagged(lengths)
         of_event, of_product, per_row = self._first_layer(target)
         # What the first layer makes of an event alone, once a history.
         of_events = F.linear(events, of_event)[shared.events]

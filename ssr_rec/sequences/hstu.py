@@ -16,7 +16,7 @@ from ssr_rec.sequences.attention import PaddedRows, Tokens, blocks_of, self_atte
 from ssr_rec.sequences.base import SIGMOID_FLOPS, SequenceEncoder, linear
 from ssr_rec.sequences.jagged import Jagged, Shared, age_bucket
 from ssr_rec.sequences.settings import HSTUConfig
-from ssr_rec.sequences.target_attention import scores_of, weighted_sum
+from ssr_rec.sequences.target_attention import scores_of, weighted, weighted_sum
 
 BIAS_STD = 0.02
 SILU_FLOPS = SIGMOID_FLOPS + 1
@@ -116,7 +116,7 @@ class HSTULayer(nn.Module):
     def of_target(self, tokens: Tensor, ages: Tensor, jagged: Jagged) -> Tensor:
         """Return what the layer gives for the targets alone, (B, C): only they attend."""
         weights, own, values, own_value, gates = self.target_weights(tokens, ages, jagged)
-        heads = weighted_sum(weights, values, jagged) + self._of_itself(own, own_value)
+        heads = weighted_sum(weights, values, jagged) + weighted(own, own_value)
         return self._after(tokens[jagged.rows.shape[0] :], gates, heads)
 
     def of_shared(self, target: Tensor, projected: Tensor, ages: Tensor, jagged: Jagged, events: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class HSTULayer(nn.Module):
         _, values, _, keys = projected.split(self.sizes, 1)
         gates, own_value, query, own_key = self.project_tokens(target).split(self.sizes, 1)
         weights, own = self._weigh(query, keys[events], own_key, ages, jagged)
-        heads = weighted_sum(weights, values[events], jagged) + self._of_itself(own, own_value)
+        heads = weighted_sum(weights, values[events], jagged) + weighted(own, own_value)
         return self._after(target, gates, heads)
 
     def target_weights(self, tokens: Tensor, ages: Tensor, jagged: Jagged) -> tuple[Tensor, ...]:
@@ -148,9 +148,6 @@ class HSTULayer(nn.Module):
         scores = scores_of(query, keys, self.num_heads, jagged) + self.bias.of_target(ages, jagged)
         own = (query * own_key).unflatten(1, (self.num_heads, -1)).sum(2) + self.bias.own()
         return self._pointwise(scores), self._pointwise(own)
-
-    def _of_itself(self, own: Tensor, own_value: Tensor) -> Tensor:
-        return (own.unsqueeze(2) * own_value.unflatten(1, (self.num_heads, -1))).flatten(1)
 
     def project_tokens(self, tokens: Tensor) -> Tensor:
         """Return U, V, Q and K of tokens, side by side."""
@@ -212,7 +209,7 @@ class HSTU(SequenceEncoder):
     ) -> Tensor:
         of_events = events.new_zeros(0) if ages is None else ages
         of_rows = of_events if ages is None else ages[shared.events]
-        jagged, histories = Jagged.of(lengths[shared.rows], shared.events.shape[0]), Jagged.of(lengths, events.shape[0])
+        jagged, histories = shared.jagged(lengths), Jagged.of(lengths, events.shape[0])
         vectors = self.tokens.target(target)
         # A history has a place for a target, which no event sees.
         tokens = F.pad(self.tokens.event(events), (0, 0, 0, lengths.shape[0]))

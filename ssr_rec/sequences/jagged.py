@@ -75,6 +75,10 @@ class Shared(NamedTuple):
     rows: Tensor
     events: Tensor
 
+    def jagged(self, lengths: Tensor) -> Jagged:
+        """Lay out the rows' events, of the histories' ``lengths`` (G,)."""
+        return Jagged.of(lengths[self.rows], self.events.shape[0])
+
 
 def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
     """Take the first ``lengths`` events of each row: (B, L, C) -> (N, C)."""

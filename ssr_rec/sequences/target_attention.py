@@ -21,9 +21,14 @@ def scores_of(queries: Tensor, keys: Tensor, num_heads: int, jagged: Jagged) -> 
     return (jagged.take(queries) * keys).unflatten(1, (num_heads, -1)).sum(2)
 
 
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Multiply values (N, A), head by head, by their weights (N, heads)."""
+    return (weights.unsqueeze(2) * values.unflatten(1, (weights.shape[1], -1))).flatten(1)
+
+
 def weighted_sum(weights: Tensor, values: Tensor, jagged: Jagged) -> Tensor:
     """Add up each row's values (N, A), head by head with their weights (N, heads): (B, A)."""
-    return jagged.sum((weights.unsqueeze(2) * values.unflatten(1, (weights.shape[1], -1))).flatten(1))
+    return jagged.sum(weighted(weights, values))
 
 
 class TargetAttention(SequenceEncoder):
@@ -64,7 +69,7 @@ class TargetAttention(SequenceEncoder):
         self, events: Tensor, lengths: Tensor, shared: Shared, target: Tensor | None, ages: Tensor | None
     ) -> Tensor:
         keys, values = (once[shared.events] for once in self._keys_and_values(events))
-        jagged = Jagged.of(lengths[shared.rows], shared.events.shape[0])
+        jagged = shared.jagged(lengths)
         return self.out(self._attend(keys, values, cast(Tensor, target), jagged))
 
     def _keys_and_values(self, events: Tensor) -> tuple[Tensor, Tensor]:

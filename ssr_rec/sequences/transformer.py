@@ -16,7 +16,7 @@ from ssr_rec.sequences.attention import PaddedRows, Tokens, blocks_of, full_bloc
 from ssr_rec.sequences.base import SequenceEncoder, linear
 from ssr_rec.sequences.jagged import Jagged, Shared, age_bucket
 from ssr_rec.sequences.settings import TransformerConfig
-from ssr_rec.sequences.target_attention import scores_of, weighted_sum
+from ssr_rec.sequences.target_attention import scores_of, weighted, weighted_sum
 
 POSITION_STD = 0.02
 
@@ -52,8 +52,7 @@ class TransformerLayer(nn.Module):
             shared: (N,) which event among the tokens is each of the rows'; None: the k-th.
         """
         weights, own, values, own_value = self.target_weights(tokens, num_events, jagged, shared)
-        heads = weighted_sum(weights, values, jagged)
-        heads = heads + (own.unsqueeze(2) * own_value.unflatten(1, (self.num_heads, -1))).flatten(1)
+        heads = weighted_sum(weights, values, jagged) + weighted(own, own_value)
         return self._after(tokens[num_events:], heads)
 
     def target_weights(
@@ -158,7 +157,7 @@ class Transformer(SequenceEncoder):
             return super().forward_shared(events, lengths, shared, target, ages)
         known_ages = events.new_zeros(0) if ages is None else ages
         tokens = self._before_last(events, cast(Tensor, target), known_ages, Jagged.of(lengths, events.shape[0]))
-        jagged = Jagged.of(lengths[shared.rows], shared.events.shape[0])
+        jagged = shared.jagged(lengths)
         return self.out(
             cast(TransformerLayer, self.layers[0]).of_target(tokens, events.shape[0], jagged, shared.events)
         )

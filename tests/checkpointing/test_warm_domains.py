@@ -13,6 +13,7 @@ from ssr_rec.checkpointing.train_state import model_tensors
 from ssr_rec.checkpointing.warm_rows import Here
 from ssr_rec.checkpointing.warm_start import warm_start
 from ssr_rec.data.schema import Schema
+from tests.cases import one_quick
 from tests.checkpointing.test_warm_values import datasets, values
 from tests.jobs import built_model
 from tests.ranks import run_ranks
@@ -42,7 +43,7 @@ def warm_job(old: str, new: str, folder: str, more: list[str]) -> tuple[dict, di
     return report, of_domains(before), fresh, of_domains(model)
 
 
-@pytest.mark.parametrize("column", [pytest.param("item", marks=pytest.mark.slow), "kind"])
+@pytest.mark.parametrize("column", one_quick("kind", "item"))
 def test_weights_of_a_domain_follow_its_value(datasets, tmp_path, column: str) -> None:
     """Items have other ids there, and one kind is new here."""
     old, new = datasets

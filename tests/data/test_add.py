@@ -16,6 +16,7 @@ import pytest
 
 from ssr_rec.data.preparation.append_days import add
 from ssr_rec.data.preparation.prepare import prepare
+from ssr_rec.data.preparation.split import whole_numbers
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
 from tests.cases import one_quick, slow
@@ -209,7 +210,7 @@ def test_a_dataset_from_before_dates_with_the_year_last_were_refused_goes_on_wit
     rows = [{**row, "day": f"{row['day'][-2:]}.01.2024"} for row in ROWS]
     days = [f"{day[-2:]}.01.2024" for day in DAYS]
     with monkeypatch.context() as before:
-        before.setattr("ssr_rec.data.preparation.fit.check_time", lambda *_: None)
+        before.setattr("ssr_rec.data.preparation.fit.whole_numbers", lambda rows, name, _: whole_numbers(rows, name))
         prepare([log(tmp_path / "old", days[:8], "a.parquet", rows)], tmp_path / "data", spec())
     assert add([log(tmp_path / "new", days[8:], "b.parquet", rows)], tmp_path / "data").days.names == days
 

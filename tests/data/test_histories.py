@@ -23,6 +23,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.serving.export import export_run
 from ssr_rec.serving.raw_rows import Encoder
 from ssr_rec.serving.scorer import load
+from tests.cases import one_quick
 from tests.histories import GIVEN, LENGTH, SPEC, decoded, given_log, random_log, raw, write
 from tests.made_run import make_run
 
@@ -104,8 +105,7 @@ MOMENTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=pytest.mark.slow if kind != "parts of seconds" else ()) for kind in MOMENTS],
+    "kind", one_quick("parts of seconds", *(kind for kind in MOMENTS if kind != "parts of seconds"))
 )
 def test_times_of_every_kind_have_their_order_and_ages(tmp_path: Path, kind: str) -> None:
     log = random_log(7)

@@ -14,6 +14,7 @@ from ssr_rec.common.paths import is_local, place
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.reader import Reader
 from ssr_rec.data.schema import Schema
+from tests.cases import one_quick
 from tests.prepare_log import make_rows, spec_with, write_csv, write_parquet
 from tools.prepare_data import main
 
@@ -52,14 +53,7 @@ def logs(tmp_path: Path) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        ["l*/?.c*"],
-        pytest.param(["logs/a.csv", "logs/b.csv.gz", "logs/c.csv"], marks=pytest.mark.slow),
-        pytest.param(["logs"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("inputs", one_quick(["l*/?.c*"], ["logs/a.csv", "logs/b.csv.gz", "logs/c.csv"], ["logs"]))
 def test_a_dataset_is_the_same_wherever_it_and_its_log_are(tmp_path: Path, store: Any, inputs: list[str]) -> None:
     files = logs(tmp_path)
     for path in files:

@@ -18,7 +18,7 @@ from ssr_rec.data.preparation import duckdb_engine as duck
 from ssr_rec.data.preparation.engines import EngineSettings
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.schema import GROUP_COLUMN, SPLITS
-from tests.cases import slow
+from tests.cases import one_quick, slow
 from tests.prepare_log import Row, make_rows, md5_id, run, spec_with, write_csv, write_parquet
 
 
@@ -217,7 +217,7 @@ def test_memory_below_the_data_spills_and_leaves_nothing(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("kind", ["days", *[pytest.param(kind, marks=pytest.mark.slow) for kind in ("random", "time")]])
+@pytest.mark.parametrize("kind", one_quick("days", "random", "time"))
 def test_a_log_staged_on_disk_is_prepared_to_the_same_bytes(tmp_path: Path, monkeypatch, kind: str) -> None:
     rules = {"random": {"type": "random"}, "time": {"type": "time", "column": "day", "ratios": [8, 1, 1]}}
     spec = spec_with(split=rules.get(kind, {"type": "days", "column": "day", "fit_days": 2}))

@@ -9,6 +9,7 @@ import pytest
 
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.schema import Schema
+from tests.cases import one_quick
 from tests.prepare_log import make_rows, md5_id, read_split, spec_with, write_csv, write_parquet
 from tools.prepare_data import main
 
@@ -32,9 +33,7 @@ def as_moment(text: str) -> datetime.datetime:
 KINDS = {"text": str, "dates": as_date, "moments": as_moment, "numbers": lambda text: int(text[-2:])}
 
 
-@pytest.mark.parametrize(
-    "kind", ["moments", *[pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "moments"]]
-)
+@pytest.mark.parametrize("kind", one_quick("moments", *(kind for kind in KINDS if kind != "moments")))
 def test_every_day_is_a_split_in_order_of_time(tmp_path, kind):
     rows = make_rows(1000)
     day_of = {md5_id(row["uid"], 2**30): row["day"] for row in rows}

@@ -14,6 +14,7 @@ import pytest
 from ssr_rec.kernels import row_ids as module
 from ssr_rec.kernels.row_ids import FieldOfRow, RowIds
 from ssr_rec.serving.id_columns import make_to_ids
+from tests.cases import slow
 from tests.serving.test_id_columns import encodings, value_of
 from tests.value_reference import make_to_id
 
@@ -66,8 +67,8 @@ def batches_of(values: list[Any], rows: int) -> list[pa.RecordBatch]:
     [
         (True, False),
         (False, True),
-        pytest.param(True, True, marks=pytest.mark.slow),
-        pytest.param(False, False, marks=pytest.mark.slow),
+        slow((True, True)),
+        slow((False, False)),
     ],
 )
 def test_rows_have_the_ids_of_single_values(tmp_path: Path, is_canonical: bool, listed: bool) -> None:

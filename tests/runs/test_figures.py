@@ -11,7 +11,7 @@ from ssr_rec.runs.curves import COLORS, _series, _smooth, draw_comparison, draw_
 from ssr_rec.runs.event_shares import draw_event_shares, shares_of
 from ssr_rec.runs.filter_curves import draw_filter_curves, filter_rows
 from ssr_rec.runs.report import Report, Run
-from tests.cases import slow
+from tests.cases import one_quick, slow
 
 TASKS = ("click", "like")
 
@@ -79,7 +79,7 @@ def test_curves_skip_what_is_null_or_missing(tmp_path):
     assert len(_series(rows, "validation", "auc", "click")[0]) == 3
 
 
-@pytest.mark.parametrize("count, height", [pytest.param(1, 864, marks=pytest.mark.slow), (12, 1200)])
+@pytest.mark.parametrize("count, height", one_quick((12, 1200), (1, 864)))
 def test_comparison_grows_with_runs_and_tasks(tmp_path, count, height):
     runs = [Run(report(str(i), 0.7 + i / 1000), history(20)) for i in range(count)]
     draw_comparison(runs, tmp_path / "runs.png")

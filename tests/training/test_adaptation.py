@@ -17,6 +17,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.over_archs.adaptive import Adapts
 from ssr_rec.training.adaptation import Adaptation
 from ssr_rec.training.trainer import Trainer
+from tests.cases import slow
 from tests.checkpointing.test_resume import options
 from tests.ranks import run_ranks
 from tests.small_ssr import batch, build
@@ -85,10 +86,10 @@ def ends_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[li
 @pytest.mark.parametrize(
     ("more", "steps"),
     [
-        pytest.param([], [5, 10, 15], marks=pytest.mark.slow),
+        slow(([], [5, 10, 15])),
         (["--optimizer.ema_decay=0.9", "--optimizer.clip_norm=1.0", "--train.bf16=true"], [5, 10, 15]),
-        pytest.param(["--train.accumulate=3"], [6, 12, 15], marks=pytest.mark.slow),
-        pytest.param(["--train.accumulate=4"], [8, 12, 16], marks=pytest.mark.slow),
+        slow((["--train.accumulate=3"], [6, 12, 15])),
+        slow((["--train.accumulate=4"], [8, 12, 16])),
     ],
     ids=["plain", "averages, clipping, bf16", "accumulate", "accumulate beyond the last"],
 )

@@ -37,7 +37,7 @@ from ssr_rec.data.preparation.prepare import check_values, empty_splits, encoded
 from ssr_rec.data.preparation.presets import PRESETS
 from ssr_rec.data.preparation.sources import Log, find_files, read_table
 from ssr_rec.data.preparation.spec import DaySplit, TableSpec, make_spec
-from ssr_rec.data.preparation.split import MAX_DAYS, ORDER, SPLIT, YEAR_LAST, Numbers, check_time, whole_numbers
+from ssr_rec.data.preparation.split import MAX_DAYS, ORDER, SPLIT, YEAR_LAST, Numbers, whole_numbers
 from ssr_rec.data.preparation.vocabulary_growth import Growth, growth, known_values, write_grown
 from ssr_rec.data.schema import SCHEMA_FILE, VALUES, VALUES_KEY, Addition, Days, Schema
 from ssr_rec.data.shards import DAYS_FOLDER
@@ -183,8 +183,9 @@ def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> 
     for name, was_whole in whole.items():
         if was_whole and not whole_numbers(log.rows([name]), name):
             raise UserError(f"column {name!r} held whole numbers alone so far; other text would change the old rows")
-    if re.search(YEAR_LAST, old.names[-1]) is None:  # a dataset from before such days were refused goes on with them
-        check_time(log.rows([rule.column]), rule.column)
+    # Numbers were checked above, and a dataset from before such days were refused goes on with them.
+    if not whole[rule.column] and re.search(YEAR_LAST, old.names[-1]) is None:
+        whole_numbers(log.rows([rule.column]), rule.column, is_time=True)
     rows_before = sum(split.num_rows for split in schema.splits.values())
     plan = shuffled(by_days(log, spec, rule, whole), schema.preparation["seed"], rows_before)
     moment: Callable[[str], Any] = {True: int, "decimal": float}.get(whole[rule.column], str)

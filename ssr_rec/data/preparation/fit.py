@@ -34,7 +34,6 @@ from ssr_rec.data.preparation.split import (
     SPLIT,
     TIME,
     Numbers,
-    check_time,
     distinct_days,
     first_rows,
     resolved,
@@ -86,10 +85,7 @@ def plan_splits(log: Log, spec: TableSpec, seed: int) -> SplitPlan:
     """Draw the shuffle, and settle what only the data says: whether text ids are numbers, what time ratios come to."""
     times = [spec.time_column, *(history.order for history in spec.histories.values())]
     names = dict.fromkeys(name for name in (spec.group_id, spec.together, *times) if name)
-    for name in names:
-        if name in times:
-            check_time(log.rows([name]), name)
-    whole = {name: whole_numbers(log.rows([name]), name) for name in names}
+    whole = {name: whole_numbers(log.rows([name]), name, name in times) for name in names}
     if isinstance(spec.split, TimeSplit):
         rows = with_time(log.rows([spec.split.column]), spec.split.column, whole[spec.split.column])
         spec = spec.model_copy(update={"split": resolved(rows, spec.split)})

@@ -159,33 +159,31 @@ def _moments(rows: Table, rule: TimeSplit) -> list[Any]:
     return moments
 
 
-def whole_numbers(rows: Table, name: str) -> Numbers:
-    """Return whether a column without nulls holds numbers, as such or as text throughout."""
+def whole_numbers(rows: Table, name: str, is_time: bool = False) -> Numbers:
+    """Return whether a column without nulls holds numbers, as such or as text throughout.
+
+    Args:
+        is_time: its order must be that of time.
+
+    Raises:
+        UserError: times that are dates as text whose year comes last, which do not sort by time.
+    """
     column = rows[name]
     if not column.type().is_string():
         return bool(column.type().is_integer())
     # Nineteen digits may be more than an int64 has.
     whole = column.re_search(WHOLE_NUMBER) & column.try_cast("int64").notnull()
-    found = rows.aggregate(whole=whole.all(), decimal=column.re_search(DECIMAL).all()).to_pyarrow()
+    wanted = {"whole": whole.all(), "decimal": column.re_search(DECIMAL).all()}
+    if is_time:
+        wanted["year_last"] = column.min(where=column.re_search(YEAR_LAST))
+    found = rows.aggregate(**wanted).to_pyarrow()
+    if is_time and (text := found["year_last"][0].as_py()) is not None:
+        raise UserError(
+            f"time column {name!r} holds {text[:80]!r}, and such text does not sort by time; write dates as 2026-09-30"
+        )
     if found["whole"][0].as_py():
         return True
     return "decimal" if found["decimal"][0].as_py() else False
-
-
-def check_time(rows: Table, name: str) -> None:
-    """Refuse a column of times that holds dates as text whose year comes last: their order is not that of time.
-
-    Raises:
-        UserError: it does.
-    """
-    column = rows[name]
-    if not column.type().is_string():
-        return
-    found = rows.aggregate(first=column.min(where=column.re_search(YEAR_LAST))).to_pyarrow()["first"][0].as_py()
-    if found is not None:
-        raise UserError(
-            f"time column {name!r} holds {found[:80]!r}, and such text does not sort by time; write dates as 2026-09-30"
-        )
 
 
 def with_time(rows: Table, name: str, whole: Numbers) -> Table:
