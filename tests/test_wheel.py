@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.project import PROJECT, ROOT
 
 
 def run(*command: str | Path, cwd: Path, site: Path | None = None) -> str:
@@ -64,25 +64,33 @@ def test_the_wheel_trains_and_plans_from_another_folder(tmp_path: Path) -> None:
     assert "samples/s" in planned
 
 
-def pins(kind: str) -> dict[str, str]:
-    """Package -> version of a file of requirements/."""
-    found = {}
-    for line in (ROOT / "requirements" / f"{kind}.txt").read_text().splitlines():
-        if (pin := line.split("#")[0].strip()) and not pin.startswith("-"):
-            name, _, version = pin.partition("==")
-            found[canonicalize_name(name)] = version
+def asked(lines: Iterable[str], python: str) -> dict[str, SpecifierSet]:
+    """Package -> the versions that those of the lines allow which hold for a Python."""
+    found: dict[str, SpecifierSet] = {}
+    for line in lines:
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate({"python_version": python}):
+            name = canonicalize_name(wanted.name)
+            found[name] = found.get(name, SpecifierSet()) & wanted.specifier
     return found
 
 
-def test_pip_may_install_what_make_setup_installs() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
+def pins(kind: str, python: str) -> dict[str, str]:
+    """Package -> version of a file of requirements/."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements" / f"{kind}.txt").read_text().splitlines())
+    return {name: str(pin).removeprefix("==") for name, pin in asked(filter(None, lines), python).items()}
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_pip_may_install_what_make_setup_installs(python: str) -> None:
+    extras = PROJECT["optional-dependencies"]
     for kind in ("cpu", "cuda"):
-        known = {**pins(kind), **pins("no-deps")}
-        for line in (*project["dependencies"], *extras["train"], *extras[kind]):
-            wanted = Requirement(line)
-            if wanted.name != "ssr_rec":
-                assert known[canonicalize_name(wanted.name)] in wanted.specifier, f"{kind}: {line}"
-    for line in extras["docs"]:
-        assert pins("docs")[canonicalize_name(Requirement(line).name)] in Requirement(line).specifier, line
-    assert f"{sys.version_info[0]}.{sys.version_info[1]}" in SpecifierSet(project["requires-python"])
+        known = {**pins(kind, python), **pins("no-deps", python)}
+        lines = (line for extra in ("train", kind, "serve", "tune") for line in extras[extra])
+        wanted = asked((*PROJECT["dependencies"], *lines), python)
+        for name, versions in wanted.items():
+            if name != "ssr-rec":
+                assert known[name] in versions, f"{kind}: {name}"
+    for name, versions in asked(extras["docs"], python).items():
+        assert pins("docs", python)[name] in versions, name
+    assert python in SpecifierSet(PROJECT["requires-python"])

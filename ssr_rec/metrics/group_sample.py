@@ -64,7 +64,7 @@ class GroupSample:
         # Broadcast: without weights there is one count for all tasks.
         self._rows_by_hash = self._rows_by_hash + _by_hash(groups, weights)
         tensors = (logits, labels.to(torch.uint8)) if weights is None else (logits, labels.to(torch.uint8), weights)
-        piece = _kept((groups.numpy(), *tensors), self.halvings)
+        piece = _kept((groups.numpy(), tensors), self.halvings)
         self._pieces.append(piece)
         self.num_rows += len(piece[0])
         if self.num_rows > self.max_rows:
@@ -91,7 +91,7 @@ class GroupSample:
             dist.all_reduce(halvings, dist.ReduceOp.MAX)
             dist.all_reduce(self._rows_by_hash)
             self.halvings = int(halvings)
-        groups, *tensors = _kept(_joined(self._pieces), self.halvings)
+        groups, tensors = _kept(_joined(self._pieces), self.halvings)
         logits, labels, *weights = map(gather_rows, tensors)
         gathered = gather_rows(torch.from_numpy(groups))
         if gathered is None or logits is None or labels is None:
@@ -114,8 +114,8 @@ class GroupSample:
         return missing[missing > LARGE * fold_rows], fold_rows
 
 
-_Piece = tuple[np.ndarray, *tuple[Tensor, ...]]
-"""Groups (n,), logits (n, T), labels (n, T), and weights (n, T) where there are any."""
+_Piece = tuple[np.ndarray, tuple[Tensor, ...]]
+"""Groups (n,); logits (n, T), labels (n, T), and weights (n, T) where there are any."""
 
 
 def sampled_gauc(
@@ -172,18 +172,18 @@ def _by_hash(groups: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _joined(pieces: list[_Piece]) -> _Piece:
-    groups, *tensors = zip(*pieces, strict=True)
-    return np.concatenate(groups), *(torch.cat(of_pieces) for of_pieces in tensors)
+    groups, tensors = zip(*pieces, strict=True)
+    return np.concatenate(groups), tuple(torch.cat(of_pieces) for of_pieces in zip(*tensors, strict=True))
 
 
 def _kept(piece: _Piece, halvings: int) -> _Piece:
     """Return the rows of ``piece`` whose group is sampled at the rate 2**-halvings."""
     if not halvings:
         return piece
-    groups, *tensors = piece
+    groups, tensors = piece
     rows = np.flatnonzero(hashes(groups) >> np.uint64(64 - halvings) == 0)
     index = torch.from_numpy(rows).to(tensors[0].device, non_blocking=True)
-    return groups[rows], *(tensor.index_select(0, index) for tensor in tensors)
+    return groups[rows], tuple(tensor.index_select(0, index) for tensor in tensors)
 
 
 def hashes(groups: np.ndarray) -> np.ndarray:

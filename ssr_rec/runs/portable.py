@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import shutil
 import tarfile
 import uuid
@@ -81,6 +82,10 @@ class PortableRun:
     def __setstate__(self, state: dict[str, bytes]) -> None:
         self.__init__()  # type: ignore[misc]
         assert self._temporary is not None
+        if not hasattr(tarfile, "data_filter"):
+            raise UserError(
+                f"Python {platform.python_version()} cannot unpack it safely: take 3.10.12, 3.11.4 or newer"
+            )
         with tarfile.open(fileobj=io.BytesIO(state["packed"])) as file:
             file.extractall(self._temporary.name, filter="data")
 

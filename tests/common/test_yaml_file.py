@@ -1,5 +1,6 @@
 """YAML texts that look like one thing and are another, or that never end."""
 
+import sys
 import time
 
 import pytest
@@ -26,7 +27,7 @@ from ssr_rec.common.yaml_file import MAX_BYTES, parse_yaml, read_yaml
         ("a: 2024-13-45", "month must be in 1..12"),
         ('a: "\\U00110000"', "not in range"),
         ("[" * 100_000, "nested too deep"),
-        ("a: " + "9" * 5_000, "4300 digits"),
+        ("a: " + "9" * 5_000, "the limit (4300" + " digits" * (sys.version_info >= (3, 11))),
         ("a: 0x" + "f" * 10_000, "a: an integer beyond 64 bits"),
         ("a: 1e999", "a: inf is not a finite number"),
         ("{1: 2}", "key '1' is not text; quote it"),

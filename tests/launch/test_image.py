@@ -2,9 +2,10 @@
 
 import re
 import subprocess
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from packaging.specifiers import SpecifierSet
+
+from tests.project import PROJECT, ROOT
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -33,9 +34,12 @@ def test_what_it_copies_and_installs_is_in_the_context():
         assert re.search(rf"^def {name}\(", (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(), re.M)
 
 
-def test_the_project_allows_its_python():
+def test_its_python_is_one_that_the_project_was_run_on():
     (version,) = {found for _, rest in instructions() for found in re.findall(r"python(3\.\d+)", rest)}
-    assert f'requires-python = ">={version},<' in (ROOT / "pyproject.toml").read_text()
+    (serving,) = re.findall(r"^FROM python:(3\.\d+)", (ROOT / "launch/serving/Dockerfile").read_text(), re.MULTILINE)
+    for python in (version, serving):
+        assert python in SpecifierSet(PROJECT["requires-python"])
+        assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]
 
 
 def test_every_shell_command_parses():

@@ -2,9 +2,7 @@
 
 import re
 import shlex
-import tomllib
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 import torchx.specs
@@ -12,9 +10,8 @@ from torchx.runner import get_runner
 from torchx.specs.named_resources_aws import NAMED_RESOURCES as OF_TORCHX
 
 from launch.dist import ddp
+from tests.project import PROJECT
 
-ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 GROUP = "torchx.named_resources"
 HOSTS = {name: EntryPoint(name, value, GROUP).load() for name, value in PROJECT["entry-points"][GROUP].items()}
 A100_40, A100_80, H100 = "A100 40 GB", "A100 80 GB", "H100 80 GB"

@@ -181,8 +181,9 @@ def _plan(log: Log, spec: TableSpec, schema: Schema, staged: dict[str, Any]) -> 
                 "counts by its text"
             )
     for name, was_whole in whole.items():
-        if was_whole and not whole_numbers(log.rows([name]), name):
-            raise UserError(f"column {name!r} held whole numbers alone so far; other text would change the old rows")
+        if was_whole and whole_numbers(log.rows([name]), name) not in (True, was_whole):
+            kind = "numbers" if was_whole == "decimal" else "whole numbers"
+            raise UserError(f"column {name!r} held {kind} alone so far; other text would change the old rows")
     # Numbers were checked above, and a dataset from before such days were refused goes on with them.
     if not whole[rule.column] and re.search(YEAR_LAST, old.names[-1]) is None:
         whole_numbers(log.rows([rule.column]), rule.column, is_time=True)
