@@ -33,6 +33,7 @@ from ssr_rec.serving.trained_model import Restored
 
 ONNX_FILE = "model.onnx"
 DESCRIPTION_FILE = "onnx.json"
+OUTPUTS = ["logits", "predictions"]
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-5
 """Largest difference of a probability from the artifact's that export accepts."""
@@ -61,20 +62,26 @@ def make_onnx(restored: Restored, layout: Layout, tables: Mapping[str, torch.Ten
     """
     schema, dense = restored.schema, restored.model.dense
     check_convertible(dense)
+    names = [name for name, _ in _inputs(schema)]
+    if twice := [name for name in names if (names + OUTPUTS).count(name) > 1]:
+        raise UserError(
+            f"two inputs or outputs of the ONNX graph would be called {twice[0]!r}: rename that feature and prepare "
+            "the log again, or export without --onnx"
+        )
     # It says that it has no torchvision.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     weighted = [schema.feature_names.index(feature.name) for feature in schema.weighted_lists]
     served = ServingModel(dense, layout, bf16=False, portable=True)
     program = trace(OnnxModel(served, list(tables.values()), weighted, schema.labels, restored.links).eval())
-    names = [name for name, _ in _inputs(schema)]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two inputs of the ONNX graph would be called {twice!r}: rename that feature")
     try:
-        found = torch.onnx.export(program, input_names=names, output_names=["logits", "predictions"], verbose=False)
+        found = torch.onnx.export(program, input_names=names, output_names=OUTPUTS, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise UserError(_refusal(restored, str(error))) from None
     assert found is not None
+    from onnx_ir.passes.common import NameFixPass
+
+    # Inputs got their names after all within the graph, some of which may be a feature's, such as "view".
+    NameFixPass()(found.model)
     return found.model
 
 
@@ -113,7 +120,7 @@ def write_onnx(model: Any, schema: Schema, stacks: Mapping[str, str], folder: Pa
     import onnx_ir
 
     for place, file in enumerate(stacks.values()):
-        value = model.graph.initializers.get(f"table{place}")
+        value = model.graph.initializers.get(f"tables.{place}.weight")
         if value is None:
             continue  # nothing reads it
         with open(folder / file, "rb") as stream:
@@ -126,8 +133,7 @@ def write_onnx(model: Any, schema: Schema, stacks: Mapping[str, str], folder: Pa
     onnx_ir.save(model, folder / ONNX_FILE)
     labels = len(schema.labels)
     outputs = [
-        {"name": name, "type": "float32", "shape": ["rows", labels], "labels": schema.labels}
-        for name in ("logits", "predictions")
+        {"name": name, "type": "float32", "shape": ["rows", labels], "labels": schema.labels} for name in OUTPUTS
     ]
     described = {
         "format_version": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,8 @@ class OnnxModel(nn.Module):
         super().__init__()
         self.model, self.weighted = model, list(weighted)
         self.links = [links.get(label, SIGMOID) for label in labels]
-        self.num_tables = len(tables)
-        for place, table in enumerate(tables):
-            self.register_buffer(f"table{place}", table)
+        # With a dot in their names, which no feature has.
+        self.tables = nn.ModuleList(nn.Embedding.from_pretrained(table) for table in tables)
 
     def forward(self, singles: list[Tensor], lists: list[Tensor], dense: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layout, histories = self.model.layout, self.model.histories
@@ -55,7 +54,7 @@ class OnnxModel(nn.Module):
             place = layout.lists.index(layout.names.index(history.columns[0].name))
             sharing.append(torch.arange(lists[2 * place].shape[0]))
         inputs = [*lists[: 2 * len(layout.lists)], *self._pooling_weights(lists)]
-        tables = [self.get_buffer(f"table{place}") for place in range(self.num_tables)]
+        tables = [cast(nn.Embedding, table).weight for table in self.tables]
         logits = self.model(ids, inputs, sharing, tables, dense)
         columns = [_predicted(one, link) for one, link in zip(logits.unbind(1), self.links, strict=True)]
         return logits, torch.stack(columns, dim=1)

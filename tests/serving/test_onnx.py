@@ -13,18 +13,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.config.run import resolve
+from ssr_rec.config.run import load_config, resolve
+from ssr_rec.data.reader import Reader
+from ssr_rec.data.schema import Schema
+from ssr_rec.kernels import extension
 from ssr_rec.metrics.links import Link
 from ssr_rec.over_archs.registry import OVER_ARCHS
 from ssr_rec.serving import onnx_export
 from ssr_rec.serving.export import Form, export_run
-from ssr_rec.serving.graph import ServingModel
-from ssr_rec.serving.onnx_export import _refusal, onnx_inputs
+from ssr_rec.serving.graph import ServingModel, make_layout, stacked_tables
+from ssr_rec.serving.onnx_export import _refusal, make_onnx, onnx_inputs, write_onnx
 from ssr_rec.serving.onnx_graph import _embedding_bag, _predicted, _searchsorted
 from ssr_rec.serving.scorer import load
-from tests.made_run import make_run
+from ssr_rec.serving.trained_model import Restored, build_plain_model
+from tests.made_run import make_run, randomised
 from tests.model.test_sequence_models import ENCODERS
 from tests.over_archs.test_contract import CASES
 from tests.prepare_log import make_rows, run, spec_with, write_parquet
@@ -126,6 +131,54 @@ def test_weighted_lists(uncompiled: None, tmp_path: Path, pooling: str) -> None:
     assert export_run(made, tmp_path / "artifact", Form(onnx=True))["onnx"]["max_difference"] <= 1e-5
     names = [one["name"] for one in json.loads((tmp_path / "artifact" / "onnx.json").read_text())["inputs"]]
     assert names[-2:] == ["tags.weights", "words.weights"]
+
+
+CHOSEN = ["tags", "user", "city", "price"]
+
+
+def renamed(log: Path, **names: str) -> Restored:
+    """A model of the log, some features of which have another name; nothing was trained or exported."""
+    config, schema = load_config(None, SMALL), Schema.read(log).select(CHOSEN, None)
+    features = [one.model_copy(update={"name": names.get(one.name, one.name)}) for one in schema.features]
+    schema = schema.model_copy(update={"features": features})
+    return Restored(randomised(build_plain_model(config, schema), 0), schema, config, log, log, {})
+
+
+@pytest.mark.slow
+def test_a_feature_may_be_called_as_a_value_of_the_graph(log: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert extension.load()
+    restored = renamed(log, user="view", city="cat", price="table0", tags="tables")
+    schema, layout = restored.schema, make_layout(restored.schema, restored.model.dense, "mean", "fp32")
+    tables = stacked_tables(restored.model, schema, layout)
+    graph = make_onnx(restored, layout, tables)
+    for name, table in tables.items():
+        np.save(tmp_path / f"{name}.npy", table.numpy())
+    write_onnx(graph, schema, {name: f"{name}.npy" for name in tables}, tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [one.name for one in session.get_inputs()][:3] == ["view", "cat", "table0"]
+    batch = next(Reader(log, Schema.read(log).select(CHOSEN, None), "test", 64, num_lanes=1).batches(0, 0)).sparse
+    sparse = KeyedJaggedTensor(schema.feature_names, batch.values(), lengths=batch.lengths())
+    given = {}
+    for name in schema.feature_names:
+        if name == "tables":
+            offsets = sparse[name].offsets().long().numpy()
+            given |= {"tables.values": sparse[name].values().numpy(), "tables.offsets": offsets}
+        else:
+            given[name] = sparse[name].values().numpy()
+    (logits,) = session.run(["logits"], given)
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, restored.model(sparse).numpy(), atol=1e-5)
+    assert logits.std() > 1e-3
+    assert (tmp_path / "model.onnx").stat().st_size < 100_000  # every table is in its own file
+
+
+@pytest.mark.parametrize("name", ["logits", "predictions"])
+def test_two_inputs_or_outputs_of_one_name_are_refused(log: Path, name: str) -> None:
+    restored = renamed(log, user=name)
+    layout = make_layout(restored.schema, restored.model.dense, "mean", "fp32")
+    with pytest.raises(UserError, match=f"two inputs or outputs of the ONNX graph would be called '{name}': rename"):
+        make_onnx(restored, layout, {})
 
 
 CONVERTED = {
