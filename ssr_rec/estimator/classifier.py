@@ -51,8 +51,8 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         over_arch: a name such as ``ssr``, ``mlp`` or ``dcn_v2``, or a mapping of it and its settings; None: SSR-D.
-        encoders: sequence -> name of an encoder such as ``din``, or a mapping of it and its settings; without one its
-            events are pooled.
+        encoders: sequence -> name of an encoder such as ``din``, or a mapping of it, its settings and the features
+            that it sees the events from, ``{"name": "din", "target": ["item"]}``; without one its events are pooled.
         embedding_dim: D of every table, a multiple of 4.
         epochs: at most this many passes over the training rows.
         batch_size: rows of a step.

@@ -66,7 +66,7 @@ def run_config(parameters: Mapping[str, Any], run: Path, data: Path) -> RunConfi
     over_arch = parameters["over_arch"]
     values["over_arch"] = ANY_WIDTH if over_arch is None else _named(over_arch, "over_arch")
     encoders = parameters["encoders"] or {}
-    values["sequences"] = {name: {"encoder": _named(one, f"encoders: {name}")} for name, one in encoders.items()}
+    values["sequences"] = {name: _sequence(one, f"encoders: {name}") for name, one in encoders.items()}
     values |= {"seed": _plain(parameters["seed"]), "name": run.name, "runs": str(run.parent)}
     return resolve(values, "CTRClassifier")
 
@@ -83,7 +83,10 @@ def parameters_of(config: RunConfig) -> dict[str, Any]:
         for key, value in values.items()
         if value and key not in ("name", "runs", "resume", "seed", "over_arch", "sequences")
     }
-    encoders = {name: one.encoder.model_dump(mode="json") for name, one in config.sequences.items()}
+    encoders = {
+        name: {**one.encoder.model_dump(mode="json"), **({"target": one.target} if one.target else {})}
+        for name, one in config.sequences.items()
+    }
     over_arch = config.over_arch.model_dump(mode="json")
     return {
         **found,
@@ -100,6 +103,12 @@ def _named(value: Any, what: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise UserError(f"{what} is {value!r}; give a name, or a mapping of name and settings")
+
+
+def _sequence(value: Any, what: str) -> dict[str, Any]:
+    """Return a sequence's settings, whose target stands beside those of its encoder."""
+    encoder = _named(value, what)
+    return {"target": encoder.pop("target", None), "encoder": encoder}
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ from ssr_rec.config.run import load_config
 from ssr_rec.data.preparation.prepare import prepare
 from ssr_rec.data.preparation.spec import make_spec
 from ssr_rec.data.schema import Schema
+from ssr_rec.estimator.settings import parameters_of, run_config
 from ssr_rec.runs.report import read_report
 from ssr_rec.train import main as train_main
 
@@ -144,6 +145,15 @@ def test_two_labels_a_history_and_its_encoder(capsys: pytest.CaptureFixture[str]
     assert model.predict(rows).shape == (50, 2) and len(model.classes_) == 2
     with pytest.raises(UserError, match="no column 'clicked_item'"):
         model.predict_proba(log)
+
+
+def test_parameters_there_and_back() -> None:
+    din = {"name": "din", "hidden": [8], "target": ["item"]}
+    model = CTRClassifier("mlp", encoders={"clicked": din, "seen": "pool"}, epochs=3, config={"train": {"patience": 2}})
+    config = run_config(model.get_params(deep=False), Path("run"), Path("data"))
+    assert config.sequences["clicked"].target == ["item"] and config.sequences["seen"].target is None
+    again = run_config(parameters_of(config), Path("run"), Path("data"))
+    assert again.sequences == config.sequences and again == config
 
 
 @pytest.mark.parametrize(
