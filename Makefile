@@ -1,5 +1,5 @@
-# make train and make test do all set-up on a machine with Python 3.11 to 3.14 and make; nothing else is needed.
-PYTHON ?= $(shell for version in 3.11 3.12 3.13 3.14 3; do command -v python$$version && break; done)
+# make train and make test do all set-up on a machine with Python 3.10 to 3.14 and make; nothing else is needed.
+PYTHON ?= $(shell for version in 3.11 3.12 3.13 3.14 3.10 3; do command -v python$$version && break; done)
 STACK ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo cuda; else echo cpu; fi)
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,6 +9,9 @@ RUNS ?= runs/quickstart
 unexport PYTHONDONTWRITEBYTECODE
 # Without --no-compile pip compiles 16,000 files on one core, most of which nothing here loads.
 PIP_INSTALL = pip install --quiet --disable-pip-version-check --no-compile
+# The shell starts what runs beside it deaf to Ctrl-C.
+COMPILE = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); \
+	from ssr_rec.kernels.extension import load; load()'
 
 .PHONY: setup setup-spark setup-notebooks setup-onnx train test test-forms test-slow test-faults lint docs format clean
 
@@ -16,8 +19,8 @@ setup: $(READY)
 
 # The stamp is as new as what was installed; the sources are linked, not copied, so edits need no reinstall.
 $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
-	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || \
-		{ echo "error: Python 3.11 to 3.14 is needed, and '$(PYTHON)' is not; install one, such as by" \
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' || \
+		{ echo "error: Python 3.10 to 3.14 is needed, and '$(PYTHON)' is not; install one, such as by" \
 		"apt install python3.12 python3.12-venv, or set PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install" \
@@ -25,12 +28,13 @@ $(READY): requirements/$(STACK).txt requirements/no-deps.txt pyproject.toml
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	@echo "pip takes minutes, and says nothing meanwhile; 6 GB instead of 3 where it finds torch's CUDA build alone."
-	$(BIN)/$(PIP_INSTALL) -r requirements/$(STACK).txt
-	$(BIN)/$(PIP_INSTALL) --no-deps -r requirements/no-deps.txt
-	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(BIN)/$(PIP_INSTALL) --constraint requirements/$(STACK).txt torch numpy
+	@echo "The C++ operators are compiled once for each version of torch, in about a minute, while pip goes on."
+	@PYTHONPATH=. $(BIN)/python -c $(COMPILE) & compiling=$$!; \
+		$(BIN)/$(PIP_INSTALL) -r requirements/$(STACK).txt && $(BIN)/$(PIP_INSTALL) --no-deps -r requirements/no-deps.txt \
+		&& $(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .; installed=$$?; \
+		wait $$compiling || installed=$$?; exit $$installed
 	$(BIN)/python -c 'from ssr_rec.common.versions import check_stack; check_stack()'
-	@echo "The C++ operators are compiled once for each version of torch, in some minutes."
-	$(BIN)/python -c 'from ssr_rec.kernels.extension import load; load()'
 	touch $@
 
 # Extras of pyproject.toml that are not part of the set-up: spark, some 430 MB besides Java, notebooks, which runs
@@ -42,10 +46,11 @@ $(EXTRAS:%=$(VENV)/.ready-%): $(VENV)/.ready-%: $(READY)
 	$(BIN)/$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	touch $@
 
-# The synthetic log, SSR-S and the Dense MLP of the default configs, side by side: about five minutes on two cores.
+# The synthetic log, SSR-S and a Dense MLP of equal size, side by side: about five minutes on two cores.
 train: setup
 	rm -rf $(RUNS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" torchx run dist.ddp -j 1x2 ssr_rec/train.py --runs=$(RUNS) --name=ssr_s
+	PATH="$(CURDIR)/$(BIN):$$PATH" torchx run dist.ddp -j 1x2 ssr_rec/train.py --config configs/synthetic_ssr_s.yaml \
+		--runs=$(RUNS) --name=ssr_s
 	PATH="$(CURDIR)/$(BIN):$$PATH" torchx run dist.ddp -j 1x2 ssr_rec/train.py --config configs/synthetic_mlp.yaml \
 		--runs=$(RUNS) --name=mlp
 	$(BIN)/python tools/show_runs.py $(RUNS)/ssr_s $(RUNS)/mlp --plot $(RUNS)/comparison.png
