@@ -6,6 +6,8 @@ from pathlib import Path
 # Before torch is loaded. Threads of OpenMP that wait for one another spin, and where several processes share the cores
 # they spin in the way of those they wait for: a run of two seconds takes ten.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The glue between an exported program's kernels takes g++ half of an export; its numbers are the kernels'.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 import numpy as np
 import pyarrow as pa

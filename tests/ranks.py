@@ -1,5 +1,6 @@
 """Run a function on several real gloo ranks of this machine."""
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -9,6 +10,10 @@ from typing import Any
 
 # All that the ranks of a test would load, so that none of them does: half a second or a second each.
 PRELOAD = ["ssr_rec.train", "torch.distributed.optim", "torch.utils.tensorboard", "tests.jobs", "pytest"]
+
+# Below what the system gives to outgoing connections, and each process of tests from another on: a port that is free
+# when it is looked for is bound by the ranks a moment later.
+PORTS = itertools.count(9_271 * os.getpid())
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
@@ -52,9 +57,15 @@ def be_rank(rank: int, world_size: int, port: int) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and no other than this process will get for a while."""
+    while True:
+        port = 15_000 + next(PORTS) % 15_000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue  # taken
+        return port
 
 
 def _rank(

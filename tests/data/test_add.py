@@ -215,10 +215,11 @@ def test_a_dataset_from_before_dates_with_the_year_last_were_refused_goes_on_wit
     assert add([log(tmp_path / "new", days[8:], "b.parquet", rows)], tmp_path / "data").days.names == days
 
 
-def test_text_that_was_whole_numbers_stays_so(tmp_path):
+@pytest.mark.parametrize("user", ["x7", "7.6"])
+def test_text_that_was_whole_numbers_stays_so(tmp_path, user):
     folder = tmp_path / "data"
     prepare([log(tmp_path / "old", OLD, "a.csv", write=write_csv)], folder, spec())
-    rows = [{**row, "user": "x7"} for row in ROWS if row["day"] in NEW]
+    rows = [{**row, "user": user} for row in ROWS if row["day"] in NEW]
     with pytest.raises(ValueError, match="column 'user' held whole numbers alone so far"):
         add([log(tmp_path / "new", NEW, "b.csv", rows, write_csv)], folder)
 

@@ -156,14 +156,9 @@ def test_raw_rows_are_encoded_as_the_preparation_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("clicked", "seen"),
-    [
-        ({"name": "transformer", "dim": 16, "num_heads": 2}, {"name": "target_attention"}),
-        ({"name": "hstu", "dim": 16, "num_heads": 2, "bias": "position_age"}, {"name": "din", "hidden": [8]}),
-    ],
-)
-def test_raw_rows_have_the_scores_of_the_prepared_ones_to_the_bit(tmp_path: Path, clicked: Any, seen: Any) -> None:
+def test_raw_rows_have_the_scores_of_the_prepared_ones_to_the_bit(tmp_path: Path) -> None:
+    clicked = {"name": "hstu", "dim": 16, "num_heads": 2, "bias": "position_age"}
+    seen = {"name": "target_attention"}
     log = random_log(3)
     folder = prepared(log, tmp_path)
     encoders = {"clicked": {"encoder": clicked}, "seen": {"encoder": seen}}

@@ -228,9 +228,11 @@ def test_rows_of_two_ranks_warm_start_and_export_as_whole_tables(log: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("encoder", "tables"), [("hstu", "fp32"), ("din", "int8")])
-def test_an_artifact_scores_as_the_run(log: Path, tmp_path: Path, encoder: str, tables: Any) -> None:
-    wanted = [option for option in options(log, tmp_path, encoder) if "runs" not in option and "name=run" not in option]
+@pytest.mark.parametrize(("encoder", "tables", "dice"), [("hstu", "fp32", []), ("din", "int8", ["dice"])])
+def test_an_artifact_scores_as_the_run(log: Path, tmp_path: Path, encoder: str, tables: Any, dice: list[str]) -> None:
+    more = [f"--sequences.clicked.encoder.activation={name}" for name in dice]
+    every = options(log, tmp_path, encoder, *more)
+    wanted = [option for option in every if "runs" not in option and "name=run" not in option]
     run = make_run(tmp_path / "run", log, wanted)
     exported = export_run(run, tmp_path / "artifact", Form(tables))
     assert exported["parity"]["rows"] == ROWS["test"]

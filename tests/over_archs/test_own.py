@@ -19,6 +19,7 @@ from ssr_rec.over_archs.registry import build_over_arch
 from ssr_rec.runs.report import read_report, read_run
 from ssr_rec.serving import load
 from ssr_rec.serving.export import export_run
+from tests.faults.harness import Job
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,11 @@ def test_what_export_cannot_trace_is_found(own: Path) -> None:
         check_over_arch("my_over_arch:Branches")
 
 
+def _find(rank: int, folder: str) -> None:
+    """What PYTHONPATH does."""
+    sys.path.insert(0, folder)
+
+
 @pytest.mark.slow
 def test_on_two_ranks_resumed_exported_and_scored(own: Path, dataset: Path, tmp_path: Path) -> None:
     options = [
@@ -175,13 +181,16 @@ def test_on_two_ranks_resumed_exported_and_scored(own: Path, dataset: Path, tmp_
     ]
 
     def train(ranks: int, *more: str) -> None:
-        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
-        command = [sys.executable, *launch, str(ROOT / "ssr_rec" / "train.py"), *options, *more]
-        path = os.pathsep.join([str(own), str(ROOT)])
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        job = Job([*options, *more], ranks, tmp_path / "said", _find, str(own))
+        assert job.wait() == [0] * ranks, job.said()[-3000:]
 
-    train(2, "--name=whole", "--train.max_steps=8")
+    # As docs/over_archs.md has it; then without the launcher's seconds.
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command = [sys.executable, *launcher, str(ROOT / "ssr_rec" / "train.py"), *options]
+    path = os.pathsep.join([str(own), str(ROOT)])
+    subprocess.run(
+        [*command, "--name=whole", "--train.max_steps=8"], env={**os.environ, "PYTHONPATH": path}, check=True
+    )
     train(2, "--name=half", "--train.max_steps=4")
     train(1, "--name=resumed", "--train.max_steps=8", f"--resume={tmp_path / 'half'}")
     whole, resumed = read_run(tmp_path / "whole"), read_run(tmp_path / "resumed")
