@@ -43,7 +43,7 @@ class EmbeddingsConfig(Settings):
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "lazy_adam", "adam"] = Field(
         "rowwise_adagrad",
         description="fused into the backward pass, but for adam, which moves every row in every step and keeps every "
-        "table whole on every rank; lazy_adam moves the rows of the batch (on CPU not fused, tables whole, too)",
+        "table whole on every rank; lazy_adam moves the rows of the batch",
     )
     learning_rate: float = Field(0.01, ge=0)
     weight_decay: float = Field(
@@ -73,9 +73,14 @@ class EmbeddingsConfig(Settings):
     def dtype_of(self, table: str) -> TableDtype:
         return self.dtypes.get(table, self.dtype)
 
-    def is_fused(self, device_type: str) -> bool:
-        """Return whether the optimizer runs in the backward pass: FBGEMM has no Adam of all rows, and none for CPU."""
-        return self.optimizer != "adam" and not (self.optimizer == "lazy_adam" and device_type == "cpu")
+    @property
+    def is_fused(self) -> bool:
+        """Return whether the optimizer runs in the backward pass, which none that moves every row does."""
+        return self.optimizer != "adam"
+
+    def takes_halves(self, device_type: str) -> bool:
+        """Return whether tables can be fp16: their moments must be fp32, and on a CPU Adam moves fp32 rows alone."""
+        return self.is_fused and not (self.optimizer == "lazy_adam" and device_type == "cpu")
 
 
 TableDtype = Literal["fp32", "fp16"]

@@ -192,7 +192,7 @@ def managed_ids(
     return ManagedIds(schema, config, batch_size, seed, device) if config.managed else None
 
 
-def check_managed(config: EmbeddingsConfig, device_type: str, kernels: Mapping[str, str]) -> None:
+def check_managed(config: EmbeddingsConfig, kernels: Mapping[str, str]) -> None:
     """Refuse what managed tables cannot be trained with.
 
     Args:
@@ -201,10 +201,10 @@ def check_managed(config: EmbeddingsConfig, device_type: str, kernels: Mapping[s
     Raises:
         UserError: naming the key and the fix.
     """
-    if config.managed and not config.is_fused(device_type):
+    if config.managed and not config.is_fused:
         raise UserError(
-            "embeddings.managed: adam, and on CPU lazy_adam, keeps every table on every rank, outside of its reach; "
-            "choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
+            "embeddings.managed: adam keeps every table on every rank, outside of its reach; choose "
+            "embeddings.optimizer lazy_adam, rowwise_adagrad, adagrad or sgd"
         )
     for table, kernel in kernels.items():
         if table.split("@")[0] in config.managed and kernel != "fused":

@@ -167,8 +167,8 @@ def _replicated(tables: Sequence[str], config: ShardingConfig) -> dict[str, Para
     unused = [key for key in config.model_fields_set if key != "memory_gib" and not _is_default(config, key)]
     if unused:
         raise UserError(
-            f"sharding.{unused[0]}={getattr(config, unused[0])} has no effect: adam, and on CPU lazy_adam, keeps "
-            "every table on every rank; remove it, or choose embeddings.optimizer rowwise_adagrad, adagrad or sgd"
+            f"sharding.{unused[0]}={getattr(config, unused[0])} has no effect: adam keeps every table on "
+            "every rank; remove it, or choose embeddings.optimizer lazy_adam, rowwise_adagrad, adagrad or sgd"
         )
     return dict.fromkeys(tables, ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["dense"]))
 

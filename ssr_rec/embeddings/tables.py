@@ -156,13 +156,13 @@ def build_tables(
     """
     with_tables = [*schema.embedded, *trained_vectors(schema, config)]
     halves = [feature.table for feature in with_tables if config.dtype_of(feature.table) != "fp32"]
-    if halves and not config.is_fused(device_type):
+    if halves and not config.takes_halves(device_type):
         raise UserError(
-            f"embeddings.dtype: {halves[0]!r} is {config.dtype_of(halves[0])}, but {config.optimizer} here would keep "
-            "its moments in that precision too; use fp32, or embeddings.optimizer rowwise_adagrad, adagrad or sgd"
+            f"embeddings.dtype: {halves[0]!r} is {config.dtype_of(halves[0])}, but {config.optimizer} here "
+            "moves fp32 tables alone; use fp32, or embeddings.optimizer rowwise_adagrad, adagrad or sgd"
         )
     tables = plain_tables(schema, config, torch.device("meta"), extra, reading)
-    if config.is_fused(device_type):
+    if config.is_fused:
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         if config.optimizer != "sgd":
             settings["eps"] = config.eps

@@ -13,6 +13,7 @@ from ssr_rec.config.dense import DenseConfig
 from ssr_rec.config.run import RunConfig
 from ssr_rec.data.schema import Schema
 from ssr_rec.data.value_columns import domain_feature
+from ssr_rec.embeddings.adam_bags import adam_on_cpu
 from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
@@ -104,17 +105,17 @@ def build_model(
     model = CTRModel(tables, dense, managed, weighted)
     task = TrainTask(model, weights, schema.negatives, pairs, losses, uncertain)
     topology = build_topology(config.sharding, device.type, world_size, local_world_size)
-    fused = config.embeddings.is_fused(device.type)
+    fused = config.embeddings.is_fused
     rows_per_rank = max(1, config.train.batch_size // world_size)
     names = [table.name for table in tables.configs]
     prefetch = config.train.pipeline == "prefetch"
     plan = plan_sharding(task, names, config.sharding, topology, fused, rows_per_rank, prefetch)
     check_managed(
         config.embeddings,
-        device.type,
         {name: table.compute_kernel for module in plan.plan.values() for name, table in module.items()},
     )
-    model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
+    with adam_on_cpu():
+        model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
     initialise_tables(model, config.seed, config.embeddings.init_scale, given)
     fill_vectors(model.module.model.dense.vectors, schema, folder)
     if managed is not None:

@@ -131,7 +131,7 @@ def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
         yield "row-wise", more, _rows_too
     if device == "cuda" and CACHING not in sharding.kernels:
         yield "UVM caching", f"--sharding.kernels=[fused,{CACHING}]", _cached
-    if embeddings.is_fused(device) and (embeddings.dtype, *embeddings.dtypes.values()) != ("fp16",):
+    if embeddings.takes_halves(device) and (embeddings.dtype, *embeddings.dtypes.values()) != ("fp16",):
         yield "fp16 tables", "--embeddings.dtype=fp16", _halves
     dims = [embeddings.dim, *embeddings.dims.values()]
     if any(dim > DIM_MULTIPLE for dim in dims):

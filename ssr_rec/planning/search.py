@@ -213,7 +213,7 @@ def find_plan(case: Case, dense: DenseCost) -> Found:
     if case.config.sharding.memory_gib is not None:
         left = min(left, int(case.config.sharding.memory_gib * 2**30))
     left = max(left, 1)
-    fused = case.config.embeddings.is_fused(device)
+    fused = case.config.embeddings.is_fused
     prefetch = case.config.train.pipeline == "prefetch"
     names = [table.name for table in configs]
     spread = spread_tables(tables.events, case.world.size)

@@ -38,8 +38,8 @@ class Accumulation:
         """
         self._rows_now, self._steps = rows, False
         wrapped = self._model._dmp_wrapped_module
-        # Replicated tables (``adam``, on CPU ``lazy_adam``) have a DDP of their own, which reduces with every batch:
-        # averaging what is averaged already changes nothing.
+        # Replicated tables (``adam``) have a DDP of their own, which reduces with every batch: averaging what is
+        # averaged already changes nothing.
         waits = isinstance(wrapped, DistributedDataParallel) and not ends_group
         with wrapped.no_sync() if waits else nullcontext():
             yield

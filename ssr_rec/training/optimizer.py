@@ -17,7 +17,6 @@ from ssr_rec.config.embeddings import EmbeddingsConfig
 from ssr_rec.config.optimizer import DenseOptimizerConfig
 from ssr_rec.over_archs.base import OverArch
 from ssr_rec.training.averaging import Averaging
-from ssr_rec.training.lazy_adam import LazyAdam
 from ssr_rec.training.muon import Together, ViewMuon
 
 
@@ -59,7 +58,7 @@ def build_optimizer(
 
     def table_adam(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": sparse.learning_rate, "weight_decay": sparse.weight_decay, "eps": sparse.eps}
-        return LazyAdam(params, **settings) if sparse.optimizer == "lazy_adam" else Adam(params, fused=True, **settings)
+        return Adam(params, fused=True, **settings)
 
     over_arch: KeyedOptimizer = KeyedOptimizerWrapper(others, of_dense)
     if dense.clip_norm is not None:

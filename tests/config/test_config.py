@@ -73,6 +73,12 @@ def test_refusals_name_the_key_and_the_fix(tmp_path, text, overrides, message):
     assert message in str(refusal.value)
 
 
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+def test_a_decay_that_would_do_nothing_is_refused(optimizer):
+    with pytest.raises(UserError, match=f"weight_decay=0.1: FBGEMM's {optimizer} has none"):
+        load_config(None, [f"--embeddings.optimizer={optimizer}", "--embeddings.weight_decay=0.1"])
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="No such file or directory; name a config file"):
         load_config(tmp_path / "nowhere.yaml")

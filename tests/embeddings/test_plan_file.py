@@ -135,7 +135,7 @@ def follow(path: Path, overrides: tuple[str, ...] = (), world_size: int = 2, **s
     tables = build_tables(make_schema(ROWS), case.config.embeddings, "cpu")
     config = ShardingConfig(plan=str(path), **sharding)
     topology = build_topology(config, "cpu", world_size, world_size)
-    fused = case.config.embeddings.is_fused("cpu")
+    fused = case.config.embeddings.is_fused
     return plan_sharding(Model(tables), list(ROWS), config, topology, fused, 64)
 
 

@@ -110,14 +110,12 @@ def test_warm_start_refuses_what_half_precision_cannot_hold(dataset, tmp_path):
         assert "beyond the range of torch.float16; keep it in fp32 by embeddings.dtypes" in message
 
 
-def test_half_precision_with_adam_on_cpu_is_refused(dataset, tmp_path):
-    refused = run_ranks(
-        refused_job, 1, options(dataset, tmp_path, "--embeddings.optimizer=adam", "--embeddings.dtypes={item: fp16}")
-    )
-    assert (
-        "embeddings.dtype: 'item' is fp16, but adam here" in refused[0]
-        and "or embeddings.optimizer rowwise" in refused[0]
-    )
+@pytest.mark.parametrize("optimizer", ["adam", "lazy_adam"])
+def test_half_precision_with_adam_on_cpu_is_refused(dataset, tmp_path, optimizer):
+    more = [f"--embeddings.optimizer={optimizer}", "--embeddings.dtypes={item: fp16}"]
+    refused = run_ranks(refused_job, 1, options(dataset, tmp_path, *more))
+    assert f"embeddings.dtype: 'item' is fp16, but {optimizer} here" in refused[0]
+    assert "or embeddings.optimizer rowwise" in refused[0]
 
 
 def test_half_precision_communication_halves_the_bytes_and_rounds_to_nearest(dataset, tmp_path):

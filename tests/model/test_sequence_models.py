@@ -180,7 +180,7 @@ def test_two_ranks_train_as_one(log: Path, tmp_path: Path) -> None:
     """The quick form of the test above, two kinds of sharding in one model."""
     for world_size in (1, 2):
         mixed = ["--sharding.types=[row_wise]", "--sharding.per_table={kind: {types: [column_wise]}}"]
-        more = [*mixed, "--train.max_steps=10"]
+        more = [*mixed, "--embeddings.optimizer=lazy_adam", "--train.max_steps=10"]
         run_ranks(train_job, world_size, options(log, tmp_path / str(world_size), "target_attention", *more))
     assert np.abs(losses(tmp_path / "1") - losses(tmp_path / "2")).max() < 1e-5
     alone, two = (read_report(tmp_path / str(n) / "run").sequences["clicked"] for n in (1, 2))
