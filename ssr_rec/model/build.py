@@ -13,7 +13,7 @@ from ssr_rec.config.dense import DenseConfig
 from ssr_rec.config.run import RunConfig
 from ssr_rec.data.schema import Schema
 from ssr_rec.data.value_columns import domain_feature
-from ssr_rec.embeddings.adam_bags import adam_on_cpu
+from ssr_rec.embeddings.cpu_bags import own_updates
 from ssr_rec.embeddings.evicting_tables import check_managed, managed_ids
 from ssr_rec.embeddings.histories import reading_of
 from ssr_rec.embeddings.sharding import build_topology, plan_sharding, shard
@@ -114,7 +114,7 @@ def build_model(
         config.embeddings,
         {name: table.compute_kernel for module in plan.plan.values() for name, table in module.items()},
     )
-    with adam_on_cpu():
+    with own_updates():
         model = shard(task, plan, device, config.sharding, config.train.batch_size, config.train.accumulate > 1)
     initialise_tables(model, config.seed, config.embeddings.init_scale, given)
     fill_vectors(model.module.model.dense.vectors, schema, folder)

@@ -1,7 +1,12 @@
-"""Moves the rows of tables that bags have looked up by Adam, as FBGEMM's backward pass does on GPUs alone."""
+"""Moves the rows of tables that bags have looked up, as FBGEMM does in the backward pass.
+
+FBGEMM has no Adam on CPUs, and its row-wise Adagrad there takes two to three times what these take
+(``tools/bench_tables.py``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -60,6 +65,39 @@ def bag_adam(
         torch.ops.ssr_rec.bag_adam(weights, exp_avg, exp_avg_sq, grad, *bags, list(settings), t)
         return
     lr, beta1, beta2, eps, decay = settings
+    for _, _, at, g in _gradients(grad, bags):
+        m, v = exp_avg[at] * beta1 + g * (1 - beta1), exp_avg_sq[at] * beta2 + g * g * (1 - beta2)
+        exp_avg[at], exp_avg_sq[at] = m, v
+        moved = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps) + decay * weights[at]
+        weights[at] -= lr * moved
+
+
+@torch.no_grad()
+def bag_rowwise_adagrad(
+    weights: Tensor, sums: Tensor, grad: Tensor, bags: LookedUp, sums_tables: Tensor, lr: float, eps: float
+) -> None:
+    """Move every row that was looked up, once, by its gradient g of D columns, the sum over its places in the bags::
+
+        s += sum(g^2) / D,  w -= lr g / (sqrt(s) + eps)
+
+    That is FBGEMM's ``EmbOptimType.EXACT_ROWWISE_ADAGRAD`` without decay.
+
+    Args:
+        weights: as ``bag_adam``; ``grad`` likewise.
+        sums: (sum of rows over the tables,) float32, s of each row.
+        sums_tables: (F,) int64, where in the sums the table of each feature begins.
+    """
+    if has_operators("cpu"):
+        torch.ops.ssr_rec.bag_rowwise_adagrad(weights, sums, grad, *bags, sums_tables, lr, eps)
+        return
+    for feature, rows, at, g in _gradients(grad, bags):
+        own = sums_tables[feature] + rows
+        sums[own] += g.square().mean(1)
+        weights[at] -= lr * g / (sums[own].sqrt() + eps)[:, None]
+
+
+def _gradients(grad: Tensor, bags: LookedUp) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yield of each table its first feature, distinct rows (n,), their places in the weights and gradients (n, D)."""
     batch = grad.shape[0]
     lengths = bags.offsets.diff()
     bag = torch.repeat_interleave(lengths)
@@ -74,8 +112,4 @@ def bag_adam(
         rows, places = bags.ids[first:last].unique(return_inverse=True)
         wanted = of_bags[bag[first:last] - features[0] * batch] * share[first:last, None]
         g = torch.zeros(len(rows), dim).index_add_(0, places, wanted)
-        at = start + rows[:, None] * dim + torch.arange(dim)
-        m, v = exp_avg[at] * beta1 + g * (1 - beta1), exp_avg_sq[at] * beta2 + g * g * (1 - beta2)
-        exp_avg[at], exp_avg_sq[at] = m, v
-        moved = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps) + decay * weights[at]
-        weights[at] -= lr * moved
+        yield features[0], rows, start + rows[:, None] * dim + torch.arange(dim), g

@@ -1,4 +1,4 @@
-"""Adam of the rows that bags look up, against a loop over rows and numbers in float64, and in the backward pass."""
+"""Updates of the rows that bags look up: Adam against a loop in float64, row-wise Adagrad against FBGEMM's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import ComputeDevice, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torchrec.distributed import batched_embedding_kernel
 
-from ssr_rec.embeddings.adam_bags import AdamBags, adam_on_cpu
-from ssr_rec.kernels import bag_adam as module
-from ssr_rec.kernels.bag_adam import AdamSettings, LookedUp, bag_adam
+from ssr_rec.common.errors import UserError
+from ssr_rec.embeddings.cpu_bags import AdamBags, RowWiseAdagradBags, own_updates
+from ssr_rec.kernels import bag_updates as module
+from ssr_rec.kernels.bag_updates import AdamSettings, LookedUp, bag_adam
 
 SETTINGS = AdamSettings(0.05, 0.8, 0.95, 1e-4, 0.1)
 TABLES = [(5, 4), (40, 12), (70_000, 8)]
@@ -119,14 +121,43 @@ def test_the_number_of_threads_decides_no_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
 
 
-def made(**settings: object) -> AdamBags:
-    specs = [(rows, columns, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, columns in TABLES]
-    given = {"learning_rate": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 1e-4, "weight_decay": 0.1}
-    return AdamBags(specs, feature_table_map=FEATURES, pooling_mode=PoolingMode.MEAN, **given, **settings)
+SPECS = [(rows, columns, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, columns in TABLES]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "plain"), [(PoolingMode.MEAN, False), (PoolingMode.SUM, False), (PoolingMode.SUM, True)]
+)
+def test_rowwise_adagrad_is_that_of_fbgemm(pooling: PoolingMode, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(module, "has_operators", lambda device: False)
+    settings = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.05, "eps": 1e-4}
+    given = {"feature_table_map": FEATURES, "pooling_mode": pooling, **settings}
+    usual, ours = (kind(SPECS, **given) for kind in (SplitTableBatchedEmbeddingBagsCodegen, RowWiseAdagradBags))
+    generator = np.random.default_rng(3)
+    for mine, theirs in zip(ours.split_embedding_weights(), usual.split_embedding_weights(), strict=True):
+        mine.copy_(theirs.uniform_(-1, 1))
+    for _ in range(3):
+        bags = drawn(generator, 100)
+        weights = [[generator.uniform(0, 2, len(ids)).astype(np.float32) for ids in of] for of in bags]
+        inputs = looked_up(bags, weights if pooling == PoolingMode.SUM else [], True, torch.int64)
+        pooled = [one(inputs.ids, inputs.offsets, inputs.id_weights) for one in (ours, usual)]
+        torch.testing.assert_close(*pooled, atol=1e-5, rtol=1e-5)
+        grad = torch.from_numpy(generator.normal(size=(100, 36)).astype(np.float32))
+        for one in pooled:
+            one.backward(grad)
+    for table, (mine, theirs) in enumerate(
+        zip(ours.split_embedding_weights(), usual.split_embedding_weights(), strict=True)
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        state = [one.get_optimizer_state()[table]["sum"] for one in (ours, usual)]
+        torch.testing.assert_close(*state, atol=1e-4, rtol=1e-5)
+        assert 0 < int((state[0] > 0).sum()) < TABLES[table][0]
 
 
 def test_it_looks_up_and_moves_in_the_backward_pass_and_counts_training_steps_alone() -> None:
-    generator, tables = np.random.default_rng(2), made()
+    settings = dict(zip(("learning_rate", *AdamSettings._fields[1:]), SETTINGS, strict=True))
+    tables = AdamBags(SPECS, feature_table_map=FEATURES, pooling_mode=PoolingMode.MEAN, **settings)
+    generator = np.random.default_rng(2)
     starting = [generator.uniform(-1, 1, shape).astype(np.float32) for shape in TABLES]
     for held, wanted in zip(tables.split_embedding_weights(), starting, strict=True):
         held.copy_(torch.from_numpy(wanted))
@@ -152,12 +183,20 @@ def test_it_looks_up_and_moves_in_the_backward_pass_and_counts_training_steps_al
             np.testing.assert_allclose(got, wanted[place], atol=1e-5)
 
 
-def test_torchrec_builds_it_for_adam_on_a_cpu_alone() -> None:
+def test_torchrec_builds_them_for_fp32_on_a_cpu_alone() -> None:
     name = "SplitTableBatchedEmbeddingBagsCodegen"
     usual = getattr(batched_embedding_kernel, name)
-    specs = [(5, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)]
-    with adam_on_cpu():
+    specs, kinds = [(5, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)], EmbOptimType
+    with own_updates():
         build = getattr(batched_embedding_kernel, name)
-        assert type(build(specs, optimizer=EmbOptimType.ADAM)) is AdamBags
-        assert type(build(specs, optimizer=EmbOptimType.EXACT_SGD)) is usual
+        assert type(build(specs, optimizer=kinds.ADAM)) is AdamBags
+        assert type(build(specs, optimizer=kinds.EXACT_ROWWISE_ADAGRAD)) is RowWiseAdagradBags
+        halves = build(specs, optimizer=kinds.EXACT_ROWWISE_ADAGRAD, weights_precision=SparseType.FP16)
+        assert type(halves) is type(build(specs, optimizer=kinds.EXACT_SGD)) is usual
     assert getattr(batched_embedding_kernel, name) is usual
+
+
+@pytest.mark.parametrize("kind", [AdamBags, RowWiseAdagradBags])
+def test_too_many_rows_are_refused_before_they_take_memory(kind: type) -> None:
+    with pytest.raises(UserError, match=r"a table has 4294967297 rows on a rank, and on CPU 4294967296 is the most"):
+        kind([(2**32 + 1, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)])
