@@ -46,7 +46,7 @@ $(EXTRAS:%=$(VENV)/.ready-%): $(VENV)/.ready-%: $(READY)
 	$(BIN)/$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	touch $@
 
-# The synthetic log, SSR-S and a Dense MLP of equal size, side by side: about five minutes on two cores.
+# The synthetic log, SSR-S and a Dense MLP of equal size, side by side: about three minutes on two cores.
 train: setup
 	rm -rf $(RUNS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" torchx run dist.ddp -j 1x2 ssr_rec/train.py --config configs/synthetic_ssr_s.yaml \
