@@ -16,7 +16,7 @@ from torchrec.distributed import batched_embedding_kernel
 from ssr_rec.common.errors import UserError
 from ssr_rec.embeddings.cpu_bags import AdamBags, RowWiseAdagradBags, own_updates
 from ssr_rec.kernels import bag_updates as module
-from ssr_rec.kernels.bag_updates import AdamSettings, LookedUp, bag_adam
+from ssr_rec.kernels.bag_updates import AdamSettings, LookedUp, bag_adam, bag_rowwise_adagrad
 
 SETTINGS = AdamSettings(0.05, 0.8, 0.95, 1e-4, 0.1)
 TABLES = [(5, 4), (40, 12), (70_000, 8)]
@@ -102,6 +102,18 @@ def test_every_row_moves_as_a_loop_moves_it(
             at = slice(start + row * columns, start + (row + 1) * columns)
             assert torch.equal(flat[at], before[at])
         start += rows * columns
+
+
+def test_one_row_of_two_tables_is_two_rows() -> None:
+    """The last id of one table and the first of the next are the same number."""
+    flat, sums = torch.zeros(8), torch.zeros(2)
+    bags = LookedUp(
+        *(torch.tensor([0, 4]), torch.tensor([0, 4, 8], dtype=torch.int32)),
+        *(torch.tensor([0, 0]), torch.tensor([0, 1, 2]), None, False),
+    )
+    grad = torch.tensor([[1.0] * 4 + [2.0] * 4])
+    bag_rowwise_adagrad(flat, sums, grad, bags, torch.tensor([0, 1]), 1.0, 0.0)
+    assert sums.tolist() == [1.0, 4.0] and flat.tolist() == [-1.0] * 8
 
 
 def test_the_number_of_threads_decides_no_bit() -> None:
