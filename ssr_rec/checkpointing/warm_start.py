@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -162,9 +162,11 @@ def _warm_start_optimizer(
     """
     initialise_optimizer(optimizer)
     found = _match(optimizer_tensors(optimizer), folder, maps, OPTIMIZER)
+    ours, theirs = _states(found.tensors), _states(found.stored)
     for name in found.kinds:
-        # optimizer/<which>.<weight>/<what>
-        if name.removeprefix(OPTIMIZER).rpartition("/")[0].partition(".")[2] in left:
+        which, _, weight = _owner(name).partition(".")
+        # TorchRec calls the first state of every optimizer momentum1: only all of them together tell Adam from Adagrad.
+        if weight in left or (which == "fused" and ours[_owner(name)] != theirs.get(_owner(name))):
             found.kinds[name] = "fresh"
     _take(found, folder)
     info = read_info(folder)
@@ -182,6 +184,19 @@ def _warm_start_optimizer(
     if names["fresh"]:
         logger.info(f"  left fresh: {', '.join(name.removeprefix(OPTIMIZER) for name in names['fresh'])}")
     return {**report, "steps": steps}
+
+
+def _owner(name: str) -> str:
+    """Return ``<which>.<weight>`` of ``optimizer/<which>.<weight>/<what>``."""
+    return name.removeprefix(OPTIMIZER).rpartition("/")[0]
+
+
+def _states(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return what optimizers keep of each weight, by its owner."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        found.setdefault(_owner(name), set()).add(name.rpartition("/")[2])
+    return found
 
 
 @dataclass

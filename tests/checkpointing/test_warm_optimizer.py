@@ -58,13 +58,9 @@ def whole(ranks: list[tuple[dict, dict[str, tuple], bool]]) -> dict[str, np.ndar
     return found
 
 
-@pytest.mark.parametrize("kind", ["rowwise_adagrad", "adam", "adagrad"])
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "adam", "adagrad", "lazy_adam"])
 def test_old_rows_keep_their_state_and_new_ones_have_none(dataset, tmp_path, kind):
-    more = (
-        [f"--embeddings.optimizer={kind}", "--embeddings.weight_decay=0.1"]
-        if kind == "adam"
-        else [f"--embeddings.optimizer={kind}"]
-    )
+    more = [f"--embeddings.optimizer={kind}", *(["--embeddings.weight_decay=0.1"] if "adam" in kind else [])]
     run_ranks(train_job, 2, options(dataset, tmp_path, *SMALL, *more))
     source = str(tmp_path / "run")
     larger = grown(dataset, tmp_path / "larger", {"user": 7, "tags": 100})
@@ -83,3 +79,14 @@ def test_old_rows_keep_their_state_and_new_ones_have_none(dataset, tmp_path, kin
             assert np.abs(old[name]).sum() > 0
             assert not state[name][rows:].any()
     assert any(np.abs(value).sum() > 0 for name, value in old.items() if ".dense." in name)
+
+
+@pytest.mark.parametrize(("old", "new"), [("adagrad", "lazy_adam"), ("lazy_adam", "adagrad")])
+def test_the_state_of_another_optimizer_is_not_taken_for_its_own(dataset, tmp_path, old, new):
+    """Element-wise Adagrad's sums and Adam's first moments have one name and one size."""
+    run_ranks(train_job, 1, options(dataset, tmp_path, *SMALL, f"--embeddings.optimizer={old}"))
+    more = options(dataset, tmp_path, f"--embeddings.optimizer={new}")
+    report, state, _ = run_ranks(state_job, 1, more, str(dataset), str(tmp_path / "run"))[0]
+    tables = [name for name in state if name.startswith("optimizer/fused.")]
+    assert tables and report["fresh"] == len(tables) and report["loaded"] == len(state) - len(tables)
+    assert not any(state[name][0].any() for name in tables)
