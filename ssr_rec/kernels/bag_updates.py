@@ -109,7 +109,7 @@ def _gradients(grad: Tensor, bags: LookedUp) -> Iterator[tuple[int, Tensor, Tens
         dim = columns[features[0] + 1] - columns[features[0]]
         of_bags = torch.cat([grad[:, columns[feature] : columns[feature + 1]] for feature in features])
         first, last = (int(bags.offsets[feature * batch]) for feature in (features[0], features[-1] + 1))
-        rows, places = bags.ids[first:last].unique(return_inverse=True)
+        rows, places = bags.ids[first:last].long().unique(return_inverse=True)
         wanted = of_bags[bag[first:last] - features[0] * batch] * share[first:last, None]
         g = torch.zeros(len(rows), dim).index_add_(0, places, wanted)
         yield features[0], rows, start + rows[:, None] * dim + torch.arange(dim), g
