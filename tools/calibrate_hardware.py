@@ -98,24 +98,22 @@ def measure(device: torch.device, megabytes: int, rows: int, repetitions: int) -
 
 
 def lookup_costs(seconds: Callable[[Callable[[], Any]], float]) -> dict[str, float]:
-    """Return nanoseconds of a bag, an id and a byte of FBGEMM's lookup, backward pass and row-wise Adagrad on a CPU.
+    """Return nanoseconds of a bag, an id and a byte of a lookup, its backward pass and row-wise Adagrad on a CPU.
 
     They are fitted, none below 0, to tables of two dims with one id a bag and with ten.
     """
     # Imported here: a GPU is calibrated without FBGEMM and SciPy.
     import numpy as np
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice,
-        SplitTableBatchedEmbeddingBagsCodegen,
-    )
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import ComputeDevice, EmbeddingLocation
     from scipy.optimize import nnls
+
+    from ssr_rec.embeddings.cpu_bags import RowWiseAdagradBags
 
     counts, taken = [], []
     for dim, length in ((16, 1), (64, 1), (16, 10), (64, 10)):
         specs = [(LOOKUP_ROWS, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * LOOKUP_TABLES
-        tables = SplitTableBatchedEmbeddingBagsCodegen(specs, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+        tables = RowWiseAdagradBags(specs, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD)
         bags = LOOKUP_TABLES * LOOKUP_BATCH
         ids, offsets = torch.randint(0, LOOKUP_ROWS, (bags * length,)), torch.arange(bags + 1) * length
         taken.append(seconds(lambda t=tables, i=ids, o=offsets: t(i, o).sum().backward()) * 1e9)  # type: ignore[misc]

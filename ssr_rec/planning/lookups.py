@@ -11,6 +11,8 @@ from ssr_rec.planning.costs import FLOAT_BYTES, ID_BYTES
 
 FORWARD_SHARE = 1 / 3
 """Of a lookup with its backward pass and update."""
+UPDATES = {"sgd": 0.6, "rowwise_adagrad": 1.0, "adagrad": 1.7, "lazy_adam": 1.4}
+"""Optimizer -> times as long as row-wise Adagrad's its backward pass and update take (docs/performance.md)."""
 WEIGHTED = 1.5
 """Times as long FBGEMM's CPU form takes with weights: 1.3 to 1.7 measured (docs/data.md)."""
 
@@ -42,4 +44,5 @@ def lookup_times(case: Case, option: ShardingOption, columns: int, perf: Perf | 
     moved = (ids * option.tensor.element_size() + pooled_rows * FLOAT_BYTES) * columns
     nanoseconds = (pooled_rows * costs.bag + ids * costs.id + moved * costs.byte) * (WEIGHTED if is_weighted else 1)
     milliseconds = nanoseconds / 1e6 / case.world.hardware.share(case.world.per_node)
-    return replace(perf, fwd_compute=FORWARD_SHARE * milliseconds, bwd_compute=(1 - FORWARD_SHARE) * milliseconds)
+    back = (1 - FORWARD_SHARE) * UPDATES.get(case.config.embeddings.optimizer, 1.0)
+    return replace(perf, fwd_compute=FORWARD_SHARE * milliseconds, bwd_compute=back * milliseconds)

@@ -11,14 +11,15 @@ from tests.planning.small import make_case
 COSTS = LookupCosts(bag=100, id=40, byte=0.5)
 
 
-def test_a_lookup_by_hand() -> None:
+@pytest.mark.parametrize(("optimizer", "times"), [("rowwise_adagrad", 1.0), ("adagrad", 1.7), ("sgd", 0.6)])
+def test_a_lookup_by_hand(optimizer: str, times: float) -> None:
     """2,048 rows of 5 ids of a table of dim 16 on each of two ranks; a rank has half of the host."""
     hardware = load_hardware("cpu")
     assumed = hardware.assumptions.model_copy(update={"lookup_ns": COSTS})
     found = hardware.model_copy(update={"assumptions": assumed})
-    types = ["--sharding.types=[table_wise]"]
-    estimate = plan_case(make_case({"seen": 1000}, types, hardware=found, lengths={"seen": 5.0})).estimate
-    nanoseconds = 4096 * (100 + 5 * 40 + (5 + 1) * 16 * 4 * 0.5)
+    more = ["--sharding.types=[table_wise]", f"--embeddings.optimizer={optimizer}"]
+    estimate = plan_case(make_case({"seen": 1000}, more, hardware=found, lengths={"seen": 5.0})).estimate
+    nanoseconds = 4096 * (100 + 5 * 40 + (5 + 1) * 16 * 4 * 0.5) * (1 + 2 * times) / 3
     with_table, without = sorted(estimate.time, key=lambda time: -time.lookup)
     assert with_table.lookup == pytest.approx(2 * nanoseconds / 1e6)
     assert without.lookup == 0
