@@ -25,7 +25,17 @@ from ssr_rec.checkpointing.train_state import (
     model_tensors,
     optimizer_tensors,
 )
-from ssr_rec.checkpointing.warm_rows import OF_TASKS, TASKS, Here, RowMap, feature_of, names_there, row_maps, taken
+from ssr_rec.checkpointing.warm_rows import (
+    COLLECTION,
+    OF_TASKS,
+    TASKS,
+    Here,
+    RowMap,
+    feature_of,
+    names_there,
+    row_maps,
+    taken,
+)
 from ssr_rec.checkpointing.warm_tensors import first_rows, round_into, with_dtype
 from ssr_rec.common.errors import UserError
 from ssr_rec.over_archs.base import OverArch
@@ -164,9 +174,10 @@ def _warm_start_optimizer(
     found = _match(optimizer_tensors(optimizer), folder, maps, OPTIMIZER)
     ours, theirs = _states(found.tensors), _states(found.stored)
     for name in found.kinds:
-        which, _, weight = _owner(name).partition(".")
+        which, _, weight = (owner := _owner(name)).partition(".")
+        anywhere = COLLECTION.sub(".tables", owner)
         # TorchRec calls the first state of every optimizer momentum1: only all of them together tell Adam from Adagrad.
-        if weight in left or (which == "fused" and ours[_owner(name)] != theirs.get(_owner(name))):
+        if weight in left or (which == "fused" and ours[anywhere] != theirs.get(anywhere)):
             found.kinds[name] = "fresh"
     _take(found, folder)
     info = read_info(folder)
@@ -192,10 +203,10 @@ def _owner(name: str) -> str:
 
 
 def _states(names: Iterable[str]) -> dict[str, set[str]]:
-    """Return what optimizers keep of each weight, by its owner."""
+    """Return what optimizers keep of each weight, by its owner, whichever collection a table is in."""
     found: dict[str, set[str]] = {}
     for name in names:
-        found.setdefault(_owner(name), set()).add(name.rpartition("/")[2])
+        found.setdefault(COLLECTION.sub(".tables", _owner(name)), set()).add(name.rpartition("/")[2])
     return found
 
 

@@ -77,7 +77,9 @@ def warm_job(overrides: list[str], dataset: str, source: str | None) -> tuple[di
     of_ranks: list = [[]] * dist.get_world_size()
     dist.all_gather_object(of_ranks, parts)
     for feature, rows, start, part in (part for parts in of_ranks for part in parts):
-        found.setdefault(f"{feature}/state", np.zeros(rows, np.float32))[start : start + len(part)] = part.numpy()
+        found.setdefault(f"{feature}/state", np.zeros((rows, *part.shape[1:]), np.float32))[
+            start : start + len(part)
+        ] = part.numpy()
     return report, found
 
 

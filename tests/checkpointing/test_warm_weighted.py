@@ -50,3 +50,15 @@ def test_a_table_is_taken_by_value_into_the_other_collection(tmp_path: Path, get
         assert np.array_equal(new["tagged"][now[value]], old["tagged"][before[value]]), value
         assert np.array_equal(new["tagged/state"][now[value]], old["tagged/state"][before[value]]), value
     assert old["tagged/state"].any()
+
+
+@pytest.mark.slow
+def test_the_other_collection_keeps_another_optimizers_state_apart(tmp_path: Path) -> None:
+    """Adam's first moments have the name and the size of element-wise Adagrad's sums."""
+    weighted, plain = tmp_path / "weighted", tmp_path / "plain"
+    write_weighted(weighted, frame(seed=1))
+    write_weighted(plain, lists=LISTS, ignore=["tags_w"])
+    run_ranks(train_job, 1, options(plain / "data", tmp_path, *SMALL, "--embeddings.optimizer=lazy_adam"))
+    more = options(weighted / "data", tmp_path, *SMALL, "--embeddings.optimizer=adagrad")
+    report, new = run_ranks(warm_job, 1, more, str(weighted / "data"), str(tmp_path / "run"))[0]
+    assert report["optimizer"]["fresh"] and not new["tagged/state"].any() and new["tagged"].any()
