@@ -50,7 +50,8 @@ class RowWiseAdagradBags(SplitTableBatchedEmbeddingBagsCodegen):
         assert not more, "bags of one batch size"
         if not torch.is_grad_enabled():
             return super().forward(indices, offsets, per_sample_weights)
-        # By steps, as FBGEMM counts them: also those whose loss turns out bad.
+        assert per_sample_weights is None or not per_sample_weights.requires_grad, "weights of ids are data"
+        # Steps of training alone, also those whose loss turns out bad; FBGEMM counts evaluations, too.
         self.iter += 1
         return _Lookup.apply(self.placeholder_autograd_tensor, self, indices, offsets, per_sample_weights)
 
@@ -114,8 +115,13 @@ def own_updates() -> Iterator[None]:
     usual = SplitTableBatchedEmbeddingBagsCodegen
 
     def build(embedding_specs: Specs, **settings: Any) -> SplitTableBatchedEmbeddingBagsCodegen:
-        on_cpu = all(device == ComputeDevice.CPU for *_, device in embedding_specs)
-        if on_cpu and settings.get("weights_precision", SparseType.FP32) == SparseType.FP32:
+        plain = (
+            all(device == ComputeDevice.CPU and rows for rows, *_, device in embedding_specs)
+            and settings.get("weights_precision", SparseType.FP32) == SparseType.FP32
+            and settings.get("pooling_mode") != PoolingMode.NONE
+            and not settings.get("gradient_clipping")
+        )
+        if plain:
             return KINDS.get(settings.get("optimizer"), usual)(embedding_specs, **settings)
         return usual(embedding_specs, **settings)
 

@@ -16,6 +16,7 @@ from torchrec.distributed import batched_embedding_kernel
 from ssr_rec.common.errors import UserError
 from ssr_rec.embeddings.cpu_bags import AdamBags, RowWiseAdagradBags, own_updates
 from ssr_rec.kernels import bag_updates as module
+from ssr_rec.kernels import extension
 from ssr_rec.kernels.bag_updates import AdamSettings, LookedUp, bag_adam, bag_rowwise_adagrad
 
 SETTINGS = AdamSettings(0.05, 0.8, 0.95, 1e-4, 0.1)
@@ -79,6 +80,7 @@ def looked_up(bags: list[list[list[int]]], weights: list, mean: bool, kind: torc
 def test_every_row_moves_as_a_loop_moves_it(
     mean: bool, weighted: bool, kind: torch.dtype, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert extension.load()
     if plain:
         monkeypatch.setattr(module, "has_operators", lambda device: False)
     generator, batch = np.random.default_rng(0), 150
@@ -140,6 +142,7 @@ SPECS = [(rows, columns, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, co
     ("pooling", "plain"), [(PoolingMode.MEAN, False), (PoolingMode.SUM, False), (PoolingMode.SUM, True)]
 )
 def test_rowwise_adagrad_is_that_of_fbgemm(pooling: PoolingMode, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert extension.load()
     if plain:
         monkeypatch.setattr(module, "has_operators", lambda device: False)
     settings = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.05, "eps": 1e-4}
@@ -205,6 +208,8 @@ def test_torchrec_builds_them_for_fp32_on_a_cpu_alone() -> None:
         assert type(build(specs, optimizer=kinds.EXACT_ROWWISE_ADAGRAD)) is RowWiseAdagradBags
         halves = build(specs, optimizer=kinds.EXACT_ROWWISE_ADAGRAD, weights_precision=SparseType.FP16)
         assert type(halves) is type(build(specs, optimizer=kinds.EXACT_SGD)) is usual
+        for own in ({"pooling_mode": PoolingMode.NONE}, {"gradient_clipping": True}):
+            assert type(build(specs, optimizer=kinds.EXACT_ROWWISE_ADAGRAD, **own)) is usual
     assert getattr(batched_embedding_kernel, name) is usual
 
 
@@ -212,3 +217,14 @@ def test_torchrec_builds_them_for_fp32_on_a_cpu_alone() -> None:
 def test_too_many_rows_are_refused_before_they_take_memory(kind: type) -> None:
     with pytest.raises(UserError, match=r"a table has 4294967297 rows on a rank, and on CPU 4294967296 is the most"):
         kind([(2**32 + 1, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)])
+
+
+def test_a_gradient_of_other_bags_is_refused() -> None:
+    assert extension.load()
+    bags = LookedUp(
+        *(torch.tensor([0]), torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0]), torch.tensor([0, 1])),
+        *(None, False),
+    )
+    for shape in ((2, 4), (1, 8), (4,)):
+        with pytest.raises(RuntimeError, match="the gradient must be of every bag's columns"):
+            bag_rowwise_adagrad(torch.zeros(8), torch.zeros(2), torch.zeros(shape), bags, torch.tensor([0]), 1.0, 0.0)

@@ -11,7 +11,9 @@ from tests.planning.small import make_case
 COSTS = LookupCosts(bag=100, id=40, byte=0.5)
 
 
-@pytest.mark.parametrize(("optimizer", "times"), [("rowwise_adagrad", 1.0), ("adagrad", 1.7), ("sgd", 0.6)])
+@pytest.mark.parametrize(
+    ("optimizer", "times"), [("rowwise_adagrad", 1.0), ("adagrad", 1.7), ("sgd", 0.6), ("lazy_adam", 1.4)]
+)
 def test_a_lookup_by_hand(optimizer: str, times: float) -> None:
     """2,048 rows of 5 ids of a table of dim 16 on each of two ranks; a rank has half of the host."""
     hardware = load_hardware("cpu")

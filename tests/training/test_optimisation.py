@@ -160,8 +160,12 @@ CASES = {
         "--over_arch.filter=dynamic",
     ],
     "unfused": [
-        *("--embeddings.optimizer=lazy_adam", "--embeddings.schedule={name: step, steps: 7}", "--train.accumulate=2"),
+        *("--embeddings.optimizer=adam", "--embeddings.schedule={name: step, steps: 7}", "--train.accumulate=2"),
         *("--train.log_every=2", "--optimizer.schedule={name: polynomial, steps: 30}", "--optimizer.ema_decay=0.5"),
+    ],
+    "lazy": [
+        *("--embeddings.optimizer=lazy_adam", "--embeddings.schedule={name: step, steps: 7}", "--train.accumulate=2"),
+        *("--train.log_every=2", FALLING),
     ],
     "uncertain": [
         *("--train.task_weighting=uncertainty", "--optimizer.schedule={name: step, steps: 8, factor: 0.5}"),

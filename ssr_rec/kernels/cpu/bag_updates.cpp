@@ -246,7 +246,10 @@ struct Given {
  private:
   template <typename Index, typename Update>
   void apply_to(const Update& update, float* weights) const {
-    const int64_t features = tables.numel();
+    const int64_t features = tables.numel(), batch = (offsets.numel() - 1) / features;
+    TORCH_CHECK(
+        grad.dim() == 2 && grad.size(0) == batch && grad.size(1) == columns.const_data_ptr<int32_t>()[features],
+        "bag updates: the gradient must be of every bag's columns, and is ", grad.sizes());
     const Bags<Index> bags{
         tables.const_data_ptr<int64_t>(),
         columns.const_data_ptr<int32_t>(),
@@ -254,7 +257,7 @@ struct Given {
         offsets.const_data_ptr<Index>(),
         id_weights.defined() ? id_weights.const_data_ptr<float>() : nullptr,
         features,
-        (offsets.numel() - 1) / features,
+        batch,
         mean};
     move_rows(bags, update, grad.const_data_ptr<float>(), weights);
   }
