@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch.optim import Adam
@@ -57,8 +56,7 @@ def build_optimizer(
         return Together([ViewMuon(matrices, dense.learning_rate, dense.weight_decay), adamw])
 
     def table_adam(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        settings: dict[str, Any] = {"lr": sparse.learning_rate, "weight_decay": sparse.weight_decay, "eps": sparse.eps}
-        return Adam(params, fused=True, **settings)
+        return Adam(params, sparse.learning_rate, weight_decay=sparse.weight_decay, eps=sparse.eps, fused=True)
 
     over_arch: KeyedOptimizer = KeyedOptimizerWrapper(others, of_dense)
     if dense.clip_norm is not None:

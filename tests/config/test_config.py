@@ -77,6 +77,13 @@ def test_refusals_name_the_key_and_the_fix(tmp_path, text, overrides, message):
 def test_a_decay_that_would_do_nothing_is_refused(optimizer):
     with pytest.raises(UserError, match=f"weight_decay=0.1: FBGEMM's {optimizer} has none"):
         load_config(None, [f"--embeddings.optimizer={optimizer}", "--embeddings.weight_decay=0.1"])
+    assert load_config(None, [f"--embeddings.optimizer={optimizer}"]).embeddings.weight_decay == 0
+
+
+def test_the_two_adams_have_two_names():
+    for name, fused, halves in (("adam", False, [False, False]), ("lazy_adam", True, [False, True])):
+        config = load_config(None, [f"--embeddings.optimizer={name}"]).embeddings
+        assert config.is_fused is fused and [config.takes_halves(device) for device in ("cpu", "cuda")] == halves
 
 
 def test_missing_file(tmp_path):
