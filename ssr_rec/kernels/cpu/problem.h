@@ -52,20 +52,35 @@ inline bool has_bf16_brgemm() {
   return works;
 }
 
-// c (M, N) = or += a (M, K) b (K, N), all row after row.
+// Whether products of T want their factors row after row, as brgemm does; other libraries take them turned as well.
 template <typename T>
-void product(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+inline bool rows_only() {
+  return std::is_same_v<T, float> && has_brgemm();
+}
+
+// A factor of a product, and how far apart its rows and its columns lie; one of the two is 1.
+template <typename T>
+struct Factor {
+  const T* start;
+  int64_t row, column = 1;
+
+  at::Tensor tensor(int64_t rows, int64_t columns) const {
+    const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+    return at::from_blob(const_cast<T*>(start), {rows, columns}, {row, column}, options);
+  }
+};
+
+// c (M, N) = or += a (M, K) b (K, N); c row after row, and where rows_only the factors as well.
+template <typename T>
+void product(int64_t M, int64_t N, int64_t K, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add) {
   if constexpr (std::is_same_v<T, float>) {
     if (has_brgemm()) {
-      at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
+      at::native::cpublas::brgemm(M, N, K, a.row, b.row, ldc, add, a.start, b.start, c, false);
       return;
     }
   }
-  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
-  const auto left = at::from_blob(const_cast<T*>(a), {M, K}, {lda, 1}, options);
-  const auto right = at::from_blob(const_cast<T*>(b), {K, N}, {ldb, 1}, options);
-  auto out = at::from_blob(c, {M, N}, {ldc, 1}, options);
-  at::addmm_out(out, out, left, right, add ? 1 : 0);
+  auto out = Factor<T>{c, ldc}.tensor(M, N);
+  at::addmm_out(out, out, a.tensor(M, K), b.tensor(K, N), add ? 1 : 0);
 }
 
 // Raw pointers to everything, and how it lies.

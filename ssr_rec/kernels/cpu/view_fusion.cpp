@@ -29,16 +29,19 @@ void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
         transpose<T>(rows, p.width, rows_of(p.x + b0 * p.x_row, p.x_row), rows_of(x_columns.data(), block));
       }
       for (int64_t v = 0; v < p.V; ++v) {
-        const T* h = p.x + b0 * p.x_row + v * p.x_next;
-        int64_t ld = p.x_row;
+        Factor<T> h{p.x + b0 * p.x_row + v * p.x_next, p.x_row};
         if (p.indices) {
           const auto seen = chosen_rows_of(x_columns.data(), block, p.indices + v * p.N);
-          transpose<T>(p.N, rows, seen, rows_of(gathered.data(), p.N));
-          h = gathered.data();
-          ld = p.N;
+          if (rows_only<T>()) {
+            transpose<T>(p.N, rows, seen, rows_of(gathered.data(), p.N));
+            h = {gathered.data(), p.N};
+          } else {
+            copy_rows<T>(p.N, rows, seen, rows_of(gathered.data(), rows));
+            h = {gathered.data(), 1, rows};
+          }
         }
         T* z = pre ? pre + (v * p.B + b0) * p.d : products.data();
-        product(rows, p.d, p.N, h, ld, p.weight + v * p.N * p.d, p.d, z, p.d, false);
+        product<T>(rows, p.d, p.N, h, {p.weight + v * p.N * p.d, p.d}, z, p.d, false);
         for (int64_t r = 0; r < rows; ++r) {
           T* kept = stats ? stats + (v * p.B + b0 + r) * 2 : unsaved;
           fuse_row(z + r * p.d, p.epilogue(v, b0 + r), y + ((b0 + r) * p.V + v) * p.d, kept, row.data(), p.d, p.eps);
@@ -51,6 +54,7 @@ void forward_kernel(const Problem<T>& p, T* y, T* pre, T* stats) {
 template <typename T>
 struct Grads {
   const T *grad, *pre, *stats;
+  const T* weight_t; // (V, d, N), or null where products take the weights as they are
   T *x; // null where nobody asks
   T *residual; // null without
   T *weight, *more_weight; // (V, N, d) of the first chunk, and (chunks - 1, V, N, d)
@@ -68,8 +72,8 @@ struct Scratch {
 
 template <typename T>
 void backward_block(
-    const Problem<T>& p, const Grads<T>& g, const T* weight_t, int64_t chunk, int64_t v, int64_t b0,
-    int64_t rows, int64_t block, bool first, Scratch<T>& s) {
+    const Problem<T>& p, const Grads<T>& g, int64_t chunk, int64_t v, int64_t b0, int64_t rows, int64_t block,
+    bool first, Scratch<T>& s) {
   T* rest = g.rest + (chunk * p.V + v) * 3 * p.d;
   const EpilogueGrad<T> sums{rest, rest + p.d, rest + 2 * p.d};
   for (int64_t r = 0; r < rows; ++r) {
@@ -79,28 +83,34 @@ void backward_block(
         s.grad_z.data() + r * p.d, g.residual ? g.residual + own : nullptr, sums, s.rows.data(), p.d);
   }
   const int32_t* indices = p.indices ? p.indices + v * p.N : nullptr;
+  const T *weight = p.weight + v * p.N * p.d, *h = p.x + b0 * p.x_row + v * p.x_next;
+  Factor<T> h_columns{s.h_columns.data(), block};
   if (indices) {
-    const auto seen = chosen_rows_of(s.x_columns.data(), block, indices);
-    for (int64_t j = 0; j < p.N; ++j) {
-      std::copy_n(seen(j), rows, s.h_columns.data() + j * block);
-    }
-  } else {
-    const T* h = p.x + b0 * p.x_row + v * p.x_next;
+    copy_rows<T>(p.N, rows, chosen_rows_of(s.x_columns.data(), block, indices), rows_of(s.h_columns.data(), block));
+  } else if (rows_only<T>()) {
     transpose<T>(rows, p.N, rows_of(h, p.x_row), rows_of(s.h_columns.data(), block));
+  } else {
+    h_columns = {h, 1, p.x_row};
   }
+  const Factor<T> grad_z{s.grad_z.data(), p.d};
   T* grad_weight = (chunk ? g.more_weight + (chunk - 1) * p.V * p.N * p.d : g.weight) + v * p.N * p.d;
-  product(p.N, p.d, rows, s.h_columns.data(), block, s.grad_z.data(), p.d, grad_weight, p.d, !first);
+  product<T>(p.N, p.d, rows, h_columns, grad_z, grad_weight, p.d, !first);
   if (!g.x) {
     return;
   }
+  const Factor<T> weight_t = g.weight_t ? Factor<T>{g.weight_t + v * p.N * p.d, p.N} : Factor<T>{weight, 1, p.d};
   if (!indices) {
-    T* to = g.x + (b0 * p.V + v) * p.N;
-    product(rows, p.N, p.d, s.grad_z.data(), p.d, weight_t, p.N, to, p.V * p.N, false);
+    product<T>(rows, p.N, p.d, grad_z, weight_t, g.x + (b0 * p.V + v) * p.N, p.V * p.N, false);
     return;
   }
-  product(rows, p.N, p.d, s.grad_z.data(), p.d, weight_t, p.N, s.grad_h.data(), p.N, false);
   const auto to = chosen_rows_of(s.grad_x_columns.data(), block, indices);
-  transpose<T>(rows, p.N, rows_of(s.grad_h.data(), p.N), to, true);
+  if (rows_only<T>()) {
+    product<T>(rows, p.N, p.d, grad_z, weight_t, s.grad_h.data(), p.N, false);
+    transpose<T>(rows, p.N, rows_of(s.grad_h.data(), p.N), to, true);
+  } else {
+    product<T>(p.N, rows, p.d, {weight, p.d}, {grad_z.start, 1, p.d}, s.grad_h.data(), rows, false);
+    add_rows<T>(p.N, rows, rows_of(s.grad_h.data(), rows), to);
+  }
 }
 
 // Runs of blocks whose sums over rows are kept apart and added in order: the number of threads does not decide the result.
@@ -110,7 +120,7 @@ int64_t chunk_count(int64_t B) {
 }
 
 template <typename T>
-void backward_kernel(const Problem<T>& p, const Grads<T>& g, const T* weight_t, int64_t chunks) {
+void backward_kernel(const Problem<T>& p, const Grads<T>& g, int64_t chunks) {
   const int64_t block = block_rows(p.B), blocks = (p.B + block - 1) / block;
   at::parallel_for(0, chunks, grain(2 * p.B * p.V * p.N * p.d / std::max<int64_t>(1, chunks)), [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(p, block, g.x != nullptr);
@@ -123,8 +133,7 @@ void backward_kernel(const Problem<T>& p, const Grads<T>& g, const T* weight_t, 
           std::fill(scratch.grad_x_columns.begin(), scratch.grad_x_columns.end(), T(0));
         }
         for (int64_t v = 0; v < p.V; ++v) {
-          backward_block(
-              p, g, weight_t + v * p.N * p.d, c, v, b0, rows, block, k == from, scratch);
+          backward_block(p, g, c, v, b0, rows, block, k == from, scratch);
         }
         if (p.indices && g.x) {
           const auto columns = rows_of(scratch.grad_x_columns.data(), block);
@@ -218,16 +227,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   auto rest = at::zeros({chunks, V, 3, d}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "view_fusion_backward", [&] {
     const auto in = inputs<scalar_t>(x, indices, weight, bias, residual, scale, std::nullopt, 0, keep, keep_share);
-    std::vector<scalar_t> weight_t(weight.numel());
-    for (int64_t v = 0; v < V; ++v) {
+    std::vector<scalar_t> weight_t(rows_only<scalar_t>() && need_x ? weight.numel() : 0);
+    for (int64_t v = 0; v < V && !weight_t.empty(); ++v) {
       transpose<scalar_t>(N, d, rows_of(in.problem.weight + v * N * d, d), rows_of(weight_t.data() + v * N * d, N));
     }
     const Grads<scalar_t> out{
         grads.const_data_ptr<scalar_t>(), saved.const_data_ptr<scalar_t>(),
-        scale ? figures.const_data_ptr<scalar_t>() : nullptr, need_x ? grad_x.mutable_data_ptr<scalar_t>() : nullptr,
+        scale ? figures.const_data_ptr<scalar_t>() : nullptr, weight_t.empty() ? nullptr : weight_t.data(), need_x ? grad_x.mutable_data_ptr<scalar_t>() : nullptr,
         residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr, grad_weight.mutable_data_ptr<scalar_t>(),
         more_weight.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>()};
-    backward_kernel(in.problem, out, weight_t.data(), chunks);
+    backward_kernel(in.problem, out, chunks);
     add_parts(out.weight, out.more_weight, more_weight.size(0), grad_weight.numel());
   });
   const auto sums = rest.sum(0);

@@ -133,14 +133,14 @@ void multiply(
     const float* x, int64_t next, const int32_t* indices, int64_t N, int64_t d, int64_t samples, int64_t columns,
     const float* weight, float* gathered, float* z) {
   gather_columns(x, next, indices, N, samples, gathered);
-  product(d, columns, N, weight, N, gathered, COLUMN_BLOCK, z, COLUMN_BLOCK, false);
+  product<float>(d, columns, N, {weight, N}, {gathered, COLUMN_BLOCK}, z, COLUMN_BLOCK, false);
 }
 
 void multiply(
     const float* x, int64_t next, const int32_t* indices, int64_t N, int64_t d, int64_t samples, int64_t columns,
     const Widened* weight, float* gathered, float* z) {
   gather_rounded(x, next, indices, N, samples, gathered);
-  product(d, columns, N, &weight->value, N, gathered, COLUMN_BLOCK, z, COLUMN_BLOCK, false);
+  product<float>(d, columns, N, {&weight->value, N}, {gathered, COLUMN_BLOCK}, z, COLUMN_BLOCK, false);
 }
 
 void multiply(
