@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from ssr_rec.over_archs.layers import InputNorm, evaluating
-from ssr_rec.over_archs.ssr_settings import SSRConfig
 
 if TYPE_CHECKING:
     from ssr_rec.over_archs.ssr import SSR
@@ -21,11 +18,10 @@ SECOND_MOMENT = "exp_avg_sq"
 
 
 class Adapts(NamedTuple):
-    """Says when an over-arch adapts: every so many steps, until a step, having looked at the last batches before."""
+    """Says when an over-arch adapts: every so many steps, until a step, having looked at all batches until then."""
 
     every: int
     until: int
-    batches: int
 
 
 class Ranks(Protocol):
@@ -38,65 +34,52 @@ class Ranks(Protocol):
         """Give every rank the tensor of rank 0."""
 
 
-def count_at(step: int, config: SSRConfig) -> int:
-    """Return how many dims a view exchanges after a step (from 1): a share that falls linearly from ``adapt_share``."""
-    left = 1 - max(0, step - config.adapt_every) / config.adapt_until
-    return round(max(0.0, left) * config.adapt_share * config.view_dim)
+def gate_sums(x: Tensor, grad: Tensor, field_dims: Sequence[int]) -> Tensor:
+    """Return what says whether the loss would fall if a gate before a field were opened further: (2, F).
 
-
-@torch.enable_grad()
-def first_products(ssr: SSR, x: Tensor, grad: Tensor, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return what the first layer sees (B, F*D), and the gradient of its first product before GELU (V, B, d).
-
-    The forward pass is done again, without dropout; running statistics and random states stay as they were.
+    A gate multiplies all dims of a field by a number that is 1. The loss falls with it by ``-sum(grad * x)`` over the
+    dims, row by row. Sums over the rows: of these numbers, and of their squares.
 
     Args:
-        x: (B, F*D) the over-arch's input.
-        grad: (B, H) the gradient of its output.
-        domain: (B,) the rows' domains, where it has views of theirs.
+        x: (B, sum of field dims) the fields.
+        grad: the same shape, the gradient of the loss for them.
+        field_dims: (F) of each field.
     """
-    norm = ssr.input_norm
-    if isinstance(norm, InputNorm):
-        kept, norm.momentum = norm.momentum, 0.0
-        seen = norm(x).detach()
-        norm.momentum = kept
-    else:
-        seen = x
-    first, *rest = ssr.blocks()
-    with evaluating(ssr):
-        product, views = first.fusion.plain(seen, first.filter.get_buffer("indices"))
-        rows = ssr.rows_of(domain)
-        views = first.with_domain_views(views, seen, rows[0] if rows else None)
-        for layer in rest:
-            views = layer(views.flatten(1), *rows)
-        features = ssr.output(views)
-    (of_product,) = torch.autograd.grad(features, product, grad.to(features.dtype))
-    return seen, of_product
+    falls = torch.stack([part.sum(1) for part in (-grad.float() * x.float()).split(list(field_dims), 1)], 1)
+    return torch.stack([falls.sum(0), falls.square().sum(0)])
 
 
-def moved(indices: Tensor, use: Tensor, gain: Tensor, count: int, spread: float, first: int) -> Tensor:
-    """Return which dims the views see when each exchanges ``count`` of them: (V, N). What stays keeps its place.
+def signals(sums: Tensor) -> Tensor:
+    """Return by how many standard errors each field's gate would rather open (above 0) or close: (F,)."""
+    return sums[0] / sums[1].sqrt().clamp_min(torch.finfo(sums.dtype).tiny)
 
-    View after view, from ``first`` on, a view gives up the dims of the least use and takes those of the largest gain
-    that it did not have. The gain of a dim that n views hold by then is divided by ``1 + spread * n``. Of equals the
-    first is taken.
+
+def moved(indices: Tensor, signal: Tensor, closed: Tensor, generator: torch.Generator) -> Tensor:
+    """Return which dims the views see when each gives up the closed ones: (V, N).
+
+    View after view, the dims of the lowest signal go first. Of those that are open and that the view does not have come
+    those that the fewest views hold; of equals the generator chooses. As many go as can come, and what stays keeps its
+    place.
 
     Args:
         indices: (V, N) the dims now.
-        use: (V, N) of each of them.
-        gain: (V, width) of each dim of the input.
+        signal: (width,) of each dim of the input.
+        closed: (width,) bool.
     """
-    found, use, gain = indices.cpu().clone(), use.double().cpu(), gain.double().cpu()
-    views, width = gain.shape
-    held = torch.bincount(found.flatten(), minlength=width)
-    for view in ((first + i) % views for i in range(views)):
-        places = use[view].argsort(stable=True)[:count]
-        wanted = gain[view] / (1 + spread * held)
-        wanted[found[view]] = -1.0
-        come = wanted.argsort(descending=True, stable=True)[:count]
-        held[found[view, places]] -= 1
+    found, signal, closed = indices.cpu().clone(), signal.cpu(), closed.cpu()
+    held = torch.bincount(found.flatten(), minlength=len(signal)).double()
+    for view in found:
+        goes = closed[view].nonzero().flatten()
+        places = goes[signal[view[goes]].argsort(stable=True)]
+        free = ~closed
+        free[view] = False
+        come = free.nonzero().flatten()
+        lots = torch.rand(len(come), generator=generator, dtype=torch.float64)
+        come = come[(held[come] + lots).argsort()][: len(places)]
+        places = places[: len(come)]
+        held[view[places]] -= 1
         held[come] += 1
-        found[view, places] = come
+        view[places] = come
     return found.to(indices.device)
 
 
@@ -123,41 +106,36 @@ def forget(weight: Tensor, states: Mapping[str, Tensor], changed: Tensor) -> Non
 
 
 @torch.no_grad()
-def add_would_be(ssr: SSR, x: Tensor, grad: Tensor, ranks: Ranks, domain: Tensor | None = None) -> None:
-    """Add a batch's would-be gradients to those the next exchange looks at. Collective.
+def look_at(ssr: SSR, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
+    """Add a batch to what the next exchange rests on. Collective.
 
     Args:
-        x: (B, F*D) the over-arch's input.
-        grad: (B, H) the gradient of its output.
-        domain: (B,) the rows' domains, where it has views of theirs.
+        x: (B, sum of field dims) the over-arch's input.
+        grad: its gradient.
     """
-    seen, of_product = first_products(ssr, x, grad, domain)
-    sums = torch.cat([torch.einsum("bw,vbd->vwd", seen, of_product).flatten(), seen.square().sum(0)])
+    sums = gate_sums(x, grad, ssr.field_dims)
     ranks.add(sums)
-    looked_at = ssr.blocks()[0].filter
-    would_be, squares = looked_at.get_buffer("would_be"), looked_at.get_buffer("squares")
-    would_be += sums[: would_be.numel()].view_as(would_be)
-    squares += sums[would_be.numel() :]
+    if sums.isfinite().all():
+        ssr.get_buffer("gates")[:2] += sums
 
 
 @torch.no_grad()
 def move_dims(ssr: SSR, step: int, states: States, ranks: Ranks) -> None:
-    """Exchange dims of the first layer's views after a step, by the would-be gradients so far. Collective.
+    """Exchange dims of the first layer's views after a step, by the batches since the last time. Collective.
 
-    A dim's use is the norm of its weights. Its gain is the norm of the gradient that its weights got, or would have got
-    at zero, over the root mean square of the dim: rare ids have small embeddings, and are no less worth for it.
+    A field that was closed once stays so: no view sees it any more, so that its gate has no gradient.
     """
-    config, first = ssr.config, ssr.blocks()[0]
-    weight, indices = first.fusion.dense.weight, first.filter.get_buffer("indices")
-    would_be, squares = first.filter.get_buffer("would_be"), first.filter.get_buffer("squares")
-    if not squares.any():  # every batch was left out
+    config, first, gates = ssr.config, ssr.blocks()[0], ssr.get_buffer("gates")
+    if not gates[1].any():  # every batch was left out
         return
-    gain = would_be.norm(dim=2) / squares.sqrt().clamp_min(torch.finfo(squares.dtype).tiny)
-    count = min(count_at(step, config), first.filter.width - config.view_dim)
-    turn = step // config.adapt_every % config.num_views
-    now = moved(indices, weight.norm(dim=2), gain, count, config.adapt_spread, turn)
-    # Norms may differ in the last bit between machines of different kinds.
-    ranks.take_first(now)
+    signal = signals(gates[:2])
+    # Sums may differ in the last bit between machines of different kinds.
+    ranks.take_first(signal)
+    closed = gates[2].bool() | (signal < -config.adapt_threshold)
+    gates[:2], gates[2] = 0, closed
+    weight, indices = first.fusion.dense.weight, first.filter.get_buffer("indices")
+    dims = torch.tensor(ssr.field_dims, device=signal.device)
+    generator = torch.Generator().manual_seed(config.index_seed * 1_000_003 + step)
+    now = moved(indices, signal.repeat_interleave(dims), closed.repeat_interleave(dims), generator)
     forget(weight, states(weight), now != indices)
     indices.copy_(now)
-    ssr.forget_looks()

@@ -121,11 +121,11 @@ class OverArch(nn.Module, ABC):
         return None
 
     def look(self, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
-        """See a batch of training on which the next ``adapt`` is to rest, after the update of its step. Collective.
+        """See a batch of training on which ``adapt`` is to rest, after the update of its step. Collective.
 
         Args:
             x: (B, sum of field dims) this rank's input.
-            grad: (B, H) the gradient of the loss for what ``forward`` returned.
+            grad: the same shape, the gradient of this rank's loss for it.
             ranks: joins what the ranks have.
         """
 

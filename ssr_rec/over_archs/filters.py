@@ -93,10 +93,6 @@ class AdaptiveFilter(StaticRandomFilter):
             )
         self.drawn: Tensor
         self.register_buffer("drawn", self.indices.clone(), persistent=False)
-        if layer == 0:
-            # Sums over the batches since the last exchange, which a resumed run goes on with.
-            self.register_buffer("would_be", torch.zeros(config.num_views, width, config.view_dim))
-            self.register_buffer("squares", torch.zeros(width))
 
     def statistics(self, x: Tensor) -> dict[str, Any]:
         return {**super().statistics(x), "moved": (self.indices != self.drawn).float().mean().item()}

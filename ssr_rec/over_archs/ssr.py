@@ -7,12 +7,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.kernels import view_fusion
 from ssr_rec.kernels.reference import gather_views
-from ssr_rec.over_archs.adaptive import Adapts, Ranks, States, add_would_be, move_dims
+from ssr_rec.over_archs.adaptive import Adapts, Ranks, States, look_at, move_dims
 from ssr_rec.over_archs.base import GELU_FLOPS, Domain, Flops, OverArch
 from ssr_rec.over_archs.domain_layers import DomainRows, domain_rows
 from ssr_rec.over_archs.domain_views import DomainViews
@@ -51,18 +50,6 @@ class ViewFusion(nn.Module):
             return view_fusion(x, indices, last.weight, last.bias, residual, *norm)
         kept = self.dropout.draw((x.shape[0], *self.norm.weight.shape), x.device)
         return view_fusion(x, indices, last.weight, last.bias, residual, *norm, *kept)
-
-    def plain(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first product with its bias (V, B, d), and what ``forward`` makes of it without dropout."""
-        seen = gather_views(x, indices).transpose(0, 1)
-        product = self.dense(seen)
-        z = F.gelu(product)
-        if self.dense2 is not None:
-            z = F.gelu(self.dense2(z))
-        if self.residual:
-            z = seen + z
-        z = F.layer_norm(z, z.shape[-1:], eps=self.norm.eps)
-        return product, torch.addcmul(self.norm.bias.unsqueeze(1), z, self.norm.weight.unsqueeze(1)).transpose(0, 1)
 
     def flops(self) -> Flops:
         dims = self.norm.weight.numel()
@@ -139,6 +126,9 @@ class SSR(OverArch):
         self.output_mlp = DenseStack(self.out_features, config.output_mlp, config.initializer)
         if config.output_mlp:
             self.out_features = config.output_mlp[-1]
+        if config.filter == "adaptive":
+            # Of each field: what the batches since the last exchange said, as two sums, and whether it is closed.
+            self.register_buffer("gates", torch.zeros(3, len(self.field_dims)))
 
     def blocks(self) -> list[SSRLayer]:
         """Return the layers, first to last."""
@@ -168,24 +158,27 @@ class SSR(OverArch):
         config = self.config
         if config.filter != "adaptive":
             return None
-        return Adapts(config.adapt_every, config.adapt_until, config.adapt_batches)
+        return Adapts(config.adapt_every, config.adapt_until)
 
-    def look(self, x: Tensor, grad: Tensor, ranks: Ranks, domain: Tensor | None = None) -> None:
-        add_would_be(self, x, grad, ranks, domain)
+    def look(self, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
+        look_at(self, x, grad, ranks)
 
     def adapt(self, step: int, states: States, ranks: Ranks) -> None:
         move_dims(self, step, states, ranks)
 
     def forget_looks(self) -> None:
         if self.config.filter == "adaptive":
-            for name in ("would_be", "squares"):
-                self.blocks()[0].filter.get_buffer(name).zero_()
+            self.get_buffer("gates")[:2] = 0
 
     def sparse_filters(self) -> list[nn.Module]:
         return [layer.filter for layer in self.blocks() if isinstance(layer.filter, IcsFilter | TopKFilter)]
 
     def statistics(self, x: Tensor, field_names: Sequence[str], domain: Tensor | None = None) -> dict[str, Any]:
-        return {"filters": ssr_statistics(self, x, domain)}
+        filters = ssr_statistics(self, x, domain)
+        if self.config.filter == "adaptive":
+            closed = self.get_buffer("gates")[2].tolist()
+            filters["closed_fields"] = [name for name, shut in zip(field_names, closed, strict=True) if shut]
+        return {"filters": filters}
 
     def flops(self) -> Flops:
         total = self.input_norm.flops()

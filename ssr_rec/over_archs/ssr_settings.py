@@ -13,7 +13,7 @@ from ssr_rec.over_archs.settings import LAYER_NORM_EPS, Initializer, InputNormKi
 FilterName = Literal["static", "adaptive", "dynamic", "topk", "none", "dropout"]
 FILTER_KEYS: dict[FilterName, tuple[str, ...]] = {
     "static": ("index_seed",),
-    "adaptive": ("index_seed", "adapt_every", "adapt_until", "adapt_batches", "adapt_share", "adapt_spread"),
+    "adaptive": ("index_seed", "adapt_every", "adapt_until", "adapt_threshold"),
     "dynamic": ("filter_dim", "iterations", "alpha_init", "learn_alpha", "gamma", "gate"),
     "topk": ("top_k",),
     "none": (),
@@ -47,15 +47,11 @@ class SSRConfig(OverArchSettings):
     )
 
     adapt_every: int = Field(default=100, ge=1, description="adaptive: steps from one exchange of dims to the next")
-    adapt_until: int = Field(default=300, ge=1, description="adaptive: the last step after which dims are exchanged")
-    adapt_batches: int = Field(
-        default=20, ge=1, description="adaptive: batches before an exchange whose would-be gradients decide what comes"
-    )
-    adapt_share: float = Field(
-        default=0.1, gt=0.0, lt=1.0, description="adaptive: share of a view's dims that the first exchange is of"
-    )
-    adapt_spread: float = Field(
-        default=1.0, ge=0.0, description="adaptive: a dim that n views hold comes with its gain / (1 + spread * n)"
+    adapt_until: int = Field(default=500, ge=1, description="adaptive: the last step after which dims are exchanged")
+    adapt_threshold: float = Field(
+        default=2.0,
+        ge=0.0,
+        description="adaptive: dims go of a field whose gate would close by more than so many standard errors",
     )
 
     filter_dim: int | None = Field(
@@ -112,16 +108,6 @@ class SSRConfig(OverArchSettings):
             raise UserError(
                 f"adapt_every={self.adapt_every} is above adapt_until={self.adapt_until}, so no dim would move: lower "
                 "the one, raise the other, or set filter='static'"
-            )
-        if self.filter == "adaptive" and self.adapt_batches > self.adapt_every:
-            raise UserError(
-                f"adapt_batches={self.adapt_batches} is more than there are between two exchanges: set it to at most "
-                f"adapt_every={self.adapt_every}"
-            )
-        if self.filter == "adaptive" and round(self.adapt_share * self.view_dim) < 1:
-            raise UserError(
-                f"adapt_share={self.adapt_share} of view_dim={self.view_dim} is less than one dim: raise one of them, "
-                "or set filter='static'"
             )
         if self.residual and self.filter in ("none", "dropout"):
             raise UserError(

@@ -13,7 +13,7 @@ from ssr_rec.over_archs.base import OverArch
 
 
 class Adaptation:
-    """Keeps an over-arch's last input in training and the gradient of its output, for the over-arch's ``look``.
+    """Keeps an over-arch's last input in training and the gradient for it, for the over-arch's ``look``.
 
     It keeps references and no copies, from outside of what ``compile`` compiles.
 
@@ -28,7 +28,6 @@ class Adaptation:
         self._over_arch, self._optimizer = over_arch, optimizer
         self._x: Tensor | None = None
         self._grad: Tensor | None = None
-        self._domain: tuple[Tensor, ...] = ()
         self._hook: RemovableHandle | None = None
         self._times, self._group = over_arch.adapts(), group
         self.every = self._times.every if self._times else None
@@ -38,10 +37,9 @@ class Adaptation:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # A batch that is left out has no gradient: that of an earlier one must not stand for it.
         self._x = self._grad = None
-        if module.training and output.requires_grad:
+        if module.training and inputs[0].requires_grad:
             self._x = inputs[0].detach()
-            self._domain = inputs[-1:] if self._over_arch.domain is not None else ()
-            output.register_hook(self._keep_gradient)
+            inputs[0].register_hook(self._keep_gradient)
 
     def _keep_gradient(self, grad: Tensor) -> None:
         self._grad = grad.detach()
@@ -54,9 +52,9 @@ class Adaptation:
         """
         if self._times is None or self._hook is None:
             return
-        every, until, batches = self._times
-        if step <= until and -step % every < batches and self._x is not None and self._grad is not None:
-            self._over_arch.look(self._x, self._grad, self, *self._domain)
+        every, until = self._times
+        if step <= until and self._x is not None and self._grad is not None:
+            self._over_arch.look(self._x, self._grad, self)
         if step % self._group:
             return
         # Also the last one waits for the update, which may be after ``until``.

@@ -48,7 +48,7 @@ EXACT = {
     "ssr_d": ["--over_arch.filter=dynamic", "--embeddings.optimizer=adagrad"],
     "ssr_a": [
         *("--over_arch.filter=adaptive", "--over_arch.adapt_every=5", "--over_arch.adapt_until=40"),
-        *("--over_arch.adapt_batches=4", "--over_arch.adapt_share=0.5", "--optimizer.ema_decay=0.9"),
+        *("--over_arch.adapt_threshold=0", "--optimizer.ema_decay=0.9"),
     ],
     "batch_norm": ["--over_arch.input_norm=per_dim", "--embeddings.optimizer=sgd"],
 }

@@ -75,7 +75,7 @@ UNCERTAIN = (
 )
 ADAPTIVE = (
     *("--over_arch.filter=adaptive", "--over_arch.adapt_every=3", "--over_arch.adapt_until=45"),
-    *("--over_arch.adapt_batches=3", "--over_arch.adapt_share=0.6"),
+    "--over_arch.adapt_threshold=0",
     *("--optimizer.schedule={name: step, steps: 9, factor: 0.5}", "--embeddings.schedule={name: cosine, steps: 40}"),
 )
 LINEAR = (

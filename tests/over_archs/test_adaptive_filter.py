@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.adaptive import count_at, first_products, forget, moved
+from ssr_rec.over_archs.adaptive import forget, gate_sums, moved, signals
 from ssr_rec.over_archs.ssr import SSR
 from ssr_rec.over_archs.ssr_settings import SSRConfig
-from tests.small_ssr import D, F, batch, build
+from tests.small_ssr import STATIC, D, F, batch, build
 
-ADAPTIVE: dict[str, Any] = {
-    "filter": "adaptive",
-    "adapt_every": 2,
-    "adapt_until": 8,
-    "adapt_batches": 2,
-    "adapt_share": 0.5,
-}
+ADAPTIVE: dict[str, Any] = {"filter": "adaptive", "adapt_every": 2, "adapt_until": 8}
 EVERY_SWITCH = {
     "residual": True,
     "fusion_layers": 2,
@@ -44,105 +37,68 @@ def no_state(parameter: nn.Parameter) -> dict[str, Tensor]:
     return {}
 
 
-def loop_gradient(ssr: SSR, x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the first layer's weights if each view saw every dim: (V, width, d), dim by dim and unit by unit.
-
-    Each view's product is written as a sum over all dims of the input, with a weight of zero for those it does not see.
-    """
-    first, views, dim = ssr.blocks()[0], ssr.config.num_views, ssr.config.view_dim
-    width = x.shape[1]
-    weights = [[[torch.zeros((), dtype=x.dtype) for _ in range(dim)] for _ in range(width)] for _ in range(views)]
-    for v in range(views):
-        for place, j in enumerate(first.filter.indices[v].tolist()):
-            for k in range(dim):
-                weights[v][j][k] = first.fusion.dense.weight[v, place, k].detach().clone()
-    leaves = [w.requires_grad_() for view in weights for row in view for w in row]
-    rows = []
-    for v in range(views):
-        units = []
-        for k in range(dim):
-            z = first.fusion.dense.bias[v, k].detach()
-            for j in range(width):
-                z = z + x[:, j] * weights[v][j][k]
-            units.append(0.5 * z * (1 + torch.erf(z / math.sqrt(2))))
-        z = torch.stack(units, 1)
-        centred = z - z.mean(1, keepdim=True)
-        z = centred / (centred.square().mean(1, keepdim=True) + first.fusion.norm.eps).sqrt()
-        rows.append(z * first.fusion.norm.weight[v] + first.fusion.norm.bias[v])
-    features = ssr.layers[1](torch.cat(rows, 1)).flatten(1)
-    found = torch.autograd.grad(features, leaves, grad)
-    return torch.stack(found).view(views, width, dim)
-
-
-def test_the_would_be_gradient_is_that_of_views_that_see_all_dims() -> None:
-    ssr, x = build(**ADAPTIVE, num_views=2, view_dim=4).train(), batch()
-    grad = torch.randn(ssr(x).shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    seen, of_product = first_products(ssr, x, grad)
-    would_be = torch.einsum("bw,vbd->vwd", seen, of_product)
-    torch.testing.assert_close(would_be, loop_gradient(ssr, x, grad))
-
-
 @pytest.mark.parametrize("switches", [{}, EVERY_SWITCH], ids=["plain", "switched"])
-def test_of_dims_that_a_view_sees_it_is_their_gradient_and_the_model_stays_as_it_was(switches: dict[str, Any]) -> None:
-    ssr, x = build(**ADAPTIVE, **switches).train(), batch()
-    before, seed = copy.deepcopy(ssr.state_dict()), torch.get_rng_state()
-    grad = torch.randn(len(x), ssr.out_features, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    seen, of_product = first_products(ssr, x, grad)
-    would_be = torch.einsum("bw,vbd->vwd", seen, of_product)
-    assert torch.equal(seed, torch.get_rng_state()) and all(m.training for m in ssr.modules())
-    assert all(torch.equal(value, before[name]) for name, value in ssr.state_dict().items())
-    # Dropout off; batch norm still takes the batch's figures.
-    ssr.input_dropout.p = 0.0
-    for layer in ssr.blocks():
-        layer.fusion.dropout.p = 0.0
-    ssr(x).backward(grad)
-    first = ssr.blocks()[0]
-    for v, dims in enumerate(first.filter.indices.tolist()):
-        torch.testing.assert_close(would_be[v, dims], first.fusion.dense.weight.grad[v])
+def test_the_sums_are_the_gradients_of_gates_that_stand_at_one(switches: dict[str, Any]) -> None:
+    """Row by row and field by field, of a model with gates before its fields; fields of unequal dims."""
+    torch.manual_seed(0)
+    dims = [4, 2, 8, 6]
+    ssr = SSR(len(dims), dims, 1, SSRConfig(**(STATIC | switches))).double().eval()
+    x = torch.randn(9, sum(dims), dtype=torch.float64)
+    gates = torch.ones(9, len(dims), dtype=torch.float64, requires_grad=True)
+    wide = torch.cat([gates[:, [f]].expand(9, dim) for f, dim in enumerate(dims)], 1)
+    gated = (x * wide).detach().requires_grad_()
+    (of_x,) = torch.autograd.grad(ssr(gated).sin().sum(), gated)
+    ssr(x * wide).sin().sum().backward()
+    falls = (-gates.grad).tolist()
+    wanted = [[sum(row[f] ** power for row in falls) for f in range(len(dims))] for power in (1, 2)]
+    torch.testing.assert_close(gate_sums(x, of_x, dims), torch.tensor(wanted), rtol=1e-5, atol=1e-7)
 
 
-def loop_moved(
-    indices: list[list[int]], use: list[list[float]], gain: list[list[float]], count: int, spread: float, first: int
-) -> list[list[int]]:
+def test_a_signal_is_the_mean_in_standard_errors() -> None:
+    """Of 10,000 rows without a signal it is between -4 and 4; of a mean of .1 near 10; of a field nobody sees 0."""
+    draws = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    columns = torch.stack([draws, draws + 0.1, draws - 0.1, torch.zeros(10_000)], 1)
+    found = signals(torch.stack([columns.sum(0), columns.square().sum(0)])).tolist()
+    assert abs(found[0]) < 4 and found[3] == 0
+    for value, mean in zip(found[1:3], (0.1, -0.1), strict=True):
+        assert value == pytest.approx(found[0] + 100 * mean, abs=0.3)
+
+
+def loop_moved(indices: list[list[int]], signal: list[float], closed: list[bool], seed: int) -> list[list[int]]:
     """What ``moved`` says, one exchange after another."""
-    views = [list(view) for view in indices]
-    for turn in range(len(views)):
-        v = (first + turn) % len(views)
-        holders = [sum(j in view for view in views) for j in range(len(gain[v]))]
-        order = sorted(range(len(views[v])), key=lambda place: use[v][place])
-        outside = [j for j in range(len(gain[v])) if j not in views[v]]
-        best = sorted(outside, key=lambda j: -gain[v][j] / (1 + spread * holders[j]))
-        for place, j in zip(order[:count], best[:count], strict=True):
-            views[v][place] = j
+    views, generator = [list(view) for view in indices], torch.Generator().manual_seed(seed)
+    for view in views:
+        goes = sorted((p for p, j in enumerate(view) if closed[j]), key=lambda p: signal[view[p]])
+        outside = [j for j, shut in enumerate(closed) if not shut and j not in view]
+        lots = torch.rand(len(outside), generator=generator, dtype=torch.float64).tolist()
+        holders = {j: sum(j in other for other in views) for j in outside}
+        comes = sorted(range(len(outside)), key=lambda k: holders[outside[k]] + lots[k])
+        for place, k in zip(goes, comes, strict=False):
+            view[place] = outside[k]
     return views
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 5.0])
-@pytest.mark.parametrize(("views", "dim", "width", "count"), [(3, 8, 20, 3), (4, 5, 9, 4), (1, 3, 7, 0), (2, 6, 12, 6)])
-def test_moves_as_plain_loops_do(views: int, dim: int, width: int, count: int, spread: float) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize(("views", "dim", "width"), [(3, 8, 20), (4, 5, 9), (1, 3, 7), (2, 6, 7)])
+def test_moves_as_plain_loops_do(views: int, dim: int, width: int, share: float) -> None:
     generator = torch.Generator().manual_seed(views + width)
     indices = torch.stack([torch.randperm(width, generator=generator)[:dim] for _ in range(views)])
-    use = torch.randint(0, 4, (views, dim), generator=generator).double()  # with ties
-    gain = torch.randint(0, 6, (views, width), generator=generator).double()
-    for first in range(views):
-        found = moved(indices, use, gain, count, spread, first)
-        assert found.tolist() == loop_moved(indices.tolist(), use.tolist(), gain.tolist(), count, spread, first)
-        assert all(len(set(view)) == dim for view in found.tolist())
-        assert ((found != indices).sum(1) == count).all()
+    signal = torch.randint(-4, 5, (width,), generator=generator).float()  # with ties
+    closed = torch.rand(width, generator=generator) < share
+    found = moved(indices, signal, closed, torch.Generator().manual_seed(3))
+    assert found.tolist() == loop_moved(indices.tolist(), signal.tolist(), closed.tolist(), 3)
+    assert all(len(set(view)) == dim for view in found.tolist())
+    for before, after in zip(indices, found, strict=True):
+        stay_outside = int((~closed).sum()) - int((~closed[before]).sum())
+        assert (before != after).sum() == min(int(closed[before].sum()), stay_outside)
 
 
-def test_spread_makes_views_take_different_dims() -> None:
-    indices, use = torch.arange(3).repeat(4, 1), torch.zeros(4, 3)
-    gain = torch.tensor([0.0, 0, 0, 10, 9, 8, 7, 6, 5, 4, 3, 2]).repeat(4, 1)
-    alike, apart = (moved(indices, use, gain, 3, spread, 0) for spread in (0.0, 9.0))
-    assert alike.unique().tolist() == [3, 4, 5]
-    assert apart.unique().tolist() == [*range(3, 12)]
-
-
-def test_the_share_falls_to_none() -> None:
-    settings = {"adapt_every": 10, "adapt_until": 40, "adapt_batches": 1}
-    config = SSRConfig(filter="adaptive", **settings, adapt_share=0.5, view_dim=16)
-    assert [count_at(step, config) for step in (10, 20, 30, 40, 50, 90)] == [8, 6, 4, 2, 0, 0]
+def test_what_comes_is_what_the_fewest_views_hold() -> None:
+    """Four views give up three dims each, and the twelve that nobody holds come, each once."""
+    indices, closed = torch.arange(6).repeat(4, 1), torch.arange(18) < 3
+    found = moved(indices, torch.zeros(18), closed, torch.Generator().manual_seed(0))
+    assert sorted(found[:, :3].flatten().tolist()) == [*range(6, 18)]
+    assert torch.equal(found[:, 3:], indices[:, 3:])
 
 
 def test_exchanged_rows_begin_anew_and_others_stay() -> None:
@@ -161,25 +117,40 @@ def test_exchanged_rows_begin_anew_and_others_stay() -> None:
     assert states["step"] == 7
 
 
-def test_what_comes_has_the_largest_gradient_for_its_size_over_all_batches() -> None:
-    """Two batches count as one of all their rows; small dims are not put back for being small."""
-    whole, parts = build(**ADAPTIVE, adapt_spread=0.0).train(), build(**ADAPTIVE, adapt_spread=0.0).train()
-    first = whole.blocks()[0]
-    x, before = batch(rows=20) * torch.logspace(-2, 0, F * D, dtype=torch.float64), first.filter.indices.clone()
-    grad = torch.randn(20, whole.out_features, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    whole.look(x, grad, OneRank())
-    for rows in (slice(0, 7), slice(7, 20)):
-        parts.look(x[rows], grad[rows], OneRank())
-    seen, of_product = first_products(whole, x, grad)
-    norms = torch.einsum("bw,vbd->vwd", seen, of_product).square().sum(2).sqrt()
-    sizes = [sum(value * value for value in column) ** 0.5 for column in x.t().tolist()]
-    gain = [[norm / size for norm, size in zip(row, sizes, strict=True)] for row in norms.tolist()]
-    use = [[math.hypot(*row) for row in view] for view in first.fusion.dense.weight.tolist()]
+def looked_at(ssr: SSR, x: Tensor, low: int) -> SSR:
+    """It has seen x, and a gradient by which the gate of one field would close and the others would open."""
+    grad = -x.detach().clone()
+    grad[:, low * D : (low + 1) * D] *= -1
+    ssr.look(x.detach(), grad, OneRank())
+    return ssr
+
+
+def test_dims_of_a_field_whose_gate_would_close_go_by_all_batches() -> None:
+    """Two batches count as one of all their rows; the field stays closed when its gate has no gradient any more."""
+    x = batch(rows=20)
+    whole = looked_at(build(**ADAPTIVE).train(), x, low=1)
+    parts = looked_at(looked_at(build(**ADAPTIVE).train(), x[:7], low=1), x[7:], low=1)
+    torch.testing.assert_close(parts.gates, whole.gates, rtol=1e-5, atol=0.0)
     for ssr in (whole, parts):
-        ssr.adapt(2, no_state, OneRank())
         found = ssr.blocks()[0].filter
-        assert found.indices.tolist() == loop_moved(before.tolist(), use, gain, 4, 0.0, 1)
-        assert not found.would_be.any() and not found.squares.any()
+        before = found.indices.clone()
+        ssr.adapt(2, no_state, OneRank())
+        gone = (before >= D) & (before < 2 * D)
+        assert gone.any() and torch.equal(found.indices != before, gone)
+        assert not ssr.blocks()[0].fusion.dense.weight[gone].any()
+        assert ssr.gates.tolist() == [[0] * F, [0] * F, [0, 1, 0, 0, 0]]
+        looked_at(ssr, x, low=3).adapt(4, no_state, OneRank())
+        assert ssr.gates[2].tolist() == [0, 1, 0, 1, 0]
+        assert ssr.statistics(x, list("abcde"))["filters"]["closed_fields"] == ["b", "d"]
+        assert not {*range(D, 2 * D), *range(3 * D, 4 * D)} & set(found.indices.flatten().tolist())
+    assert torch.equal(whole.blocks()[0].filter.indices, parts.blocks()[0].filter.indices)
+
+
+def test_a_batch_that_is_not_finite_says_nothing() -> None:
+    ssr = looked_at(build(**ADAPTIVE).train(), batch(rows=20), low=1)
+    before = ssr.gates.clone()
+    ssr.look(batch(), torch.full((6, F * D), float("nan"), dtype=torch.float64), OneRank())
+    assert torch.equal(ssr.gates, before) and before.any()
 
 
 def test_nothing_moves_where_no_batch_was_seen() -> None:
@@ -195,22 +166,22 @@ def test_what_sees_the_views_sees_the_moved_dims(compiled: bool) -> None:
     ssr, x = build(**ADAPTIVE).float().train(), batch(rows=40).float()
     start = {name: value.clone() for name, value in ssr.state_dict().items()}
     forward = torch.compile(ssr.forward, backend="aot_eager", dynamic=True) if compiled else ssr.forward
-    features = forward(x)
-    ssr.look(x, torch.randn_like(features), OneRank())
-    ssr.adapt(2, no_state, OneRank())
+    forward(x)
+    looked_at(ssr, x, low=1).adapt(2, no_state, OneRank())
     first, second = (layer.filter.indices for layer in ssr.blocks())
-    assert ((first != start["layers.0.filter.indices"]).sum(1) == 4).all()
+    share = (first != start["layers.0.filter.indices"]).double().mean().item()
+    assert share > 0
     assert torch.equal(second, start["layers.1.filter.indices"])
     with torch.no_grad():  # those of new dims are zero, and would hide which dims they are of
         ssr.blocks()[0].fusion.dense.weight.normal_()
     static = build(filter="static").float().eval()
     unused = static.load_state_dict(ssr.state_dict(), strict=False).unexpected_keys
-    assert unused == ["layers.0.filter.would_be", "layers.0.filter.squares"]
+    assert unused == ["gates"]
     torch.testing.assert_close(forward(x), static(x))
     before = x.clone().requires_grad_()
     forward(before).square().sum().backward()
     assert set(before.grad.abs().sum(0).nonzero().flatten().tolist()) == set(first.unique().tolist())
-    assert ssr.blocks()[0].filter.statistics(x)["moved"] == pytest.approx(0.5)
+    assert ssr.blocks()[0].filter.statistics(x)["moved"] == pytest.approx(share)
 
 
 def test_views_of_the_whole_input_are_refused() -> None:
@@ -221,11 +192,9 @@ def test_views_of_the_whole_input_are_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"filter": "static", "adapt_share": 0.2}, r"adapt_share=0\.2 has no effect.*filter='adaptive'"),
-        ({"filter": "adaptive", "adapt_every": 10, "adapt_batches": 11}, r"adapt_batches=11.*at most adapt_every=10"),
+        ({"filter": "static", "adapt_threshold": 3.0}, r"adapt_threshold=3\.0 has no effect.*filter='adaptive'"),
         ({"filter": "dynamic", "adapt_every": 7}, r"adapt_every=7 has no effect.*filter='adaptive'"),
         ({"filter": "adaptive", "adapt_every": 309, "adapt_until": 308}, r"adapt_every=309.*adapt_until=308"),
-        ({"filter": "adaptive", "view_dim": 8, "adapt_share": 0.05}, r"adapt_share=0\.05 of view_dim=8"),
     ],
 )
 def test_settings_that_would_move_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

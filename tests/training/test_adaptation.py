@@ -25,10 +25,10 @@ from tests.training.test_trainer import made, state_job
 
 SETTINGS = [
     *("--over_arch.filter=adaptive", "--over_arch.adapt_every=5", "--over_arch.adapt_until=15"),
-    *("--over_arch.adapt_batches=3", "--over_arch.adapt_share=0.5"),
+    "--over_arch.adapt_threshold=0",
     *("--train.max_steps=20", "--train.eval_every=null", "--checkpoint.keep=1"),
 ]
-LOOKED_AT = [3, 4, 5, 8, 9, 10, 13, 14, 15]
+LOOKED_AT = list(range(1, 16))
 
 
 class Seen:
@@ -48,7 +48,7 @@ class Seen:
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if module.training:
             self.kept = {"x": inputs[0].detach().clone()}
-            output.register_hook(lambda grad: self.kept.update(grad=grad.clone()))
+            inputs[0].register_hook(lambda grad: self.kept.update(grad=grad.clone()))
 
     def look(self, x: Tensor, grad: Tensor, ranks: Any) -> None:
         assert torch.equal(x, self.kept["x"]) and torch.equal(grad, self.kept["grad"])
@@ -97,8 +97,7 @@ def test_dims_move_when_they_are_due(dataset: Path, tmp_path: Path, more: list[s
     (found,) = run_ranks(adapt_job, 1, options(dataset, tmp_path, *SETTINGS, *more), dataset, tmp_path)
     looked, adapted, moved, states = found
     assert looked == LOOKED_AT and adapted == steps
-    # Two views of 8 dims: half, then less.
-    assert moved == [2 * round(0.5 * (1 - (step - 5) / 15) * 8) for step in steps]
+    assert moved[0] > 0
     wanted = {"step", "exp_avg", "exp_avg_sq"} | ({"average"} if "--optimizer.ema_decay=0.9" in more else set())
     assert all(names == wanted for names in states)
 
@@ -129,9 +128,10 @@ def sums_job(arguments: list[str], dataset: Path, folder: Path) -> list[bool]:
     begun = made([*arguments, f"--warm_start={checkpoint}"], dataset, folder / "begun")
     begun.start(Start(folder, None, {}), Here(dataset, Schema.read(dataset)))
     trainers = (stopped, resumed, begun)
-    filters = [trainer.over_arch.blocks()[0].filter for trainer in trainers]
-    assert all(torch.equal(filters[0].indices, one.indices) for one in filters)
-    return [bool(one.would_be.any() and one.squares.any()) for one in filters]
+    over_archs = [trainer.over_arch for trainer in trainers]
+    first, *others = (one.blocks()[0].filter.indices for one in over_archs)
+    assert all(torch.equal(first, one) for one in others)
+    return [bool(one.gates[:2].any()) for one in over_archs]
 
 
 def test_a_warm_started_run_has_seen_no_batch_and_a_resumed_one_has(dataset: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_warm_started_run_has_seen_no_batch_and_a_resumed_one_has(dataset: Pat
 
 
 def test_a_batch_that_is_left_out_moves_nothing() -> None:
-    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_batches=1, adapt_share=0.5).train()
+    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4).train()
     adaptation = Adaptation(ssr, CombinedOptimizer([]))
     before = ssr.blocks()[0].filter.indices.clone()
     ssr(batch()).sum().backward()
@@ -166,9 +166,9 @@ def test_a_batch_that_is_left_out_moves_nothing() -> None:
 def test_every_exchange_waits_for_an_update_of_the_over_arch(
     group: int, every: int, until: int, steps: list[int]
 ) -> None:
-    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_batches=1, adapt_share=0.5)
+    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4)
     found: list[int] = []
-    ssr.adapts = lambda: Adapts(every, until, 1)
+    ssr.adapts = lambda: Adapts(every, until)
     ssr.adapt = lambda step, *_: found.append(step)
     adaptation = Adaptation(ssr, CombinedOptimizer([]), group)
     for step in range(1, 41):
