@@ -49,7 +49,7 @@ class SSRConfig(OverArchSettings):
     adapt_every: int = Field(default=100, ge=1, description="adaptive: steps from one exchange of dims to the next")
     adapt_until: int = Field(default=500, ge=1, description="adaptive: the last step after which dims are exchanged")
     adapt_threshold: float = Field(
-        default=2.0,
+        default=3.0,
         ge=0.0,
         description="adaptive: dims go of a field whose gate would close by more than so many standard errors",
     )
