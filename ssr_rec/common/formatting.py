@@ -13,6 +13,11 @@ def decimal(value: float | None, digits: int = 4) -> str:
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
+def probability(p: float) -> str:
+    """Return a test's p as ``.0312``, ``<.0001`` below that, ``-`` for nan."""
+    return "<.0001" if p < 0.0001 else decimal(p)
+
+
 def short_number(value: float) -> str:
     """Return three significant digits with k, M, G or T: ``24.1k``, ``1.57M``, ``960``."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -13,11 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from scipy import stats
 
 from ssr_rec.runs.curves import COLORS, DPI, Decimals, lay_grid
 from ssr_rec.runs.measures import title as title_of
+from ssr_rec.studies.doublings import fit_parabola
 
 COSTS = {"num_parameters": "Params, without embedding tables", "flops_1024": "FLOPs of 1,024 samples"}
 BASELINE_COLOR = "#5a6470"
@@ -32,8 +35,9 @@ LEADER_FROM = 20.0
 def draw_costs(frame: pd.DataFrame, title: str, path: str | Path) -> None:
     """Draw ``summarise``'s frame as a PNG, 6 inches of width per panel.
 
-    A point is a system's mean, its bar one standard deviation each way. Systems of one ``curve`` are joined and
-    labelled once. Systems without a finished run are left out.
+    A point is a system's mean, its bar one standard deviation each way. Systems of one ``curve`` are labelled once, and
+    joined by the fitted parabola with its 95 % band, or by lines where none can be. Those without a finished run are
+    left out.
     """
     tasks = list(dict.fromkeys(frame["task"]))
     figure = Figure(figsize=(13, 5.4 * len(tasks) + 0.7), dpi=DPI, layout="constrained")
@@ -89,6 +93,15 @@ def _draw_panel(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, dict
     for group, rows in _groups(known):
         ordered = rows.sort_values(cost)
         line = ("--" if rows["baseline"].all() else "-") if len(rows) > 1 else "none"
+        fit = fit_parabola(rows, cost) if rows["curve"].notna().all() else None
+        if fit is not None:
+            sizes = np.geomspace(ordered[cost].iloc[0], ordered[cost].iloc[-1], 60)
+            mean, error = fit.mean(sizes)
+            half = stats.t.ppf(0.975, fit.freedom) * error
+            color = styles[group]["color"]
+            ax.plot(sizes, mean, line, linewidth=1.4, color=color, zorder=2)
+            ax.fill_between(sizes, mean - half, mean + half, color=color, alpha=0.13, linewidth=0, zorder=1)
+            line = "none"
         ax.errorbar(
             ordered[cost],
             ordered["mean"],
@@ -123,8 +136,11 @@ def _legend(figure: Figure, frame: pd.DataFrame) -> None:
     bar = Line2D([], [], color="#444444", marker="|", markersize=12, linestyle="none", label="mean ± sd over seeds")
     hollow = Line2D([], [], color=BASELINE_COLOR, marker="o", mfc="white", linestyle="none", label="baseline")
     filled = Line2D([], [], color=COLORS[0], marker="D", linestyle="none", label="not a baseline")
-    handles = [bar, *([hollow] if frame["baseline"].any() else []), *([] if frame["baseline"].all() else [filled])]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    fitted = Patch(color=BASELINE_COLOR, alpha=0.25, label="parabola in the size's logarithm, with its 95 % band")
+    has_fit = any(fit_parabola(rows, "num_parameters") for _, rows in frame.groupby(["task", "curve"]))
+    wanted = [True, has_fit, frame["baseline"].any(), not frame["baseline"].all()]
+    handles = [handle for handle, is_wanted in zip((bar, fitted, hollow, filled), wanted, strict=True) if is_wanted]
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
 
 
 def _place_labels(ax: Axes, known: pd.DataFrame, cost: str, styles: dict[str, dict[str, Any]]) -> None:

@@ -24,6 +24,7 @@ from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.config.run import RunConfig, apply_override, resolve
 from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.schema import Schema
+from ssr_rec.over_archs.ssr_settings import FILTER_KEYS, SSRConfig
 from ssr_rec.runs.report import Measures, Report
 from ssr_rec.studies.equal_terms import check_equal_terms
 from ssr_rec.studies.nested import has, merge, put
@@ -123,9 +124,16 @@ class Plan:
         return sum(len(trials) + self.seeds - 1 for trials in self.trials.values())
 
     def config(self, job: Job, runs: Path) -> RunConfig:
-        """Return the run of a job, in ``runs/<name of the job>``."""
-        own = {"name": job.name, "runs": str(runs), "seed": job.seed}
-        return self.trials[job.system][job.trial].config.model_copy(update=own)
+        """Return the run of a job, in ``runs/<name of the job>``.
+
+        A static filter's dims are drawn anew for each seed: whatever a spread over seeds is of, the draw is part of it.
+        """
+        config = self.trials[job.system][job.trial].config
+        own: dict[str, Any] = {"name": job.name, "runs": str(runs), "seed": job.seed}
+        over_arch = config.over_arch
+        if isinstance(over_arch, SSRConfig) and "index_seed" in FILTER_KEYS[over_arch.filter]:
+            own["over_arch"] = over_arch.model_copy(update={"index_seed": over_arch.index_seed + job.seed})
+        return config.model_copy(update=own)
 
     def wanted(self, reports: Reports, failed: Collection[Job] = ()) -> list[Job]:
         """Return every run known to be needed so far, in the order to run them: seed by seed, trial by trial.

@@ -13,10 +13,11 @@ import pandas as pd
 from scipy import stats
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.formatting import decimal, short_number
+from ssr_rec.common.formatting import decimal, probability, short_number
 from ssr_rec.runs.measures import goodness, main_measure, title
 from ssr_rec.runs.report import Report
 from ssr_rec.runs.table import markdown_table
+from ssr_rec.studies.doublings import doublings_text
 from ssr_rec.studies.study import Job, Plan, Reports
 
 FLOPS_BATCH = 1024
@@ -36,12 +37,25 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
         return float(stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """Return the p of each of several tests corrected for their number (Holm 1979); nan, no test, stays and counts not.
+
+    Below a level, the chance that any of the tests finds what is not there is below it too, however they depend.
+    """
+    ranked = sorted((p, index) for index, p in enumerate(ps) if not math.isnan(p))
+    corrected, least = [math.nan] * len(ps), 0.0
+    for rank, (p, index) in enumerate(ranked):
+        corrected[index] = least = max(least, min(1.0, (len(ranked) - rank) * p))
+    return corrected
+
+
 def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.DataFrame:
     """Return one row per task and system, full precision; what table.csv holds.
 
     ``<metric>_mean`` and ``_sd`` (n - 1) are over the winner's finished seeds, ``<metric>_seed<s>`` are their values.
     ``measure`` is the metric that systems are ranked by: AUC, of a number XAUC, or RMSE where a run's test is bounded.
-    ``best_baseline`` is the baseline with the best mean of it on the task's test rows; ``p`` is against it.
+    ``best_baseline`` is the baseline with the best mean of it on the task's test rows; ``p`` is against it,
+    ``p_corrected`` for all such tests of the frame, and ``significant`` a better mean with ``p_corrected`` below .05.
 
     Raises:
         UserError: no run has finished.
@@ -54,7 +68,9 @@ def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.Da
     rows = [_row(plan, reports, workers, system, task, metrics) for task in tasks for system in plan.trials]
     frame = pd.DataFrame(rows)
     for task in tasks:
-        _test_significance(frame, frame.index[frame["task"] == task], plan.seeds)
+        _test_best_baseline(frame, frame.index[frame["task"] == task], plan.seeds)
+    frame["p_corrected"] = holm(frame["p"].tolist())
+    frame["significant"] &= frame["p_corrected"] < SIGNIFICANT
     return frame
 
 
@@ -79,7 +95,7 @@ def comparison_text(plan: Plan, frame: pd.DataFrame) -> str:
     """Return caption, a Markdown table and a sentence per task, the settings that were chosen, and what is missing."""
     parts = [_caption(plan, frame)]
     for task, rows in frame.groupby("task", sort=False):
-        parts += [f"### {task}", _task_table(plan, rows), task_sentence(rows)]
+        parts += [f"### {task}", _task_table(plan, rows), task_sentence(rows), doublings_text(rows)]
     systems = frame.drop_duplicates("system").to_dict("records")
     chosen = [f"- {row['system']}: {row['chosen']}" for row in systems if row["chosen"]]
     if chosen:
@@ -88,7 +104,7 @@ def comparison_text(plan: Plan, frame: pd.DataFrame) -> str:
     commits = sorted({commit for cell in frame["commits"] for commit in cell.split()})
     if len(commits) > 1:
         parts.append(f"The runs are of several versions of this code: {', '.join(commits)}.")
-    return "\n\n".join([*parts, *(f"† {note}" for note in notes if note)]) + "\n"
+    return "\n\n".join(filter(None, [*parts, *(f"† {note}" for note in notes if note)])) + "\n"
 
 
 def task_sentence(rows: pd.DataFrame) -> str:
@@ -111,11 +127,11 @@ def task_sentence(rows: pd.DataFrame) -> str:
     lead = ours[mean] - theirs[mean]
     share = ours["num_parameters"] / theirs["num_parameters"]
     if goodness(name, lead) >= 0:
-        sentence += f", {_signed(lead)} over the best baseline, {theirs['system']} (p {_p(ours['p'])})"
+        sentence += f", {_signed(lead)} over the best baseline, {theirs['system']} (p {probability(ours['p'])})"
         return f"{sentence}, with {share:.2g} times its parameters."
     return (
-        f"{sentence}; {ours['system']}, the best that is no baseline, has {_signed(lead)} (p {_p(ours['p'])}), "
-        f"with {share:.2g} times the parameters of {theirs['system']}."
+        f"{sentence}; {ours['system']}, the best that is no baseline, has {_signed(lead)} "
+        f"(p {probability(ours['p'])}), with {share:.2g} times the parameters of {theirs['system']}."
     )
 
 
@@ -173,8 +189,8 @@ def _sparsity(report: Report) -> float:
     return float(np.mean(shares)) if shares else math.nan
 
 
-def _test_significance(frame: pd.DataFrame, rows: pd.Index, seeds: int) -> None:
-    """Fill ``best_baseline``, ``p`` and ``significant`` of one task's rows."""
+def _test_best_baseline(frame: pd.DataFrame, rows: pd.Index, seeds: int) -> None:
+    """Fill ``best_baseline``, ``p`` and, for a better mean, ``significant`` of one task's rows."""
     name = frame.loc[rows[0], "measure"]
     mean, columns = f"{name}_mean", [f"{name}_seed{seed}" for seed in range(seeds)]
     baselines = frame.loc[rows][frame.loc[rows, "baseline"]].dropna(subset=[mean])
@@ -186,8 +202,7 @@ def _test_significance(frame: pd.DataFrame, rows: pd.Index, seeds: int) -> None:
             p = welch(*([float(value) for value in row[columns].dropna()] for row in (ours, best)))
         frame.loc[index, "best_baseline"] = None if best is None else best["system"]
         frame.loc[index, "p"] = p
-        leads = best is not None and goodness(name, ours[mean] - best[mean]) > 0
-        frame.loc[index, "significant"] = leads and p < SIGNIFICANT
+        frame.loc[index, "significant"] = best is not None and goodness(name, ours[mean] - best[mean]) > 0
 
 
 def _caption(plan: Plan, frame: pd.DataFrame) -> str:
@@ -198,7 +213,8 @@ def _caption(plan: Plan, frame: pd.DataFrame) -> str:
         f"figure, mean ± standard deviation over {plan.seeds} seed(s). Params: the over-arch without embedding tables "
         f"and heads. FLOPs: one forward pass of {FLOPS_BATCH:,} samples, a multiply-add as two. samples/s: training on "
         f"one core, median, while {numbers} run(s) share the machine. sparsity: exact zeros after the filters. "
-        f"p: Welch's t-test, two-sided, against the best baseline of the task; * better with p < {decimal(0.05, 2)}."
+        "p: Welch's t-test, two-sided, against the best baseline of the task; * better with p < "
+        f"{decimal(SIGNIFICANT, 2)} after Holm's correction for all of them."
     )
 
 
@@ -220,7 +236,7 @@ def _task_table(plan: Plan, rows: pd.DataFrame) -> str:
             cells.append(f"{cell} *" if name == row["measure"] and row["significant"] else cell)
         planned = len(plan.trials[row["system"]])
         trials = str(planned) if row["trials"] == planned else f"{row['trials']} of {planned}"
-        cells.append(_p(row["p"]))
+        cells.append(probability(row["p"]))
         if has_sparsity:
             cells.append("-" if math.isnan(row["sparsity"]) else f"{row['sparsity']:.1%}")
         lines.append([*cells, _short(row["samples_per_s"]), trials])
@@ -257,10 +273,6 @@ def _labels(plan: Plan) -> list[str] | None:
 
 def _mean_sd(mean: float, sd: float) -> str:
     return decimal(mean) if math.isnan(sd) else f"{decimal(mean)} ± {decimal(sd)}"
-
-
-def _p(p: float) -> str:
-    return "<.0001" if p < 0.0001 else decimal(p)
 
 
 def _signed(difference: float) -> str:

@@ -121,6 +121,19 @@ def test_runs_of_a_job(plan_of, tmp_path):
     assert config.over_arch == plan.trials["Dense MLP"][2].config.over_arch
 
 
+@pytest.mark.parametrize(
+    "over_arch, drawn",
+    [({"filter": "static"}, 2), ({"filter": "adaptive", "index_seed": 5}, 7), ({"filter": "dynamic"}, None)],
+)
+def test_each_seed_draws_dims_of_its_own(plan_of, tmp_path, over_arch, drawn):
+    base = {"over_arch": {"name": "ssr", "num_views": 2, "view_dim": 8, **over_arch}}
+    plan = plan_of({"systems": {"SSR": {"base": base}}})
+    trial = plan.trials["SSR"][0].config.over_arch
+    assert plan.config(Job("SSR", 0, 0), tmp_path).over_arch == trial
+    later = plan.config(Job("SSR", 0, 2), tmp_path).over_arch
+    assert later == (trial if drawn is None else trial.model_copy(update={"index_seed": drawn}))
+
+
 def test_order_trial_by_trial_then_the_winners_seed_by_seed(plan_of):
     plan = plan_of(seeds=3)
     mlp, ssr = "Dense MLP", "SSR-S"

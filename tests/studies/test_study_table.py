@@ -10,7 +10,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.runs.report import Report
 from ssr_rec.studies.figure import draw_costs
 from ssr_rec.studies.study import Job, Study, make_plan
-from ssr_rec.studies.table import comparison_text, runs_frame, summarise, task_sentence, welch
+from ssr_rec.studies.table import comparison_text, holm, runs_frame, summarise, task_sentence, welch
 
 MLP, MIXER, SSR = "Dense MLP", "RankMixer", "SSR-S"
 PARAMS = {MLP: 200, MIXER: 1000, SSR: 400}
@@ -85,6 +85,29 @@ def test_welch_p():
 @pytest.mark.parametrize("ours, theirs", [([0.7], [0.6, 0.7]), ([0.7, 0.8], []), ([0.7, 0.7], [0.6, 0.6])])
 def test_no_p_without_spread(ours, theirs):
     assert math.isnan(welch(ours, theirs))
+
+
+def test_correction_for_the_number_of_tests():
+    """By the definition: the i-th smallest of m is multiplied by m - i + 1, and none is below a smaller one's."""
+    ps = [0.01, math.nan, 0.04, 0.03, 0.005, 0.6]
+    assert holm(ps) == pytest.approx([0.04, math.nan, 0.09, 0.09, 0.025, 0.6], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([0.02]) == [0.02] and math.isnan(holm([math.nan])[0])
+
+
+def test_the_star_is_for_what_the_number_of_tests_leaves(plan, reports):
+    """One p of .03 among two tests is no finding."""
+    values = [0.738, 0.75, 0.745]
+    for seed, value in enumerate(values):
+        mixer = reports[Job(MIXER, 1, seed)].test["click"]["auc"]
+        reports[Job(SSR, 1, seed)].test["click"]["auc"] = value
+        reports[Job(MIXER, 1, seed)].test["like"]["auc"] = mixer
+        reports[Job(MLP, 1, seed)].test["like"]["auc"] = mixer - 0.1
+        reports[Job(SSR, 1, seed)].test["like"]["auc"] = [0.70, 0.72, 0.71][seed]
+    frame = summarise(plan, reports, {}).set_index(["task", "system"])
+    click, like = frame.loc[("click", SSR)], frame.loc[("like", SSR)]
+    assert 0.025 < click["p"] < 0.05 < like["p"]
+    assert click["p_corrected"] == pytest.approx(2 * click["p"]) and like["p_corrected"] == pytest.approx(like["p"])
+    assert not click["significant"] and not like["significant"]
 
 
 def test_means_deviations_and_tests_of_the_winners(plan, reports):
