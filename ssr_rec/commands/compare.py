@@ -28,7 +28,8 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.studies.command_line import count, stop_politely
 from ssr_rec.studies.figure import draw_costs
 from ssr_rec.studies.runner import TRAIN_COMMAND, Comparison, open_comparison, run_comparison
-from ssr_rec.studies.study import Plan, choose, make_plan, read_study, slug
+from ssr_rec.studies.study import Plan, make_plan
+from ssr_rec.studies.study_file import choose, read_study, slug
 from ssr_rec.studies.table import comparison_text, runs_frame, summarise
 
 
@@ -38,8 +39,9 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = TRAIN_
     quiet()
     try:
         schema = Schema.read(options.data)
+        study = choose(read_study(options.study), options.over_archs, options.study)
         plan = make_plan(
-            choose(read_study(options.study), options.over_archs, options.study),
+            study.model_copy(update={"search_seeds": options.search_seeds or study.search_seeds}),
             schema,
             str(options.data),
             options.seeds,
@@ -93,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--study", type=Path, default=Path("configs/compare/systems.yaml"), help="what to compare")
     parser.add_argument("--out", type=Path, help="default: runs/compare-STUDY-DATASET")
     parser.add_argument("--trials", type=count, help="search budget of each system, 1: none; default: the study's")
+    parser.add_argument(
+        "--search-seeds", type=count, help="seeds of each trial, whose mean decides; default: the study's"
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=count, default=cores, help="runs at a time, one core each; default: cores")
     parser.add_argument("--only-table", action="store_true", help="train nothing, redraw from what there is")

@@ -27,7 +27,7 @@ from ssr_rec.data.schema import Schema
 from ssr_rec.studies.command_line import count, stop_politely
 from ssr_rec.studies.runner import TRAIN_COMMAND
 from ssr_rec.studies.search_space import check_tuning, read_tuning
-from ssr_rec.studies.study import slug
+from ssr_rec.studies.study_file import slug
 from ssr_rec.studies.trials import TrialBook
 from ssr_rec.studies.tuner import Tuner, best_config, metric_name
 from ssr_rec.studies.tuning_results import draw_tuning, importances, save_picture, trials_frame, tuning_text

@@ -16,7 +16,8 @@ from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.config.run import RunConfig, apply_override
 from ssr_rec.data.schema import Schema
 from ssr_rec.studies.equal_terms import LENGTHS, judging_tasks
-from ssr_rec.studies.study import check_with_data, distinct, is_free, resolve_point
+from ssr_rec.studies.study import check_with_data, is_free, resolve_point
+from ssr_rec.studies.study_file import distinct
 
 OWN_KEYS = {"name": "--out", "runs": "--out", "data.path": "--data", "resume": "the same --out again, which goes on"}
 """Keys that differ between trials or are the search's own, and what sets them."""

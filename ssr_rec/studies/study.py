@@ -1,26 +1,20 @@
-"""Decides what a comparison runs: a study file and the command line become systems, their trials and their seeds.
+"""Decides what a comparison runs: a study and the command line become systems, their trials and their seeds.
 
-Every system gets the same budget of trials, each on seed 0. The trial with the best validation figure is the system's
-winner and runs on the other seeds too. Test figures never reach the choice: ``best_trial`` does not see them.
+Every system gets the same budget of trials, each on the first ``search_seeds`` seeds. The trial with the best mean
+validation figure is the system's winner and runs on the other seeds too. Test figures never reach the choice:
+``best_trial`` does not see them.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import AfterValidator, Field, ValidationError
+from typing import Any, NamedTuple
 
 from ssr_rec.common.errors import UserError
-from ssr_rec.common.settings import Settings, first_problem
-from ssr_rec.common.yaml_file import read_yaml
 from ssr_rec.config.run import RunConfig, apply_override, resolve
 from ssr_rec.config.training import TrainConfig
 from ssr_rec.data.schema import Schema
@@ -28,49 +22,11 @@ from ssr_rec.over_archs.ssr_settings import FILTER_KEYS, SSRConfig
 from ssr_rec.runs.report import Measures, Report
 from ssr_rec.studies.equal_terms import check_equal_terms
 from ssr_rec.studies.nested import has, merge, put
+from ssr_rec.studies.study_file import Study, slug
 from ssr_rec.training.monitor import counted, monitored
 
 OWN_KEYS = {"seed": "--seeds", "name": "--out", "runs": "--out", "data.path": "--data"}
 """Keys that differ between the runs of a comparison or are its own, and the option that sets them."""
-
-
-def distinct(values: list[Any]) -> list[Any]:
-    if any(value in values[:index] for index, value in enumerate(values)):
-        raise UserError(f"a value is listed twice: {values}; every trial must be another run")
-    return values
-
-
-Search = dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(distinct)]]
-
-
-class System(Settings):
-    baseline: bool = Field(True, description="one of those the others are tested against")
-    curve: str | None = Field(None, description="systems of one curve are joined by a line in the figure")
-    base: dict[str, Any] = Field({}, description="a partial RunConfig, over that of the study")
-    search: Search = Field({}, description="key -> values to try; over the study's list of the same key")
-
-
-class Study(Settings):
-    """Holds what a study file says."""
-
-    trials: int = Field(1, ge=1, description="search budget of every system; 1: the first value of every list")
-    base: dict[str, Any] = Field({}, description="a partial RunConfig that all systems share")
-    search: Search = Field({}, description="key -> values to try, such as embeddings.weight_decay: [0, 1e-6]")
-    variants: dict[str, dict[str, Any]] = Field(
-        {}, description="name -> a partial RunConfig over each system's, such as another encoder; every system has all"
-    )
-    systems: dict[str, System] = Field(min_length=1, description="by the name that tables and figures show")
-
-    def crossed(self) -> Study:
-        """Return the study with a system ``name, variant`` for each of both, and no variants."""
-        if not self.variants:
-            return self
-        systems: dict[str, System] = {}
-        for (name, system), (variant, settings) in product(self.systems.items(), self.variants.items()):
-            base = copy.deepcopy(system.base)
-            merge(base, settings)
-            systems[f"{name}, {variant}"] = system.model_copy(update={"base": base})
-        return self.model_copy(update={"systems": systems, "variants": {}})
 
 
 class Job(NamedTuple):
@@ -91,7 +47,7 @@ Reports = Mapping[Job, Report]
 
 @dataclass(frozen=True)
 class Trial:
-    """Describes one point of a system's grid: what was drawn, and the run that it makes on seed 0."""
+    """Describes one point of a system's grid: what was drawn, and the run that it makes."""
 
     settings: dict[str, Any]
     config: RunConfig
@@ -121,7 +77,8 @@ class Plan:
 
     def num_jobs(self) -> int:
         """Return runs of the finished comparison."""
-        return sum(len(trials) + self.seeds - 1 for trials in self.trials.values())
+        searched = {system: len(self.trial_seeds(system)) for system in self.trials}
+        return sum(len(trials) * searched[name] + self.seeds - searched[name] for name, trials in self.trials.items())
 
     def config(self, job: Job, runs: Path) -> RunConfig:
         """Return the run of a job, in ``runs/<name of the job>``.
@@ -145,20 +102,45 @@ class Plan:
             trials = self.trial_jobs(system)
             jobs += trials
             if all(job in reports or job in failed for job in trials):
-                jobs += self.final_jobs(system, reports)[1:]
+                jobs += [job for job in self.final_jobs(system, reports) if job not in trials]
         order = list(self.trials)
         return sorted(jobs, key=lambda job: (job.seed, job.trial, order.index(job.system)))
 
+    def trial_seeds(self, system: str) -> range:
+        """Return the seeds that each trial runs on before one is chosen; a single trial needs no more than one."""
+        return range(self.study.search_seeds if len(self.trials[system]) > 1 else 1)
+
     def trial_jobs(self, system: str) -> list[Job]:
-        return [Job(system, index, 0) for index in range(len(self.trials[system]))]
+        trials = range(len(self.trials[system]))
+        return [Job(system, index, seed) for seed in self.trial_seeds(system) for index in trials]
+
+    def judged(self, system: str, reports: Reports) -> dict[int, Measures]:
+        """Return what the search goes by, of each trial that has finished on all its seeds: the mean over them."""
+        found = {}
+        for trial in range(len(self.trials[system])):
+            jobs = [Job(system, trial, seed) for seed in self.trial_seeds(system)]
+            if all(job in reports for job in jobs):
+                found[trial] = _mean([reports[job].judged for job in jobs])
+        return found
 
     def final_jobs(self, system: str, reports: Reports) -> list[Job]:
         """Return the S runs of the best of the system's finished trials; [] without any."""
-        found = {job.trial: reports[job].judged for job in self.trial_jobs(system) if job in reports}
+        found = self.judged(system, reports)
         if not found:
             return []
         winner = best_trial(found, self.trials[system][0].config.train)
         return [Job(system, winner, seed) for seed in range(self.seeds)]
+
+
+def _mean(measures: Sequence[Measures]) -> Measures:
+    """Return the mean of each figure over the seeds, null where one has none."""
+
+    def mean(task: str, name: str) -> float | None:
+        values = [of_seed.get(task, {}).get(name) for of_seed in measures]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
+
+    return {task: {name: mean(task, name) for name in metrics} for task, metrics in measures[0].items()}
 
 
 def best_trial(validation: Mapping[int, Measures], config: TrainConfig) -> int:
@@ -187,19 +169,6 @@ def best_trial(validation: Mapping[int, Measures], config: TrainConfig) -> int:
     return max(sorted(validation), key=figure)
 
 
-def read_study(path: str | Path) -> Study:
-    """Return the study of a YAML file, its variants crossed with its systems.
-
-    Raises:
-        UserError: unreadable, not YAML, an unknown key or a wrong value; the message names file and key.
-    """
-    values = read_yaml(path, "a study, such as configs/compare/systems.yaml")
-    try:
-        return Study.model_validate(values).crossed()
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_problem(error)}") from None
-
-
 def make_plan(
     study: Study,
     schema: Schema,
@@ -222,6 +191,8 @@ def make_plan(
         UserError: names the file, the system and the key.
     """
     budget = trials or study.trials
+    if study.search_seeds > seeds:
+        raise UserError(f"{where}: search_seeds={study.search_seeds} needs as many --seeds, or more; it is {seeds}")
     systems, planned = {}, {}
     for name, system in study.systems.items():
         place = f"{where}: system {name!r}"
@@ -235,7 +206,8 @@ def make_plan(
         systems[name] = system.model_copy(update={"base": _shareable(planned[name][0].config), "search": search})
     configs = {name: [trial.config for trial in trials] for name, trials in planned.items()}
     check_equal_terms(configs, schema, where)
-    return Plan(schema, Study(trials=budget, systems=systems), planned, seeds)
+    resolved = Study(trials=budget, search_seeds=study.search_seeds, systems=systems)
+    return Plan(schema, resolved, planned, seeds)
 
 
 def draw_trials(system: str, search: Mapping[str, Sequence[Any]], budget: int) -> list[dict[str, Any]]:
@@ -251,32 +223,6 @@ def draw_trials(system: str, search: Mapping[str, Sequence[Any]], budget: int) -
         if point not in drawn:
             drawn.append(point)
     return [_point(search, index) for index in drawn]
-
-
-def slug(name: str) -> str:
-    """Return a name as part of a folder's."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def choose(study: Study, over_archs: Sequence[str], where: str | Path = "study") -> Study:
-    """Return the study with some of its systems, by name, or with ``all``.
-
-    Raises:
-        UserError: a system of the study has no name for a folder, or there is none of a name.
-    """
-    slugs: dict[str, str] = {}
-    for name in study.systems:
-        if not slug(name) or slug(name) in slugs:
-            raise UserError(f"{where}: system {name!r} makes no run folder of its own; give it another name")
-        slugs[slug(name)] = name
-    if list(over_archs) == ["all"]:
-        return study
-    unknown = [name for name in over_archs if slug(name) not in slugs]
-    if unknown:
-        raise UserError(f"--over-archs: {where} has no system {unknown[0]!r}; it has {', '.join(study.systems)}")
-    wanted = {slug(name) for name in over_archs}
-    systems = {name: study.systems[name] for key, name in slugs.items() if key in wanted}
-    return study.model_copy(update={"systems": systems})
 
 
 def is_free(key: str, overrides: Sequence[str]) -> bool:

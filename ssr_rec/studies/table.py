@@ -76,7 +76,7 @@ def summarise(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.Da
 
 def runs_frame(plan: Plan, reports: Reports, workers: Mapping[str, int]) -> pd.DataFrame:
     """Return one row per run that the comparison needs, whether it is there or not; what runs.csv holds."""
-    missing = {job for job in plan.all_jobs() if job.seed == 0 and job not in reports}
+    missing = {job for system in plan.trials for job in plan.trial_jobs(system) if job not in reports}
     rows = []
     for job in plan.wanted(reports, missing):
         trial, report = plan.trials[job.system][job.trial], reports.get(job)
@@ -159,7 +159,7 @@ def _row(
         "flops_1024": math.nan if flops is None else flops * FLOPS_BATCH,
         "samples_per_s": float(np.median([r.samples_per_s or math.nan for r in found.values()])) if found else math.nan,
         "workers": " or ".join(map(str, shared)),
-        "trials": sum(job in reports for job in plan.trial_jobs(system)),
+        "trials": len(plan.judged(system, reports)),
         "seeds": len(found),
         "sparsity": float(np.mean([_sparsity(report) for report in found.values()])) if found else math.nan,
         "winner": final[0].trial if final else None,
@@ -208,11 +208,13 @@ def _test_best_baseline(frame: pd.DataFrame, rows: pd.Index, seeds: int) -> None
 def _caption(plan: Plan, frame: pd.DataFrame) -> str:
     shared = sorted({int(number) for row in frame["workers"] for number in row.split(" or ") if number})
     numbers = " or ".join(map(str, shared)) or "an unknown number of"
+    searched = f" in the mean of {plan.study.search_seeds} seeds" if plan.study.search_seeds > 1 else ""
     return (
         f"**{plan.schema.name}** ({plan.schema.dataset_id}), test split. Each system's trial with the best validation "
-        f"figure, mean ± standard deviation over {plan.seeds} seed(s). Params: the over-arch without embedding tables "
-        f"and heads. FLOPs: one forward pass of {FLOPS_BATCH:,} samples, a multiply-add as two. samples/s: training on "
-        f"one core, median, while {numbers} run(s) share the machine. sparsity: exact zeros after the filters. "
+        f"figure{searched}, mean ± standard deviation over {plan.seeds} seed(s). Params: the over-arch without "
+        f"embedding tables and heads. FLOPs: one forward pass of {FLOPS_BATCH:,} samples, a multiply-add as two. "
+        f"samples/s: training on one core, median, while {numbers} run(s) share the machine. sparsity: exact zeros "
+        "after the filters. "
         "p: Welch's t-test, two-sided, against the best baseline of the task; * better with p < "
         f"{decimal(SIGNIFICANT, 2)} after Holm's correction for all of them."
     )

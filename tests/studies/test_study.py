@@ -12,7 +12,8 @@ from ssr_rec.data.number_labels import NumberLabel
 from ssr_rec.data.schema import Schema
 from ssr_rec.runs.report import Report
 from ssr_rec.studies.equal_terms import judging_tasks
-from ssr_rec.studies.study import Job, Study, best_trial, choose, draw_trials, make_plan, read_study
+from ssr_rec.studies.study import Job, best_trial, draw_trials, make_plan
+from ssr_rec.studies.study_file import Study, choose, read_study
 
 STUDY = {
     "trials": 3,
@@ -119,6 +120,38 @@ def test_runs_of_a_job(plan_of, tmp_path):
     config = plan.config(Job("Dense MLP", 2, 1), tmp_path)
     assert (config.name, config.runs, config.seed) == ("dense_mlp-t2-s1", str(tmp_path), 1)
     assert config.over_arch == plan.trials["Dense MLP"][2].config.over_arch
+
+
+def test_a_search_on_two_seeds_goes_by_their_mean(plan_of):
+    mlp, ssr = "Dense MLP", "SSR-S"
+    one = {**STUDY["systems"][ssr], "search": {"embeddings.weight_decay": [0], "optimizer.learning_rate": [5e-3]}}
+    plan = plan_of({**STUDY, "search_seeds": 2, "systems": {**STUDY["systems"], ssr: one}}, seeds=3)
+    # SSR-S has one trial, so nothing to choose: its first seed leads to the others as before.
+    searched = [Job(mlp, trial, seed) for seed in range(2) for trial in range(3)]
+    assert plan.trial_jobs(mlp) == searched and plan.num_jobs() == (3 * 2 + 1) + 3
+    # Trial 0 is the best on seed 0 alone, trial 2 in the mean; trial 1, the best of all, has lost a seed.
+    values = {0: (0.80, 0.60), 1: (0.90,), 2: (0.75, 0.74)}
+    reports = {Job(mlp, t, seed): report(value) for t, found in values.items() for seed, value in enumerate(found)}
+    assert not any(job.seed == 2 for job in plan.wanted(reports)), "a seed of a trial is still out"
+    wanted = plan.wanted(reports, failed={Job(mlp, 1, 1)})
+    assert [job for job in wanted if job.system == mlp] == [*searched, Job(mlp, 2, 2)]
+    assert plan.final_jobs(mlp, reports) == [Job(mlp, 2, seed) for seed in range(3)]
+    assert plan.judged(mlp, reports)[2]["click"]["auc"] == pytest.approx(0.745) and set(plan.judged(mlp, reports)) == {
+        0,
+        2,
+    }
+    assert plan.study.search_seeds == 2, "the resolved study says it"
+
+
+def test_a_figure_that_a_seed_lacks_is_no_mean(plan_of):
+    plan = plan_of({**STUDY, "search_seeds": 2}, seeds=2)
+    reports = {Job("Dense MLP", 0, 0): report(0.7), Job("Dense MLP", 0, 1): report(None)}
+    assert plan.judged("Dense MLP", reports)[0]["click"]["auc"] is None
+
+
+def test_fewer_seeds_than_the_search_needs_are_refused(plan_of):
+    with pytest.raises(ValueError, match=r"search_seeds=3 needs as many --seeds, or more; it is 2"):
+        plan_of({**STUDY, "search_seeds": 3}, seeds=2)
 
 
 @pytest.mark.parametrize(

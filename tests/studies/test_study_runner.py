@@ -12,7 +12,8 @@ import yaml
 from ssr_rec.config.run import RunConfig, load_config
 from ssr_rec.data.schema import Schema
 from ssr_rec.studies.runner import differences, locked, open_comparison, run_comparison
-from ssr_rec.studies.study import Job, Study, make_plan
+from ssr_rec.studies.study import Job, make_plan
+from ssr_rec.studies.study_file import Study
 
 STUDY = {
     "trials": 2,

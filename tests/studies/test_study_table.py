@@ -9,7 +9,8 @@ import pytest
 from ssr_rec.data.schema import Schema
 from ssr_rec.runs.report import Report
 from ssr_rec.studies.figure import draw_costs
-from ssr_rec.studies.study import Job, Study, make_plan
+from ssr_rec.studies.study import Job, make_plan
+from ssr_rec.studies.study_file import Study
 from ssr_rec.studies.table import comparison_text, holm, runs_frame, summarise, task_sentence, welch
 
 MLP, MIXER, SSR = "Dense MLP", "RankMixer", "SSR-S"

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from ssr_rec.studies.study import read_study
+from ssr_rec.studies.study_file import read_study
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare.py"
 STUDY = """
