@@ -37,15 +37,13 @@ def main() -> int:
         sys.argv = [f"{Path(sys.argv[0]).name} {name}", *sys.argv[2:]]
         return _found(modules[name])()
     is_help = name in ("-h", "--help")
-    where = sys.stdout if is_help else sys.stderr
-    if not is_help:
-        print(f"error: no command {name!r}", file=where)
-    print("usage: ssr-rec [--progress MODE] COMMAND [ARGUMENTS]; ssr-rec COMMAND --help explains one\n", file=where)
-    for command, path in modules.items():
-        print(f"  {command:<10} {_first_sentence(path)}", file=where)
-    print("\nmodes of progress, also by SSR_REC_PROGRESS=MODE:\n", file=where)
-    for mode, meaning in MODES.items():
-        print(f"  {mode:<10} {meaning}", file=where)
+    lines = [] if is_help else [f"error: no command {name!r}"]
+    lines += ["usage: ssr-rec [--progress MODE] COMMAND [ARGUMENTS]; ssr-rec COMMAND --help explains one", ""]
+    lines += [f"  {command:<13} {_first_sentence(path)}" for command, path in modules.items()]
+    lines += ["", "modes of progress, also by SSR_REC_PROGRESS=MODE:", ""]
+    lines += [f"  {mode:<13} {meaning}" for mode, meaning in MODES.items()]
+    # In one write: a reader such as head may leave after the first line.
+    (sys.stdout if is_help else sys.stderr).write("\n".join(lines) + "\n")
     return 0 if is_help else 2
 
 
