@@ -11,7 +11,7 @@ from ssr_rec.common.errors import UserError
 from ssr_rec.common.versions import require_stack
 
 # Before torchrec is imported: with a wrong stack that import itself fails, deep in C++.
-require_stack()
+require_stack("torch")
 
 import argparse
 import os

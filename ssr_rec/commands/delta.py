@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ssr_rec.common.versions import require_stack
 
-require_stack()
+require_stack("torch")
 
 import argparse
 import json

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ssr_rec.common.versions import require_stack
 
-require_stack()
+require_stack(None)
 
 import argparse
 import sys

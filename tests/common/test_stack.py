@@ -1,12 +1,14 @@
 """A wrong torch / torchrec / fbgemm combination is refused with the right one named."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ssr_rec.common.versions import check_stack
+from ssr_rec.common import versions
+from ssr_rec.common.versions import check_stack, require_stack
 
 RIGHT = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu": None, "fbgemm-gpu-cpu": "1.8.0"}
 
@@ -55,3 +57,15 @@ def test_the_script_ends_before_torchrec_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: torch 2.13.0 needs torchrec 1.8.x, found 1.6.0; install it with make setup")
+
+
+def test_what_loading_leaves_is_kept_out_of_the_collector_which_runs_on(monkeypatch):
+    monkeypatch.setattr(versions, "_installed", lambda: RIGHT)
+    try:
+        require_stack("wave")
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
+        with pytest.raises(ModuleNotFoundError):
+            require_stack("ssr_rec.no_such_module")
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
