@@ -56,7 +56,7 @@ def _installed() -> dict[str, str | None]:
 
 
 def require_stack(load: str | None = "torchrec.distributed") -> None:
-    """Check the versions as a script's first line, ending the process with exit code 2 if wrong, and load what it needs.
+    """Check the versions as a script's first line, ending the process with exit code 2 if wrong, and load its needs.
 
     While thousands of modules load, Python's collector finds nothing and takes a sixth of the time. What they leave is
     kept out of its later rounds, which would stop a training for a quarter of a second each.

@@ -18,7 +18,10 @@ SECOND_MOMENT = "exp_avg_sq"
 
 
 class Adapts(NamedTuple):
-    """Says when an over-arch adapts: every so many steps, until a step, having looked at all batches until then."""
+    """Says when an over-arch adapts: every so many steps, until a step, having looked at all batches until then.
+
+    But for those of the first interval, when all the model does is to begin.
+    """
 
     every: int
     until: int
@@ -34,23 +37,33 @@ class Ranks(Protocol):
         """Give every rank the tensor of rank 0."""
 
 
-def gate_sums(x: Tensor, grad: Tensor, field_dims: Sequence[int]) -> Tensor:
-    """Return what says whether the loss would fall if a gate before a field were opened further: (2, F).
+def rises(x: Tensor, grad: Tensor, field_dims: Sequence[int]) -> Tensor:
+    """Return by how much a batch's loss would rise without each field, to second order: (F,).
 
-    A gate multiplies all dims of a field by a number that is 1. The loss falls with it by ``-sum(grad * x)`` over the
-    dims, row by row. Sums over the rows: of these numbers, and of their squares.
+    Take a gate before a field, a number that is 1 and multiplies its dims. The loss of row i, of B in the mean, changes
+    with it by ``u_i = B sum(grad_i x_i)`` over the dims. Its second derivative is the mean of ``u_i**2`` where
+    probabilities are calibrated (the Fisher information), so that closing the gate adds
+    ``mean(u_i**2) / 2 - mean(u_i)`` to the loss, as Optimal Brain Damage estimates it for weights (LeCun et al. 1989).
+    docs/over_archs.md says for which losses the first term is off.
 
     Args:
         x: (B, sum of field dims) the fields.
-        grad: the same shape, the gradient of the loss for them.
+        grad: the same shape, the gradient for them of the loss, a mean over the rows.
         field_dims: (F) of each field.
     """
-    falls = torch.stack([part.sum(1) for part in (-grad.float() * x.float()).split(list(field_dims), 1)], 1)
-    return torch.stack([falls.sum(0), falls.square().sum(0)])
+    slopes = torch.stack([part.sum(1) for part in (grad.float() * x.float()).split(list(field_dims), 1)], 1)
+    return len(x) / 2 * slopes.square().sum(0) - slopes.sum(0)
 
 
 def signals(sums: Tensor) -> Tensor:
-    """Return by how many standard errors each field's gate would rather open (above 0) or close: (F,)."""
+    """Return by how many standard errors the loss would rise without each field: (2, F) -> (F,).
+
+    Each batch is one observation: its rows share the weights, and of a field with few ids also the embeddings, so they
+    err together.
+
+    Args:
+        sums: over the batches, of the rises and of their squares.
+    """
     return sums[0] / sums[1].sqrt().clamp_min(torch.finfo(sums.dtype).tiny)
 
 
@@ -113,17 +126,17 @@ def look_at(ssr: SSR, x: Tensor, grad: Tensor, ranks: Ranks) -> None:
         x: (B, sum of field dims) the over-arch's input.
         grad: its gradient.
     """
-    sums = gate_sums(x, grad, ssr.field_dims)
-    ranks.add(sums)
-    if sums.isfinite().all():
-        ssr.get_buffer("gates")[:2] += sums
+    found = rises(x, grad, ssr.field_dims)
+    ranks.add(found)
+    if found.isfinite().all():
+        ssr.get_buffer("gates")[:2] += torch.stack([found, found.square()])
 
 
 @torch.no_grad()
 def move_dims(ssr: SSR, step: int, states: States, ranks: Ranks) -> None:
-    """Exchange dims of the first layer's views after a step, by the batches since the last time. Collective.
+    """Exchange dims of the first layer's views after a step, by all batches looked at so far. Collective.
 
-    A field that was closed once stays so: no view sees it any more, so that its gate has no gradient.
+    A field that was closed once stays so: no view sees it any more, so that nothing new is known of it.
     """
     config, first, gates = ssr.config, ssr.blocks()[0], ssr.get_buffer("gates")
     if not gates[1].any():  # every batch was left out
@@ -132,7 +145,7 @@ def move_dims(ssr: SSR, step: int, states: States, ranks: Ranks) -> None:
     # Sums may differ in the last bit between machines of different kinds.
     ranks.take_first(signal)
     closed = gates[2].bool() | (signal < -config.adapt_threshold)
-    gates[:2], gates[2] = 0, closed
+    gates[2] = closed
     weight, indices = first.fusion.dense.weight, first.filter.get_buffer("indices")
     dims = torch.tensor(ssr.field_dims, device=signal.device)
     generator = torch.Generator().manual_seed(config.index_seed * 1_000_003 + step)

@@ -127,7 +127,7 @@ class SSR(OverArch):
         if config.output_mlp:
             self.out_features = config.output_mlp[-1]
         if config.filter == "adaptive":
-            # Of each field: what the batches since the last exchange said, as two sums, and whether it is closed.
+            # Of each field: the sums over the batches of what the loss would rise by, and of its squares; is it closed?
             self.register_buffer("gates", torch.zeros(3, len(self.field_dims)))
 
     def blocks(self) -> list[SSRLayer]:

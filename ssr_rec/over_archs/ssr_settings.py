@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -46,12 +47,16 @@ class SSRConfig(OverArchSettings):
         default=0, ge=0, description="static, adaptive: seed of each view's dims, apart from the run's"
     )
 
-    adapt_every: int = Field(default=100, ge=1, description="adaptive: steps from one exchange of dims to the next")
+    adapt_every: int = Field(
+        default=100,
+        ge=1,
+        description="adaptive: steps from one exchange of dims to the next, the first after twice that",
+    )
     adapt_until: int = Field(default=500, ge=1, description="adaptive: the last step after which dims are exchanged")
     adapt_threshold: float = Field(
-        default=3.0,
+        default=2.0,
         ge=0.0,
-        description="adaptive: dims go of a field whose gate would close by more than so many standard errors",
+        description="adaptive: dims go of a field without which the loss would be so many standard errors lower",
     )
 
     filter_dim: int | None = Field(
@@ -104,10 +109,17 @@ class SSRConfig(OverArchSettings):
             )
         if self.filter == "topk" and self.top_k > self.view_dim:
             raise UserError(f"top_k={self.top_k} is more than a view has: set it to at most view_dim={self.view_dim}")
-        if self.filter == "adaptive" and self.adapt_every > self.adapt_until:
+        if self.filter == "adaptive" and 2 * self.adapt_every > self.adapt_until:
             raise UserError(
-                f"adapt_every={self.adapt_every} is above adapt_until={self.adapt_until}, so no dim would move: lower "
-                "the one, raise the other, or set filter='static'"
+                f"adapt_every={self.adapt_every} is above half of adapt_until={self.adapt_until}, so that no dim would "
+                "move: lower the one, raise the other, or set filter='static'"
+            )
+        batches = self.adapt_until - self.adapt_every
+        if self.filter == "adaptive" and batches <= self.adapt_threshold**2:
+            raise UserError(
+                f"adapt_until={self.adapt_until} leaves {batches} batches to look at, whose mean is never more than "
+                f"{math.sqrt(batches):.1f} standard errors from 0, so with adapt_threshold={self.adapt_threshold:g} no "
+                "dim would move: raise the one, or lower the other"
             )
         if self.residual and self.filter in ("none", "dropout"):
             raise UserError(

@@ -53,13 +53,13 @@ class Adaptation:
         if self._times is None or self._hook is None:
             return
         every, until = self._times
-        if step <= until and self._x is not None and self._grad is not None:
+        if every < step <= until and self._x is not None and self._grad is not None:
             self._over_arch.look(self._x, self._grad, self)
         if step % self._group:
             return
         # Also the last one waits for the update, which may be after ``until``.
-        first_since_update = ((step - self._group) // every + 1) * every
-        if first_since_update <= min(step, until):
+        last_due = min(step, until) // every * every
+        if last_due > max(step - self._group, every):
             self._over_arch.adapt(step, self._state, self)
         if step >= until:
             self._hook.remove()

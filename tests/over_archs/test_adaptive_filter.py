@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssr_rec.over_archs.adaptive import forget, gate_sums, moved, signals
+from ssr_rec.over_archs.adaptive import forget, moved, rises, signals
 from ssr_rec.over_archs.ssr import SSR
 from ssr_rec.over_archs.ssr_settings import SSRConfig
 from tests.small_ssr import STATIC, D, F, batch, build
 
-ADAPTIVE: dict[str, Any] = {"filter": "adaptive", "adapt_every": 2, "adapt_until": 8}
+ADAPTIVE: dict[str, Any] = {"filter": "adaptive", "adapt_every": 10, "adapt_until": 40}
 EVERY_SWITCH = {
     "residual": True,
     "fusion_layers": 2,
@@ -38,7 +38,7 @@ def no_state(parameter: nn.Parameter) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("switches", [{}, EVERY_SWITCH], ids=["plain", "switched"])
-def test_the_sums_are_the_gradients_of_gates_that_stand_at_one(switches: dict[str, Any]) -> None:
+def test_a_rise_is_made_of_the_gradients_of_gates_that_stand_at_one(switches: dict[str, Any]) -> None:
     """Row by row and field by field, of a model with gates before its fields; fields of unequal dims."""
     torch.manual_seed(0)
     dims = [4, 2, 8, 6]
@@ -47,15 +47,37 @@ def test_the_sums_are_the_gradients_of_gates_that_stand_at_one(switches: dict[st
     gates = torch.ones(9, len(dims), dtype=torch.float64, requires_grad=True)
     wide = torch.cat([gates[:, [f]].expand(9, dim) for f, dim in enumerate(dims)], 1)
     gated = (x * wide).detach().requires_grad_()
-    (of_x,) = torch.autograd.grad(ssr(gated).sin().sum(), gated)
+    (of_x,) = torch.autograd.grad(ssr(gated).sin().sum(1).mean(), gated)
     ssr(x * wide).sin().sum().backward()
-    falls = (-gates.grad).tolist()
-    wanted = [[sum(row[f] ** power for row in falls) for f in range(len(dims))] for power in (1, 2)]
-    torch.testing.assert_close(gate_sums(x, of_x, dims), torch.tensor(wanted), rtol=1e-5, atol=1e-7)
+    wanted = []
+    for f in range(len(dims)):
+        of_rows = [row[f] for row in gates.grad.tolist()]
+        wanted.append(sum(u * u for u in of_rows) / 9 / 2 - sum(of_rows) / 9)
+    torch.testing.assert_close(rises(x, of_x, dims), torch.tensor(wanted), rtol=1e-4, atol=1e-6)
+
+
+def test_a_rise_is_what_leaving_a_field_out_costs() -> None:
+    """Of four numbers in a logit: one the labels follow, one they follow by half, one half as large, and one noise."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.3 * torch.randn(400_000, 4, generator=generator)
+    truth = x[:, 0] + 0.5 * x[:, 1] + 2 * x[:, 2]
+    labels = torch.bernoulli(truth.sigmoid(), generator=generator)
+
+    def loss(rows: Tensor) -> Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(rows.sum(1), labels)
+
+    inputs = x.clone().requires_grad_()
+    loss(inputs).backward()
+    found = rises(x, inputs.grad, [1, 1, 1, 1])
+    for field, rise in enumerate(found):
+        without = x.clone()
+        without[:, field] = 0
+        torch.testing.assert_close(rise, loss(without) - loss(x), rtol=0.1, atol=5e-4)
+    assert found[0] > 0.008 and abs(found[1]) < 1e-3 and found[2] > 0.02 and found[3] < -0.008
 
 
 def test_a_signal_is_the_mean_in_standard_errors() -> None:
-    """Of 10,000 rows without a signal it is between -4 and 4; of a mean of .1 near 10; of a field nobody sees 0."""
+    """Of 10,000 batches without a signal it is between -4 and 4; of a mean of .1 near 10; of a field nobody sees 0."""
     draws = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     columns = torch.stack([draws, draws + 0.1, draws - 0.1, torch.zeros(10_000)], 1)
     found = signals(torch.stack([columns.sum(0), columns.square().sum(0)])).tolist()
@@ -118,32 +140,45 @@ def test_exchanged_rows_begin_anew_and_others_stay() -> None:
 
 
 def looked_at(ssr: SSR, x: Tensor, low: int) -> SSR:
-    """It has seen x, and a gradient by which the gate of one field would close and the others would open."""
-    grad = -x.detach().clone()
-    grad[:, low * D : (low + 1) * D] *= -1
-    ssr.look(x.detach(), grad, OneRank())
+    """It has seen x as many batches, and gradients by which one field would better be left out, and no other."""
+    for rows in x.detach().split(1):
+        grad = -0.1 * rows
+        grad[:, low * D : (low + 1) * D] *= -1
+        ssr.look(rows, grad, OneRank())
     return ssr
 
 
-def test_dims_of_a_field_whose_gate_would_close_go_by_all_batches() -> None:
-    """Two batches count as one of all their rows; the field stays closed when its gate has no gradient any more."""
+def test_dims_of_a_field_that_costs_more_than_it_gives_go_by_all_batches() -> None:
+    """A field stays closed when nothing is known of it any more; what is known of the others is kept."""
     x = batch(rows=20)
-    whole = looked_at(build(**ADAPTIVE).train(), x, low=1)
-    parts = looked_at(looked_at(build(**ADAPTIVE).train(), x[:7], low=1), x[7:], low=1)
-    torch.testing.assert_close(parts.gates, whole.gates, rtol=1e-5, atol=0.0)
-    for ssr in (whole, parts):
-        found = ssr.blocks()[0].filter
-        before = found.indices.clone()
-        ssr.adapt(2, no_state, OneRank())
-        gone = (before >= D) & (before < 2 * D)
-        assert gone.any() and torch.equal(found.indices != before, gone)
-        assert not ssr.blocks()[0].fusion.dense.weight[gone].any()
-        assert ssr.gates.tolist() == [[0] * F, [0] * F, [0, 1, 0, 0, 0]]
-        looked_at(ssr, x, low=3).adapt(4, no_state, OneRank())
-        assert ssr.gates[2].tolist() == [0, 1, 0, 1, 0]
-        assert ssr.statistics(x, list("abcde"))["filters"]["closed_fields"] == ["b", "d"]
-        assert not {*range(D, 2 * D), *range(3 * D, 4 * D)} & set(found.indices.flatten().tolist())
-    assert torch.equal(whole.blocks()[0].filter.indices, parts.blocks()[0].filter.indices)
+    ssr = looked_at(build(**ADAPTIVE).train(), x, low=1)
+    slopes = -0.1 * x.square().unflatten(1, (F, D)).sum(2).float()
+    slopes[:, 1] *= -1
+    found = slopes.square() / 2 - slopes
+    sums = torch.stack([found.sum(0), found.square().sum(0)])
+    torch.testing.assert_close(ssr.gates[:2].float(), sums)
+    dims = ssr.blocks()[0].filter
+    before = dims.indices.clone()
+    ssr.adapt(2, no_state, OneRank())
+    gone = (before >= D) & (before < 2 * D)
+    assert gone.any() and torch.equal(dims.indices != before, gone)
+    assert not ssr.blocks()[0].fusion.dense.weight[gone].any()
+    torch.testing.assert_close(ssr.gates[:2].float(), sums)
+    assert ssr.gates[2].tolist() == [0, 1, 0, 0, 0]
+    for _ in range(6):
+        looked_at(ssr, x, low=3)
+    ssr.adapt(4, no_state, OneRank())
+    assert ssr.gates[2].tolist() == [0, 1, 0, 1, 0]
+    assert ssr.statistics(x, list("abcde"))["filters"]["closed_fields"] == ["b", "d"]
+    assert not {*range(D, 2 * D), *range(3 * D, 4 * D)} & set(dims.indices.flatten().tolist())
+
+
+def test_rows_of_one_batch_are_one_observation() -> None:
+    """However many rows say it in one batch, one batch closes nothing."""
+    ssr, x = build(**ADAPTIVE).train(), batch(rows=20)
+    ssr.look(x, x / 100, OneRank())
+    ssr.adapt(2, no_state, OneRank())
+    assert (ssr.gates[0] < 0).all() and not ssr.gates[2].any()
 
 
 def test_a_batch_that_is_not_finite_says_nothing() -> None:
@@ -192,9 +227,13 @@ def test_views_of_the_whole_input_are_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"filter": "static", "adapt_threshold": 2.0}, r"adapt_threshold=2\.0 has no effect.*filter='adaptive'"),
+        ({"filter": "static", "adapt_threshold": 3.0}, r"adapt_threshold=3\.0 has no effect.*filter='adaptive'"),
         ({"filter": "dynamic", "adapt_every": 7}, r"adapt_every=7 has no effect.*filter='adaptive'"),
-        ({"filter": "adaptive", "adapt_every": 309, "adapt_until": 308}, r"adapt_every=309.*adapt_until=308"),
+        ({"filter": "adaptive", "adapt_every": 155, "adapt_until": 309}, r"adapt_every=155.*half of adapt_until=309"),
+        (
+            {"filter": "adaptive", "adapt_every": 5, "adapt_until": 14, "adapt_threshold": 3},
+            r"adapt_until=14 leaves 9 batches.*never more than 3\.0.*adapt_threshold=3",
+        ),
     ],
 )
 def test_settings_that_would_move_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

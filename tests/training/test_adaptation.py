@@ -28,7 +28,7 @@ SETTINGS = [
     "--over_arch.adapt_threshold=0",
     *("--train.max_steps=20", "--train.eval_every=null", "--checkpoint.keep=1"),
 ]
-LOOKED_AT = list(range(1, 16))
+LOOKED_AT = list(range(6, 16))
 
 
 class Seen:
@@ -53,7 +53,9 @@ class Seen:
     def look(self, x: Tensor, grad: Tensor, ranks: Any) -> None:
         assert torch.equal(x, self.kept["x"]) and torch.equal(grad, self.kept["grad"])
         self.looked.append(self.trainer.fitted.steps)
-        self._look(x, grad, ranks)
+        # Without its first field the loss would be lower, whatever this log says.
+        first = self.over_arch.field_dims[0]
+        self._look(x, torch.cat([0.01 * x[:, :first], grad[:, first:]], 1), ranks)
 
     def adapt(self, step: int, states: Any, ranks: Any) -> None:
         first = self.over_arch.blocks()[0]
@@ -78,18 +80,20 @@ def adapt_job(arguments: list[str], dataset: Path, folder: Path) -> Any:
 def ends_job(arguments: list[str], dataset: Path, folder: Path) -> tuple[list[list[int]], list[list[float]]]:
     """The dims and biases of the first layer after training."""
     trainer = made(arguments, dataset, folder)
-    list(trainer.fit())
     first = trainer.over_arch.blocks()[0]
+    before = first.filter.indices.clone()
+    list(trainer.fit())
+    assert not torch.equal(before, first.filter.indices)
     return first.filter.indices.tolist(), first.fusion.dense.bias.tolist()
 
 
 @pytest.mark.parametrize(
     ("more", "steps"),
     [
-        slow(([], [5, 10, 15])),
-        (["--optimizer.ema_decay=0.9", "--optimizer.clip_norm=1.0", "--train.bf16=true"], [5, 10, 15]),
-        slow((["--train.accumulate=3"], [6, 12, 15])),
-        slow((["--train.accumulate=4"], [8, 12, 16])),
+        slow(([], [10, 15])),
+        (["--optimizer.ema_decay=0.9", "--optimizer.clip_norm=1.0", "--train.bf16=true"], [10, 15]),
+        slow((["--train.accumulate=3"], [12, 15])),
+        slow((["--train.accumulate=4"], [12, 16])),
     ],
     ids=["plain", "averages, clipping, bf16", "accumulate", "accumulate beyond the last"],
 )
@@ -140,7 +144,7 @@ def test_a_warm_started_run_has_seen_no_batch_and_a_resumed_one_has(dataset: Pat
 
 
 def test_a_batch_that_is_left_out_moves_nothing() -> None:
-    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4).train()
+    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_threshold=0).train()
     adaptation = Adaptation(ssr, CombinedOptimizer([]))
     before = ssr.blocks()[0].filter.indices.clone()
     ssr(batch()).sum().backward()
@@ -155,18 +159,19 @@ def test_a_batch_that_is_left_out_moves_nothing() -> None:
 @pytest.mark.parametrize(
     ("group", "every", "until", "steps"),
     [
-        (1, 5, 12, [5, 10]),
-        (4, 5, 15, [8, 12, 16]),
-        (8, 5, 10, [8, 16]),
+        (1, 5, 12, [10]),
+        (1, 5, 15, [10, 15]),
+        (4, 5, 15, [12, 16]),
+        (8, 5, 10, [16]),
         (16, 5, 15, [16]),
-        (3, 5, 4, []),
+        (3, 5, 9, []),
         (5, 1, 7, [5, 10]),
     ],
 )
 def test_every_exchange_waits_for_an_update_of_the_over_arch(
     group: int, every: int, until: int, steps: list[int]
 ) -> None:
-    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4)
+    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_threshold=0)
     found: list[int] = []
     ssr.adapts = lambda: Adapts(every, until)
     ssr.adapt = lambda step, *_: found.append(step)
