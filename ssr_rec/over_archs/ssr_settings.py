@@ -54,7 +54,7 @@ class SSRConfig(OverArchSettings):
     )
     adapt_until: int = Field(default=500, ge=1, description="adaptive: the last step after which dims are exchanged")
     adapt_threshold: float = Field(
-        default=2.0,
+        default=1.0,
         ge=0.0,
         description="adaptive: dims go of a field without which the loss would be so many standard errors lower",
     )
