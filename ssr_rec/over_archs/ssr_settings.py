@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ssr_rec.common.errors import UserError
 from ssr_rec.common.settings import Share, Widths
@@ -21,6 +21,15 @@ FILTER_KEYS: dict[FilterName, tuple[str, ...]] = {
     "dropout": ("filter_dropout",),
 }
 """The keys of SSRConfig that only some filters read."""
+WRITTEN_BEFORE: dict[str, Any] = {
+    "adapt_every": 100,
+    "adapt_until": 300,
+    "adapt_batches": 20,
+    "adapt_share": 0.1,
+    "adapt_spread": 1.0,
+    "adapt_threshold": 2.0,
+}
+"""What configs of runs without SSR-A have of its keys where versions before 2026-12-01 wrote them: it says nothing."""
 
 
 class SSRConfig(OverArchSettings):
@@ -91,6 +100,21 @@ class SSRConfig(OverArchSettings):
     initializer: Initializer = Field(
         default="glorot", description="glorot: as released, zero biases; torch: what nn.Linear would do"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_older_versions_wrote_is_no_error(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("filter") == "adaptive":
+            return values
+        return {
+            key: value for key, value in values.items() if key not in WRITTEN_BEFORE or value != WRITTEN_BEFORE[key]
+        }
+
+    @model_serializer(mode="wrap")
+    def _without_settings_of_other_filters(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A default of a key that says nothing here may change; a run's config must not become wrong by that.
+        others = {key for keys in FILTER_KEYS.values() for key in keys} - {*FILTER_KEYS[self.filter]}
+        return {key: value for key, value in serialize(self).items() if key not in others}
 
     @model_validator(mode="after")
     def _settings_of_another_filter_are_errors(self) -> SSRConfig:

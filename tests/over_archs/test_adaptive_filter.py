@@ -239,3 +239,20 @@ def test_views_of_the_whole_input_are_refused() -> None:
 def test_settings_that_would_move_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SSRConfig(**settings)
+
+
+def test_configs_of_other_filters_say_nothing_of_adapting() -> None:
+    """Whatever its defaults become, a config that a run has left stays right; also one that versions before wrote."""
+    ours = SSRConfig(filter="static", index_seed=4)
+    written = ours.model_dump(mode="json")
+    assert written["index_seed"] == 4 and not [key for key in written if key.startswith("adapt_") or key == "top_k"]
+    assert SSRConfig.model_validate(written) == ours
+    before = {"adapt_every": 100, "adapt_until": 300, "adapt_batches": 20, "adapt_share": 0.1, "adapt_spread": 1.0}
+    for older in (before, {"adapt_every": 100, "adapt_until": 500, "adapt_threshold": 2.0}):
+        assert SSRConfig.model_validate(written | older) == ours
+        with pytest.raises(ValueError, match="adapt_every=101 has no effect"):
+            SSRConfig.model_validate(written | older | {"adapt_every": 101})
+    adaptive = SSRConfig(filter="adaptive", adapt_every=7).model_dump(mode="json")
+    assert adaptive["adapt_every"] == 7 and adaptive["adapt_until"] == 500 and "filter_dim" not in adaptive
+    with pytest.raises(ValueError, match="adapt_batches"):
+        SSRConfig.model_validate({**adaptive, "adapt_batches": 20})
