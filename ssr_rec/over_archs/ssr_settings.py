@@ -133,6 +133,11 @@ class SSRConfig(OverArchSettings):
             )
         if self.filter == "topk" and self.top_k > self.view_dim:
             raise UserError(f"top_k={self.top_k} is more than a view has: set it to at most view_dim={self.view_dim}")
+        if self.filter == "adaptive" and self.input_norm in ("per_dim", "per_field"):
+            raise UserError(
+                f"input_norm={self.input_norm!r} hides from filter='adaptive' what a field is worth, since the loss "
+                "does not change with the field's scale: set input_norm to none or across_fields, or filter='static'"
+            )
         if self.filter == "adaptive" and 2 * self.adapt_every > self.adapt_until:
             raise UserError(
                 f"adapt_every={self.adapt_every} is above half of adapt_until={self.adapt_until}, so that no dim would "

@@ -36,8 +36,8 @@ def draw_costs(frame: pd.DataFrame, title: str, path: str | Path) -> None:
     """Draw ``summarise``'s frame as a PNG, 6 inches of width per panel.
 
     A point is a system's mean, its bar one standard deviation each way. Systems of one ``curve`` are labelled once, and
-    joined by the fitted parabola with its 95 % band, or by lines where none can be. Those without a finished run are
-    left out.
+    joined by the fitted parabola or, where none can be, by lines. Its 95 % band is of its shape, given these seeds:
+    other seeds may move all of it. Systems without a finished run are left out.
     """
     tasks = list(dict.fromkeys(frame["task"]))
     figure = Figure(figsize=(13, 5.4 * len(tasks) + 0.7), dpi=DPI, layout="constrained")
@@ -136,7 +136,11 @@ def _legend(figure: Figure, frame: pd.DataFrame) -> None:
     bar = Line2D([], [], color="#444444", marker="|", markersize=12, linestyle="none", label="mean ± sd over seeds")
     hollow = Line2D([], [], color=BASELINE_COLOR, marker="o", mfc="white", linestyle="none", label="baseline")
     filled = Line2D([], [], color=COLORS[0], marker="D", linestyle="none", label="not a baseline")
-    fitted = Patch(color=BASELINE_COLOR, alpha=0.25, label="parabola in the size's logarithm, with its 95 % band")
+    fitted = Patch(
+        color=BASELINE_COLOR,
+        alpha=0.25,
+        label="parabola in the size's logarithm; 95 % band of its shape, given the seeds",
+    )
     has_fit = any(fit_parabola(rows, "num_parameters") for _, rows in frame.groupby(["task", "curve"]))
     wanted = [True, has_fit, frame["baseline"].any(), not frame["baseline"].all()]
     handles = [handle for handle, is_wanted in zip((bar, fitted, hollow, filled), wanted, strict=True) if is_wanted]

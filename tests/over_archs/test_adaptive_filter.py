@@ -229,6 +229,8 @@ def test_views_of_the_whole_input_are_refused() -> None:
     [
         ({"filter": "static", "adapt_threshold": 3.0}, r"adapt_threshold=3\.0 has no effect.*filter='adaptive'"),
         ({"filter": "dynamic", "adapt_every": 7}, r"adapt_every=7 has no effect.*filter='adaptive'"),
+        ({"filter": "adaptive", "input_norm": "per_dim"}, r"input_norm='per_dim' hides from filter='adaptive'"),
+        ({"filter": "adaptive", "input_norm": "per_field"}, r"input_norm='per_field' hides from filter='adaptive'"),
         ({"filter": "adaptive", "adapt_every": 155, "adapt_until": 309}, r"adapt_every=155.*half of adapt_until=309"),
         (
             {"filter": "adaptive", "adapt_every": 5, "adapt_until": 14, "adapt_threshold": 3},

@@ -52,7 +52,7 @@ def test_gains_and_errors_equal_a_regression_without_seed_columns():
     assert (high - low) / 0.02 == pytest.approx(fit.gain(np.array([90_000.0]))[0][0], rel=1e-6)
 
 
-def test_a_shift_of_a_whole_seed_widens_nothing_but_the_mean():
+def test_a_shift_of_a_whole_seed_changes_no_bend():
     values = noisy()
     shifted = values + np.array([0.0, 0.05, -0.05])
     fits = [fit_parabola(rows_of("MLP", found), "num_parameters") for found in (values, shifted)]

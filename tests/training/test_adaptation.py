@@ -143,17 +143,21 @@ def test_a_warm_started_run_has_seen_no_batch_and_a_resumed_one_has(dataset: Pat
     assert found == [True, True, False]
 
 
-def test_a_batch_that_is_left_out_moves_nothing() -> None:
-    ssr = build(filter="adaptive", adapt_every=2, adapt_until=4, adapt_threshold=0).train()
+def test_a_batch_that_is_left_out_is_not_looked_at() -> None:
+    """Neither one without a backward pass after one with, nor one of an evaluation."""
+    ssr = build(filter="adaptive", adapt_every=2, adapt_until=6, adapt_threshold=0).train()
     adaptation = Adaptation(ssr, CombinedOptimizer([]))
-    before = ssr.blocks()[0].filter.indices.clone()
-    ssr(batch()).sum().backward()
-    ssr(batch())  # no backward pass
-    adaptation.after(2)
-    assert torch.equal(before, ssr.blocks()[0].filter.indices) and adaptation.every == 2
-    ssr.eval()(batch()).sum().backward()
+    looked: list[int] = []
+    ssr.look = lambda x, grad, ranks: looked.append(len(x))
+    ssr(batch().requires_grad_()).sum().backward()
+    adaptation.after(3)
+    assert len(looked) == 1
+    ssr(batch().requires_grad_()).sum().backward()
+    ssr(batch().requires_grad_())  # no backward pass
     adaptation.after(4)
-    assert torch.equal(before, ssr.blocks()[0].filter.indices) and adaptation.every is None
+    ssr.eval()(batch().requires_grad_()).sum().backward()
+    adaptation.after(5)
+    assert len(looked) == 1 and adaptation.every == 2
 
 
 @pytest.mark.parametrize(
